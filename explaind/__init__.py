@@ -1,0 +1,16 @@
+"""The training ledger: which examples, at which steps, through which layers made a model predict what it predicts."""
+
+from importlib.metadata import version
+
+from explaind.errors import ExplaindError
+from explaind.ledger.decompose import decompose
+from explaind.ledger.ledger import Ledger
+from explaind.ledger.saving import open_ledger
+from explaind.record.examples import indexed
+from explaind.record.recorder import Recorder, record
+from explaind.store.reader import Run
+from explaind.store.reader import open_run as open
+
+__version__ = version("explaind-ledger")
+
+__all__ = ["ExplaindError", "Ledger", "Recorder", "Run", "__version__", "decompose", "indexed", "open", "open_ledger", "record"]

@@ -1,0 +1,189 @@
+"""The whole run in one sweep backwards in time.
+
+With a costate μ per measure (theory.md section 4; it starts at 0), for s = N−1 … 0:
+
+    μ ← μ + C ḡ_s
+    a = N μ + E ḡ_s                                what one unit of gradient at step s did to the measure, now and later
+    data[i]    = −sign · w_i <a, ∇ℓ_i(θ_s)>
+    decay      = −<a, κ θ_s> − <ḡ_s, R θ_s>
+    arithmetic = <ḡ_s, Δ recorded − Δ rebuilt>
+    μ ← M μ
+    after the sweep:  momentum0 = −<μ, z_0>
+
+Δ is rebuilt from replayed gradients and the momentum, which is recorded once a segment (an anchor). Where one segment's rebuilt
+momentum ẑ meets the next one's anchor z, the difference is rounding of the recorded training; it is booked as
+arithmetic, −<μ, z − ẑ>, so that the sum closes exactly and an error stays at the step at which it arose.
+
+In the applied view every window of steps has a costate of its own, fed only by its own ḡ; it lives until its memory has faded.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from explaind.kernel.accounts import Accounts, empty
+from explaind.kernel.layout import Layout
+from explaind.kernel.measures import Function, Measures
+from explaind.kernel.path import PathRule, Segment, average, discrete_gradient
+from explaind.kernel.products import Products, batch_gradient
+from explaind.kernel.resolution import Resolution
+from explaind.replay.steps import Step, Steps
+from explaind.replay.steps import Segment as Stretch
+
+FADED = 1e-14
+"""A costate whose momentum has shrunk to this fraction is let go in the applied view."""
+
+
+@dataclass
+class Costate:
+    """μ [measure, param] and where on the step axis its credit is booked (None: at the step of the gradient)."""
+
+    mu: Tensor
+    entry: int | None
+    memory: float = 1.0
+    """Bound on what is left of its newest source."""
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """A step beside its replayed gradient and the update that the rule makes of it."""
+
+    step: Step
+    gradient: Tensor
+    error: Tensor
+    """Δ recorded − Δ rebuilt [param]."""
+
+
+class Sweep:
+    """Decomposes the measures of one block of queries over a run."""
+
+    def __init__(
+        self, steps: Steps, layout: Layout, measures: Measures, losses: Function, set_mode: Callable[[tuple[bool, ...]], None], rule: PathRule,
+        products: Products, resolution: Resolution, position: Callable[[Step], list[Tensor]], examples: int, correct: bool,
+        progress: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        self.steps, self.layout, self.measures, self.losses, self.set_mode = steps, layout, measures, losses, set_mode
+        self.rule, self.products, self.resolution, self.position, self.correct = rule, products, resolution, position, correct
+        self.progress = progress
+        self.values = self._values()
+        self.change = self.values[1:] - self.values[:-1]
+        self.scale = self.change.abs().mean(0)
+        self.accounts: Accounts = empty(resolution, layout, measures.count, examples, self.values)
+        self.costates: list[Costate] = []
+
+    def _values(self) -> Tensor:
+        """h_q before every step and at the end: [state, measure]."""
+        rows = []
+        bounds = [*self.steps.starts, self.steps.steps]
+        for i in range(len(bounds) - 1):
+            last = i == len(bounds) - 2
+            rows += [self.measures.values(theta) for theta in self.steps.states(bounds[i], bounds[i + 1] + last)]
+        return torch.stack(rows)
+
+    def run(self) -> Accounts:
+        """Sweep all segments, last first."""
+        following: Tensor | None = None  # the anchor at which the segment after this one began
+        for start in reversed(self.steps.starts):
+            stretch = self.steps.segment(start)
+            rebuilt, momentum = self._rebuild(stretch)
+            if following is not None and momentum is not None:
+                self._book_jump(following - momentum, start + len(stretch.steps) - 1)
+            for item in reversed(rebuilt):
+                self._step(item)
+                self.progress()
+            following = stretch.momentum
+        if following is not None:
+            for costate in self.costates:
+                self.accounts.momentum0 -= self._fine(costate.mu, following)
+        return self.accounts
+
+    def _rebuild(self, stretch: Stretch) -> tuple[list[Rebuilt], Tensor | None]:
+        """Replay a segment forwards: gradients, updates, and the momentum that it ends with."""
+        rebuilt = []
+        momentum = stretch.momentum
+        for step in stretch.steps:
+            self.set_mode(step.mode)
+            gradient = batch_gradient(self.losses, self.layout, step.theta, step.parts)
+            before = torch.zeros_like(gradient) if momentum is None else momentum
+            after, delta = step.filter.advance(before, gradient, step.theta)
+            momentum = None if momentum is None else after
+            rebuilt.append(Rebuilt(step, gradient, step.delta - delta))
+        return rebuilt, momentum
+
+    def _step(self, item: Rebuilt) -> None:
+        step, s = item.step, item.step.index
+        segment = Segment(step.theta, step.delta, self.change[s], self.scale)
+        mean, path, self.accounts.nodes[s] = average(self.rule, self.measures, segment)
+        self._book_checks(item, mean, path)
+        if self.correct:
+            mean = discrete_gradient(mean, path, step.delta)
+            path = segment.change - mean @ step.delta
+        entry = self.resolution.entry(s)
+        self.accounts.path[entry] += path
+        self.accounts.arithmetic[entry] += self._fine(mean, item.error)
+        self.accounts.decay[entry] -= self._fine(mean, step.filter.R * step.theta)
+        source = self._source(entry)
+        source.mu += step.filter.C * mean
+        source.memory = 1.0
+        self._book_sources(item, source, mean)
+        memory = float(torch.as_tensor(step.filter.M).abs().max())
+        for costate in self.costates:
+            costate.mu *= step.filter.M
+            costate.memory *= memory
+        if self.resolution.view == "applied":
+            self.costates = [c for c in self.costates if c.memory > FADED or c is source]
+
+    def _source(self, entry: int) -> Costate:
+        """The costate that the step's ḡ feeds."""
+        own = entry if self.resolution.view == "applied" else None
+        if not self.costates or self.costates[-1].entry != own:
+            self.costates.append(Costate(self.values.new_zeros(self.measures.count, self.layout.params), own))
+        return self.costates[-1]
+
+    def _book_sources(self, item: Rebuilt, source: Costate, mean: Tensor) -> None:
+        """Credit the step's gradients and coupled decay through every living costate."""
+        step, f = item.step, item.step.filter
+        here = self.resolution.entry(step.index)
+        entries = [here if c.entry is None else c.entry for c in self.costates]
+        a = torch.cat([f.N * c.mu + f.E * mean if c is source else f.N * c.mu for c in self.costates])
+        count = self.measures.count
+        pull = f.kappa * step.theta
+        for row, entry in enumerate(entries):
+            self.accounts.decay[entry] -= self._fine(a[row * count : (row + 1) * count], pull)
+        if "example" not in self.resolution.keep:
+            for row, entry in enumerate(entries):
+                self.accounts.data[entry, :, :, 0] -= self._fine(a[row * count : (row + 1) * count], f.sign * item.gradient)
+            return
+        self.set_mode(step.mode)
+        signed = f.sign * a
+        for part, index in zip(step.parts, self.position(step), strict=True):
+            for span, dots in self.products(step.theta, part, signed):
+                credit = dots * -part.weights[span]
+                for row, entry in enumerate(entries):
+                    self.accounts.data[entry].index_add_(2, index[span], credit[:, row * count : (row + 1) * count])
+
+    def _book_checks(self, item: Rebuilt, mean: Tensor, path: Tensor) -> None:
+        """Sizes of the rest rows before any correction, over absolute values."""
+        accounts, s = self.accounts, item.step.index
+        accounts.movement += self.change[s].abs()
+        accounts.path_absolute += path.abs()
+        accounts.arithmetic_absolute += self.layout.dots(mean, item.error).abs().sum(0)
+        for layer, cut in enumerate(self.layout.slices):
+            size, error = item.step.delta[cut].norm(), item.error[cut].norm()
+            accounts.replay_error[s, layer] = error / size if size > 0 else error
+
+    def _book_jump(self, jump: Tensor, step: int) -> None:
+        for costate in self.costates:
+            entry = self.resolution.entry(step) if costate.entry is None else costate.entry
+            self.accounts.arithmetic[entry] -= self._fine(costate.mu, jump)
+            self.accounts.arithmetic_absolute += self.layout.dots(costate.mu, jump).abs().sum(0)
+
+    def _fine(self, rows: Tensor, vector: Tensor) -> Tensor:
+        """<rows, vector> at the finest parameter axis that is kept: [row, param], [param] -> [fine, row]."""
+        if self.resolution.finest == "param":
+            return (rows * vector).T
+        if self.resolution.finest == "layer":
+            return self.layout.dots(rows, vector)
+        return (rows @ vector)[None]

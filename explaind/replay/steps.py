@@ -1,0 +1,54 @@
+"""Steps of a training as plain values: what the kernel works on, wherever they come from."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from explaind.rules.rule import Filter
+
+
+@dataclass(frozen=True)
+class Part:
+    """One micro-batch of a step: examples whose losses were computed in one forward pass."""
+
+    batch: Any
+    ids: np.ndarray  # [batch]
+    weights: Tensor  # [batch]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Step ``index``: from theta [param] by delta [param], through a filter of the gradients of its parts."""
+
+    index: int
+    theta: Tensor
+    delta: Tensor
+    filter: Filter
+    parts: tuple[Part, ...]
+    mode: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive steps that begin where the momentum is known: momentum [param], None for an optimizer without."""
+
+    steps: tuple[Step, ...]
+    momentum: Tensor | None
+
+
+class Steps(Protocol):
+    """A source of steps, read segment by segment in any order."""
+
+    steps: int
+    starts: tuple[int, ...]
+    """First step of every segment, ascending, beginning with 0."""
+
+    def states(self, start: int, stop: int) -> Tensor:
+        """theta before steps start … stop − 1: [state, param]; state `steps` is the end of the training."""
+        ...
+
+    def segment(self, start: int) -> Segment:
+        """The segment that begins at step `start`, one of ``starts``."""
+        ...

@@ -1,0 +1,127 @@
+"""A run on disk: names, axes, dtypes and chunks of its arrays. The only file that knows zarr.
+
+    run/
+      zarr.json          attributes: schema version, manifest
+      commit.json        how many steps are safely on disk; readers clamp to it
+      theta              [state, param]          parameters before step `state` (one row more than steps)
+      momentum           [anchor, param]         z before step `anchor`; one row a block
+      preconditioner     [step, param]           second moment after the step
+      batch part weight  [step, slot]            example ids, micro-batch index, weight of each loss; −1, −1, 0 where unused
+      hyper              [step, group, option]
+      age                [step, layer]           updates before this step; −1 where the parameter had no gradient
+      mode               [step]                  index into commit.json's list of train/eval patterns
+      checksum_theta     [state, layer]          crc32 of the tensor's bytes, chained to the previous row
+      checksum_step      [step]                  crc32 of everything else that the step recorded, chained likewise
+      fingerprint        [example]               crc32 of each training example, where the recorder was given the data
+      constant/<name>                            frozen parameters and buffers
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.codecs import BloscCodec, BloscShuffle
+from zarr.errors import GroupNotFoundError
+
+from explaind.errors import StoreError
+
+VERSION = 1
+CHUNK_PARAMS = 1 << 22
+"""Longest stretch of parameters in one chunk, so that a reader of one layer does not load a whole large model."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One growing array: its first dimension counts steps, states or anchors."""
+
+    name: str
+    dims: tuple[str, ...]
+    dtype: str
+    shape: tuple[int, ...]
+    """Extent of the dimensions after the first."""
+    fill: float = 0
+
+
+def lossless() -> BloscCodec:
+    """Every zarr v3 reader knows it; bitshuffle suits floats that change little from step to step."""
+    return BloscCodec(cname="zstd", clevel=1, shuffle=BloscShuffle.bitshuffle)
+
+
+def create_group(path: Path, kind: str, attributes: Mapping[str, Any]) -> zarr.Group:
+    """A new zarr v3 group marked with what it is and its schema version; the folder must not hold anything yet."""
+    check_new(path)
+    try:
+        return zarr.create_group(path, zarr_format=3, attributes={"explaind": {"kind": kind, "schema": VERSION}, **attributes})
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def check_new(path: Path) -> None:
+    """StoreError unless the path is free or an empty folder."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise StoreError("there is something here already", where=path, expected="a new or empty folder", do="choose another path or remove it")
+
+
+def open_group(path: Path, kind: str) -> zarr.Group:
+    """Open a run or a ledger for reading; StoreError says what is there instead."""
+    if not path.exists():
+        raise StoreError(f"there is no {kind} here", where=path, got="no such folder", do="check the path")
+    try:
+        group = zarr.open_group(path, mode="r", zarr_format=3)
+        mark = dict(group.attrs).get("explaind")
+    except (GroupNotFoundError, FileNotFoundError, ValueError, NotADirectoryError, KeyError, TypeError) as error:
+        raise StoreError(f"this is not a {kind}", where=path, got=type(error).__name__, do="check the path") from error
+    if not isinstance(mark, dict) or mark.get("kind") != kind:
+        got = mark.get("kind") if isinstance(mark, dict) else "a zarr group that explaind did not write"
+        raise StoreError(f"this is not a {kind}", where=path, got=got, do="check the path")
+    if mark.get("schema") != VERSION:
+        raise StoreError(f"unknown schema version of a {kind}", where=path, expected=VERSION, got=mark.get("schema"), do="update explaind")
+    return group
+
+
+def create_column(group: zarr.Group, column: Column, rows: int) -> zarr.Array:
+    """An empty growing array whose chunks hold `rows` rows."""
+    chunk = (rows, *(min(n, CHUNK_PARAMS) for n in column.shape))
+    return group.create_array(
+        column.name, shape=(0, *column.shape), chunks=tuple(max(1, n) for n in chunk), dtype=column.dtype, compressors=[lossless()],
+        fill_value=column.fill, dimension_names=list(column.dims),
+    )  # fmt: skip
+
+
+def append(array: zarr.Array, rows: np.ndarray, at: int) -> None:
+    """Write rows [at, at + len(rows)): whole chunks, but for the last block of a run. Other dimensions grow as needed."""
+    grown = tuple(max(old, new) for old, new in zip(array.shape[1:], rows.shape[1:], strict=True))
+    array.resize((at + len(rows), *grown))
+    array[(slice(at, at + len(rows)), *(slice(0, n) for n in rows.shape[1:]))] = rows
+
+
+def write_array(group: zarr.Group, name: str, values: np.ndarray, dims: tuple[str, ...], chunks: tuple[int, ...] | None = None) -> None:
+    """A finished array with named dimensions."""
+    array = group.create_array(
+        name, shape=values.shape, chunks=chunks or tuple(max(1, n) for n in values.shape), dtype=values.dtype, dimension_names=list(dims),
+        compressors=[lossless()] if values.dtype.kind in "fiub" else "auto",
+    )  # fmt: skip
+    if values.size:
+        array[...] = values
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a small file so that a reader sees the old or the new one, never half of it, even after a power cut."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def unwritable(path: Path, error: OSError) -> StoreError:
+    """What to say when the disk refuses."""
+    return StoreError(f"cannot write: {error.strerror or error}", where=path, do="free space or choose another path; what was committed stays readable")

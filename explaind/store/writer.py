@@ -1,0 +1,152 @@
+"""Writing a run: rows are buffered and land in whole chunks, one block of steps at a time, each followed by a commit marker."""
+
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import zarr
+
+from explaind.errors import StoreError
+from explaind.store import schema
+from explaind.store.manifest import Layer, Manifest
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """What is recorded of one step beside the parameters that it leads to."""
+
+    batch: np.ndarray  # int64 [slot]
+    part: np.ndarray  # int32 [slot]
+    weight: np.ndarray  # float64 [slot]
+    hyper: np.ndarray  # float64 [group, option]
+    age: np.ndarray  # int32 [layer]
+    mode: tuple[bool, ...]
+    preconditioner: np.ndarray | None  # [param]
+    anchor: np.ndarray | None  # momentum before the step, [param]; only at the first step of a block
+
+
+def theta_checksum(theta: np.ndarray, layers: Sequence[Layer], previous: np.ndarray) -> np.ndarray:
+    """crc32 of each layer's bytes, continued from the previous state's: a row that is changed, removed or moved breaks the chain."""
+    crcs = [zlib.crc32(theta[a.offset : a.offset + a.size].tobytes(), int(p)) for a, p in zip(layers, previous, strict=True)]
+    return np.array(crcs, dtype=np.uint32)
+
+
+def step_checksum(row: StepRow, mode: int, previous: int) -> int:
+    """crc32 of everything else that a step recorded, continued from the previous step's."""
+    for values in (row.batch, row.part, row.weight, row.hyper, row.age, np.int32(mode), row.preconditioner, row.anchor):
+        if values is not None:
+            previous = zlib.crc32(values.tobytes(), previous)
+    return previous
+
+
+class RunWriter:
+    """Owns the folder of a run while it is recorded."""
+
+    def __init__(
+        self, path: Path, manifest: Manifest, theta: np.ndarray, constants: Mapping[str, np.ndarray], fingerprint: np.ndarray | None,
+        momentum: bool, preconditioner: bool,
+    ) -> None:  # fmt: skip
+        self.path, self.manifest = path, manifest
+        self.steps = 0
+        self.closed = False
+        self._written = {"states": 0, "steps": 0, "anchors": 0}
+        self._modes: list[tuple[bool, ...]] = []
+        self._rows: list[StepRow] = []
+        self._states = [theta]
+        self._crc_theta = [theta_checksum(theta, manifest.layers, np.zeros(len(manifest.layers), np.uint32))]
+        self._crc_step: list[int] = []
+        self._last_crc = 0
+        group = schema.create_group(path, "run", {"manifest": manifest.to_json()})
+        try:
+            self._columns = self._create(group, momentum, preconditioner)
+            for name, values in constants.items():
+                schema.write_array(group, f"constant/{name}", values, tuple(f"{name}.{i}" for i in range(values.ndim)))
+            if fingerprint is not None:
+                schema.write_array(group, "fingerprint", fingerprint, ("example",))
+        except OSError as error:
+            raise schema.unwritable(path, error) from error
+        self._commit(complete=False)
+
+    def _create(self, group: zarr.Group, momentum: bool, preconditioner: bool) -> dict[str, zarr.Array]:
+        m, d = self.manifest, self.manifest.params
+        groups = 1 + max(layer.group for layer in m.layers)
+        columns = [
+            schema.Column("theta", ("state", "param"), m.dtype, (d,)),
+            schema.Column("batch", ("step", "slot"), "int64", (1,), -1),
+            schema.Column("part", ("step", "slot"), "int32", (1,), -1),
+            schema.Column("weight", ("step", "slot"), "float64", (1,)),
+            schema.Column("hyper", ("step", "group", "option"), "float64", (groups, len(m.options))),
+            schema.Column("age", ("step", "layer"), "int32", (len(m.layers),)),
+            schema.Column("mode", ("step",), "int32", ()),
+            schema.Column("checksum_theta", ("state", "layer"), "uint32", (len(m.layers),)),
+            schema.Column("checksum_step", ("step",), "uint32", ()),
+        ]
+        columns += [schema.Column("preconditioner", ("step", "param"), m.dtype, (d,))] if preconditioner else []
+        arrays = {c.name: schema.create_column(group, c, m.block) for c in columns}
+        if momentum:
+            arrays["momentum"] = schema.create_column(group, schema.Column("momentum", ("anchor", "param"), m.dtype, (d,)), 1)
+        return arrays
+
+    def add(self, row: StepRow, theta: np.ndarray) -> None:
+        """Take step ``self.steps``, which led to the parameters theta [param]."""
+        if row.mode not in self._modes:
+            self._modes.append(row.mode)
+        self._last_crc = step_checksum(row, self._modes.index(row.mode), self._last_crc)
+        self._crc_step.append(self._last_crc)
+        self._crc_theta.append(theta_checksum(theta, self.manifest.layers, self._crc_theta[-1]))
+        self._rows.append(row)
+        self._states.append(theta)
+        self.steps += 1
+        if len(self._rows) == self.manifest.block:
+            # The last state stays in memory: it opens the next block's whole chunk.
+            self._flush(len(self._states) - 1)
+            self._commit(complete=False)
+
+    def close(self, complete: bool = True) -> None:
+        """Write what is still in memory, the last partial block included; safe to call twice."""
+        if self.closed:
+            return
+        self.closed = True
+        self._flush(len(self._states))
+        self._commit(complete)
+
+    def _flush(self, states: int) -> None:
+        at, rows = self._written, self._rows
+        slots = max((len(r.batch) for r in rows), default=1)
+
+        def padded(name: str, fill: float) -> np.ndarray:
+            return np.stack([np.pad(getattr(r, name), (0, slots - len(r.batch)), constant_values=fill) for r in rows])
+
+        values: dict[str, np.ndarray] = {"theta": np.stack(self._states[:states]), "checksum_theta": np.stack(self._crc_theta[:states])}
+        if rows:
+            values |= {"batch": padded("batch", -1), "part": padded("part", -1), "weight": padded("weight", 0)}
+            values |= {"hyper": np.stack([r.hyper for r in rows]), "age": np.stack([r.age for r in rows])}
+            values |= {"mode": np.array([self._modes.index(r.mode) for r in rows]), "checksum_step": np.array(self._crc_step, dtype=np.uint32)}
+            if "preconditioner" in self._columns:
+                values["preconditioner"] = np.stack([r.preconditioner for r in rows if r.preconditioner is not None])
+            anchors = [r.anchor for r in rows if r.anchor is not None]
+            if anchors and "momentum" in self._columns:
+                values["momentum"] = np.stack(anchors)
+        start = {"theta": at["states"], "checksum_theta": at["states"], "momentum": at["anchors"]}
+        try:
+            for name, array in values.items():
+                schema.append(self._columns[name], array, start.get(name, at["steps"]))
+        except OSError as error:
+            self.closed = True
+            raise schema.unwritable(self.path, error) from error
+        self._written = {"states": at["states"] + states, "steps": at["steps"] + len(rows), "anchors": at["anchors"] + len(values.get("momentum", ()))}
+        self._states, self._crc_theta = self._states[states:], self._crc_theta[states:] or self._crc_theta[-1:]
+        self._rows, self._crc_step = [], []
+
+    def _commit(self, complete: bool) -> None:
+        # A step can be used when the state that it leads to is on disk too.
+        steps = max(0, min(self._written["steps"], self._written["states"] - 1))
+        text = json.dumps({"steps": steps, "complete": complete, "modes": self._modes})
+        try:
+            schema.replace_file(self.path / "commit.json", text)
+        except StoreError:
+            self.closed = True
+            raise
