@@ -1,0 +1,91 @@
+"""Training a task as a configuration says, recorded step by step. A plain loop, as a user would write it."""
+
+import inspect
+import os
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils._pytree import tree_map
+from torch.utils.data import default_collate
+
+from explaind.config import Config, Named, nearest
+from explaind.errors import ConfigError
+from explaind.record.recorder import record
+from explaind.rules import RULES
+from explaind.tasks.task import Split, Task
+
+Progress = Callable[[int, int], None]
+"""(steps done, steps in all)."""
+
+
+def train(task: Task, config: Config, path: str | os.PathLike[str], overwrite: bool = False, progress: Progress | None = None) -> nn.Module:
+    """Train the task's model from its seed and record the run at `path`; the trained model.
+
+    Raises ConfigError for settings that make no sense, RecordError for a training that breaks, StoreError for the path.
+    """
+    settings = config.train
+    data = task.data("train")
+    _check(config, len(data))
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    torch.manual_seed(settings.seed)
+    model = task.model().to(settings.device)
+    optimizer = make_optimizer(config.optimizer, model)
+    schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, settings.warmup)))
+    reduce = torch.mean if settings.reduction == "mean" else torch.sum
+    batches = _batches(data, settings.batch, settings.seed, settings.device)
+    with record(optimizer, model, path, reduction=settings.reduction, data=data, config=config.to_json(), overwrite=overwrite) as recorder:
+        for step in range(settings.steps):
+            ids, batch = next(batches)
+            recorder.examples(ids)
+            optimizer.zero_grad()
+            reduce(task.losses(model, batch)).backward()
+            optimizer.step()
+            schedule.step()
+            if progress is not None:
+                progress(step + 1, settings.steps)
+    return model
+
+
+def make_optimizer(named: Named, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of that name over all parameters of the model; ConfigError names a wrong name, option or value."""
+    if named.name not in RULES:
+        raise ConfigError("unknown optimizer", where="optimizer.name", expected=nearest(named.name, RULES), got=repr(named.name))
+    kind = RULES[named.name].optimizer
+    known = [name for name in inspect.signature(kind).parameters if name != "params"]
+    for option in named.options:
+        if option not in known:
+            raise ConfigError("unknown option", where=f"optimizer {named.name}", expected=nearest(option, known), got=repr(option))
+    try:
+        return kind(model.parameters(), **named.options)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError("the optimizer refuses its options", where=f"optimizer {named.name}", got=error, do="correct the value") from error
+
+
+def _check(config: Config, examples: int) -> None:
+    for key, value, most in (("steps", config.train.steps, None), ("batch", config.train.batch, examples), ("warmup", config.train.warmup, None)):
+        least = 1 if key == "steps" else 0
+        if value < least or (most is not None and value > most):
+            wanted = f"at least {least}" + ("" if most is None else f" and at most the {most} training examples")
+            raise ConfigError("out of range", where=f"train.{key}", expected=wanted, got=value)
+
+
+def _batches(data: Split, size: int, seed: int, device: str) -> Iterator[tuple[Tensor, object]]:
+    """(ids, batch) for ever: all examples in order where size is 0, else epochs in an order of their own that `seed` draws."""
+
+    def batch(ids: Tensor) -> object:
+        return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, default_collate([data[i] for i in ids.tolist()]))
+
+    everything = torch.arange(len(data))
+    if not size:
+        whole = batch(everything)
+        while True:
+            yield everything, whole
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(len(data), generator=generator)
+        for start in range(0, len(data) - size + 1, size):
+            ids = order[start : start + size]
+            yield ids, batch(ids)
