@@ -24,6 +24,7 @@ class Accounts:
     movement: Tensor  # Σ_step |δ| [measure]
     path_absolute: Tensor  # Σ_step |path| [measure]
     arithmetic_absolute: Tensor  # Σ_step Σ_layer |arithmetic| [measure]
+    by_step: Tensor  # Σ_measure of |δ|, |path| and |arithmetic|, [step, 3]
     replay_error: Tensor  # |Δ recorded − Δ rebuilt| / |Δ recorded|, [step, layer]
     nodes: list[int] = field(default_factory=list)
 
@@ -40,5 +41,5 @@ def empty(resolution: Resolution, layout: Layout, measures: int, examples: int, 
         data=like.new_zeros(entries, fine, measures, examples),
         decay=zeros(entries, fine, measures), momentum0=zeros(fine, measures), arithmetic=zeros(entries, fine, measures),
         path=zeros(entries, measures), movement=zeros(measures), path_absolute=zeros(measures), arithmetic_absolute=zeros(measures),
-        replay_error=zeros(resolution.steps, len(layout.names)), nodes=[0] * resolution.steps,
+        by_step=zeros(resolution.steps, 3), replay_error=zeros(resolution.steps, len(layout.names)), nodes=[0] * resolution.steps,
     )  # fmt: skip

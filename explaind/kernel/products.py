@@ -19,7 +19,7 @@ from explaind.kernel.measures import CHUNK_BYTES, Function, batch_axes, one, sep
 from explaind.replay.steps import Part
 
 Finest = Literal["none", "layer", "param"]
-Route = Literal["auto", "materialise", "jvp"]
+ROUTES = ("auto", "materialise", "jvp")
 FEW = 4
 """Up to this many forward passes a batch are cheaper than a gradient per example."""
 
@@ -40,7 +40,7 @@ class Products:
     losses: Function
     layout: Layout
     finest: Finest
-    route: Route = "auto"
+    route: str = "auto"
     _separable: bool | None = None
 
     def __call__(self, theta: Tensor, part: Part, a: Float[Tensor, "row param"]) -> Iterator[tuple[slice, Tensor]]:
@@ -57,7 +57,7 @@ class Products:
                                do="drop 'example' from keep, or keep 'layer' instead of 'param'")  # fmt: skip
         yield from (self._materialise if route == "materialise" else self._jvp)(parameters, part, a)
 
-    def _chosen(self, rows: int) -> Route:
+    def _chosen(self, rows: int) -> str:
         if self.route != "auto":
             return self.route
         if not self._separable:

@@ -27,10 +27,10 @@ from explaind.kernel.accounts import Accounts, empty
 from explaind.kernel.layout import Layout
 from explaind.kernel.measures import Function, Measures
 from explaind.kernel.path import PathRule, Segment, average, discrete_gradient
-from explaind.kernel.products import Products, batch_gradient
+from explaind.kernel.products import Products
+from explaind.kernel.rebuild import Rebuilt, SetMode, rebuild
 from explaind.kernel.resolution import Resolution
 from explaind.replay.steps import Step, Steps
-from explaind.replay.steps import Segment as Stretch
 
 FADED = 1e-14
 """A costate whose momentum has shrunk to this fraction is let go in the applied view."""
@@ -46,21 +46,11 @@ class Costate:
     """Bound on what is left of its newest source."""
 
 
-@dataclass(frozen=True)
-class Rebuilt:
-    """A step beside its replayed gradient and the update that the rule makes of it."""
-
-    step: Step
-    gradient: Tensor
-    error: Tensor
-    """Δ recorded − Δ rebuilt [param]."""
-
-
 class Sweep:
     """Decomposes the measures of one block of queries over a run."""
 
     def __init__(
-        self, steps: Steps, layout: Layout, measures: Measures, losses: Function, set_mode: Callable[[tuple[bool, ...]], None], rule: PathRule,
+        self, steps: Steps, layout: Layout, measures: Measures, losses: Function, set_mode: SetMode, rule: PathRule,
         products: Products, resolution: Resolution, position: Callable[[Step], list[Tensor]], examples: int, correct: bool,
         progress: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
@@ -87,7 +77,7 @@ class Sweep:
         following: Tensor | None = None  # the anchor at which the segment after this one began
         for start in reversed(self.steps.starts):
             stretch = self.steps.segment(start)
-            rebuilt, momentum = self._rebuild(stretch)
+            rebuilt, momentum = rebuild(stretch, self.layout, self.losses, self.set_mode)
             if following is not None and momentum is not None:
                 self._book_jump(following - momentum, start + len(stretch.steps) - 1)
             for item in reversed(rebuilt):
@@ -98,19 +88,6 @@ class Sweep:
             for costate in self.costates:
                 self.accounts.momentum0 -= self._fine(costate.mu, following)
         return self.accounts
-
-    def _rebuild(self, stretch: Stretch) -> tuple[list[Rebuilt], Tensor | None]:
-        """Replay a segment forwards: gradients, updates, and the momentum that it ends with."""
-        rebuilt = []
-        momentum = stretch.momentum
-        for step in stretch.steps:
-            self.set_mode(step.mode)
-            gradient = batch_gradient(self.losses, self.layout, step.theta, step.parts)
-            before = torch.zeros_like(gradient) if momentum is None else momentum
-            after, delta = step.filter.advance(before, gradient, step.theta)
-            momentum = None if momentum is None else after
-            rebuilt.append(Rebuilt(step, gradient, step.delta - delta))
-        return rebuilt, momentum
 
     def _step(self, item: Rebuilt) -> None:
         step, s = item.step, item.step.index
@@ -147,7 +124,8 @@ class Sweep:
         step, f = item.step, item.step.filter
         here = self.resolution.entry(step.index)
         entries = [here if c.entry is None else c.entry for c in self.costates]
-        a = torch.cat([f.N * c.mu + f.E * mean if c is source else f.N * c.mu for c in self.costates])
+        pulls = [torch.addcmul(f.N * c.mu, torch.as_tensor(f.E).to(mean), mean) if c is source else f.N * c.mu for c in self.costates]
+        a = pulls[0] if len(pulls) == 1 else torch.cat(pulls)
         count = self.measures.count
         pull = f.kappa * step.theta
         for row, entry in enumerate(entries):
@@ -157,7 +135,7 @@ class Sweep:
                 self.accounts.data[entry, :, :, 0] -= self._fine(a[row * count : (row + 1) * count], f.sign * item.gradient)
             return
         self.set_mode(step.mode)
-        signed = f.sign * a
+        signed = a if isinstance(f.sign, float) and f.sign == 1.0 else f.sign * a
         for part, index in zip(step.parts, self.position(step), strict=True):
             for span, dots in self.products(step.theta, part, signed):
                 credit = dots * -part.weights[span]
@@ -167,18 +145,19 @@ class Sweep:
     def _book_checks(self, item: Rebuilt, mean: Tensor, path: Tensor) -> None:
         """Sizes of the rest rows before any correction, over absolute values."""
         accounts, s = self.accounts, item.step.index
-        accounts.movement += self.change[s].abs()
-        accounts.path_absolute += path.abs()
-        accounts.arithmetic_absolute += self.layout.dots(mean, item.error).abs().sum(0)
-        for layer, cut in enumerate(self.layout.slices):
-            size, error = item.step.delta[cut].norm(), item.error[cut].norm()
-            accounts.replay_error[s, layer] = error / size if size > 0 else error
+        sizes = self.change[s].abs(), path.abs(), self.layout.dots(mean, item.error).abs().sum(0)
+        for total, size in zip((accounts.movement, accounts.path_absolute, accounts.arithmetic_absolute), sizes, strict=True):
+            total += size
+        accounts.by_step[s] += torch.stack([size.sum() for size in sizes])
+        accounts.replay_error[s] = item.relative_error(self.layout)
 
     def _book_jump(self, jump: Tensor, step: int) -> None:
         for costate in self.costates:
             entry = self.resolution.entry(step) if costate.entry is None else costate.entry
             self.accounts.arithmetic[entry] -= self._fine(costate.mu, jump)
-            self.accounts.arithmetic_absolute += self.layout.dots(costate.mu, jump).abs().sum(0)
+            size = self.layout.dots(costate.mu, jump).abs().sum(0)
+            self.accounts.arithmetic_absolute += size
+            self.accounts.by_step[step, 2] += size.sum()
 
     def _fine(self, rows: Tensor, vector: Tensor) -> Tensor:
         """<rows, vector> at the finest parameter axis that is kept: [row, param], [param] -> [fine, row]."""

@@ -1,7 +1,7 @@
 """From a run to a ledger: check what was asked, replay, sweep block by block of queries, name the rows."""
 
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,14 @@ from explaind.kernel.accounts import Accounts
 from explaind.kernel.layout import Layout
 from explaind.kernel.measures import Measures, take
 from explaind.kernel.path import path_rule
-from explaind.kernel.products import Products, Route
+from explaind.kernel.products import ROUTES, Products
 from explaind.kernel.resolution import Resolution, check_budget, resolution
 from explaind.kernel.sweep import Sweep
 from explaind.ledger.ledger import Checks, Ledger, Row, ordered
 from explaind.ledger.saving import save as save_ledger
+from explaind.record.device import placed
 from explaind.record.examples import fingerprint
+from explaind.record.watched import model_name
 from explaind.replay.batches import Batches, Collate, Readable, count, moved
 from explaind.replay.functional import Functional, Readout, differentiable_attention, fitted
 from explaind.replay.steps import Step
@@ -39,8 +41,8 @@ Progress = Callable[[int, int], None]
 def decompose(
     run: Run, model: nn.Module, *, data: Readable, losses: Readout, queries: Any, measure: Readout, keep: Collection[str] | None = None,
     rule: str = "auto", tol: float = 1e-3, dtype: torch.dtype = torch.float64, device: str | torch.device = "cpu",
-    view: str = "seen", windows: int = 1, products: str = "auto", closure: str = "none", budget: int = 4 * GIB,
-    collate: Collate | None = None, save: str | os.PathLike[str] | None = None, progress: Progress | None = None,
+    view: str = "seen", windows: int = 1, products: str = "auto", closure: str = "none", budget: int = 4 * GIB, collate: Collate | None = None,
+    save: str | os.PathLike[str] | None = None, config: Mapping[str, Any] | None = None, progress: Progress | None = None,
 ) -> Ledger:  # fmt: skip
     """Credit every prediction to examples, steps and layers of a recorded run.
 
@@ -51,6 +53,7 @@ def decompose(
     queries   a batch of inputs to explain
     measure   (model, queries) -> Tensor[query] or Tensor[query, output]; called in eval mode
     keep      axes of the result, out of query, output, example, layer or param, step; others are summed before the work
+              (default: query, output where there is one, example and layer)
     rule      "auto" or "adaptive" (fewest Gauss nodes within `tol`), "gauss:N", "midpoint:N"
     tol       largest miss of the path rule, relative to each measure's movement
     view      "seen": the step axis says when an example's gradient was computed; "applied": when its momentum moved θ
@@ -59,41 +62,42 @@ def decompose(
     closure   "discrete-gradient" folds the path row into the data and decay rows; its size is reported all the same
     budget    bytes that the result may take
     save      a new folder for the ledger
+    config    optional: a JSON-able mapping that is kept in ``ledger.settings``
 
     Raises RequestError for what cannot be asked, ReplayError for a model or data that do not fit, StoreError for the disk.
     """
     _check_choices(products, closure, dtype, run)
-    target = torch.device(device)
+    target = placed(device)
     if save is not None:
         schema.check_new(Path(save))
-    own = fitted(model, run.manifest.layers, run.constants)
+    path_rule(rule, tol)  # refuse a rule that does not exist before any work
     layout = Layout(run.manifest.layers)
+    own = fitted(model, run.manifest.layers, run.constants)
     training, asking = Functional(own, losses, target, dtype), Functional(own, measure, target, dtype)
     batch = moved(queries, target, dtype)
-    example_ids = run.examples
-    doubts = tuple(run.damage() + changed_examples(run, data, example_ids))
     with differentiable_attention():
         theta = torch.from_numpy(run.states(0, 1)[0]).to(target, dtype)
         shape = tuple(_probe(asking, layout, theta, batch).shape)
-        axes = ("query", "output", "example", "layer")[: len(shape)] + ("example", "layer") if keep is None else keep
+        axes = ("query", "output")[: len(shape)] + ("example", "layer") if keep is None else keep
         wanted = resolution(axes, run.steps, view, windows)
-        plan = _plan(wanted, layout, shape, example_ids, dtype)
+        plan = _plan(wanted, layout, shape, run.examples, dtype)
         check_budget(ordered(wanted.keep), plan.sizes, plan.itemsize, budget)
-        batches = Batches(data, example_ids, collate, target, dtype)
-        steps = Trajectory(run, batches, target, dtype)
+        doubts = tuple(run.damage() + changed_examples(run, data, run.examples))
+        steps = Trajectory(run, Batches(data, run.examples, collate, target, dtype), target, dtype)
         blocks = list(_blocks(wanted, layout, asking, batch, plan, theta))
         accounts = []
         for i, block in enumerate(blocks):
-            tick = _ticker(progress, i * run.steps, len(blocks) * run.steps)
+            measures = Measures(asking, block, layout, wanted.keep, theta)
             sweep = Sweep(
-                steps, layout, Measures(asking, block, layout, wanted.keep, theta), training, training.set_mode, path_rule(rule, tol),
-                Products(training, layout, wanted.finest, _route(products)), wanted, lambda step: _positions(step, example_ids, target),
-                plan.sizes["example"] if "example" in wanted.keep else 1, closure == "discrete-gradient", tick,
+                steps, layout, measures, training, training.set_mode, path_rule(rule, tol), Products(training, layout, wanted.finest, products),
+                wanted, lambda step: _positions(step, run.examples, target), plan.sizes["example"] if "example" in wanted.keep else 1,
+                closure == "discrete-gradient", _ticker(progress, i * run.steps, len(blocks) * run.steps),
             )  # fmt: skip
             accounts.append((sweep.run(), sweep.values))
     settings = {
         "run": str(run.path), "keep": list(ordered(wanted.keep)), "rule": path_rule(rule, tol).name, "tol": tol, "dtype": str(dtype).removeprefix("torch."),
         "device": str(target), "view": view, "windows": windows, "products": products, "closure": closure, "steps": run.steps,
+        "model": model_name(model), "recorded_model": run.manifest.model, "config": None if config is None else dict(config),
     }  # fmt: skip
     ledger = _ledger(accounts, wanted, plan, layout, settings, doubts)
     if save is not None:
@@ -125,16 +129,12 @@ def _plan(wanted: Resolution, layout: Layout, shape: tuple[int, ...], examples: 
 
 
 def _check_choices(products: str, closure: str, dtype: torch.dtype, run: Run) -> None:
-    for name, got, choices in (("products", products, ("auto", "materialise", "jvp")), ("closure", closure, ("none", "discrete-gradient")),
+    for name, got, choices in (("products", products, ROUTES), ("closure", closure, ("none", "discrete-gradient")),
                                ("dtype", dtype, (torch.float32, torch.float64))):  # fmt: skip
         if got not in choices:
             raise RequestError(f"unknown {name}", expected=f"one of {', '.join(map(str, choices))}", got=repr(got), do="choose one of these")
     if run.steps == 0:
         raise RequestError("the run has no complete step", where=run.path, do="record a training first")
-
-
-def _route(products: str) -> Route:
-    return "materialise" if products == "materialise" else "jvp" if products == "jvp" else "auto"
 
 
 def _probe(asking: Functional, layout: Layout, theta: Tensor, batch: Any) -> Tensor:
@@ -210,7 +210,7 @@ def _ledger(accounts: list[tuple[Accounts, Tensor]], wanted: Resolution, plan: P
         whole = whole.reshape([n for i, n in enumerate(whole.shape) if i not in summed])
         dims = tuple(axis for axis in dims if axis in wanted.keep)
         order = ordered(dims)
-        return Row(order, np.ascontiguousarray(whole.transpose([dims.index(axis) for axis in order])))
+        return Row(order, np.asarray(whole.transpose([dims.index(axis) for axis in order]), order="C"))
 
     ends = np.concatenate([values[[0, -1]].double().cpu().numpy() for _, values in accounts], axis=1)
     rows = {
@@ -224,7 +224,7 @@ def _ledger(accounts: list[tuple[Accounts, Tensor]], wanted: Resolution, plan: P
     first = accounts[0][0]
     movement, path, arithmetic = (joined(pick, ("measure",)) for pick in (lambda a: a.movement, lambda a: a.path_absolute, lambda a: a.arithmetic_absolute))
     checks = Checks(
-        movement.array, path.array, arithmetic.array, movement.dims, first.replay_error.cpu().numpy(),
+        movement.array, path.array, arithmetic.array, movement.dims, np.sum([a.by_step.cpu().numpy() for a, _ in accounts], axis=0), first.replay_error.cpu().numpy(),
         np.max([a.nodes for a, _ in accounts], axis=0), layout.names, doubts,
     )  # fmt: skip
     return Ledger(rows, plan.coords, named(ends[1], ("measure",)), settings, checks)

@@ -3,7 +3,7 @@
     final = initial + data + decay + momentum0 + arithmetic + path        (each summed over all axes but query and output)
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +61,8 @@ class Checks:
     """Σ_step Σ_layer |arithmetic|."""
     dims: tuple[str, ...]
     """Axes of the three above."""
+    by_step: np.ndarray
+    """|δ|, |path| and |arithmetic| of every single step, summed over measures: [step, 3]."""
     replay_error: np.ndarray
     """|Δ recorded − Δ rebuilt| / |Δ recorded|: [step, layer], for every single step."""
     nodes: np.ndarray
@@ -136,6 +138,6 @@ class Ledger:
         return xarray.Dataset(variables, coords={name: (name, values) for name, values in self.coords.items()}, attrs=dict(self.settings))
 
 
-def ordered(axes: Sequence[str]) -> tuple[str, ...]:
+def ordered(axes: Collection[str]) -> tuple[str, ...]:
     """Axes in the order in which a ledger's arrays have them."""
     return tuple(axis for axis in KEEPABLE if axis in axes)

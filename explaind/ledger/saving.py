@@ -40,7 +40,7 @@ def save(ledger: Ledger, path: str | os.PathLike[str]) -> None:
 def _check_arrays(checks: Checks) -> Mapping[str, tuple[np.ndarray, tuple[str, ...]]]:
     return {
         "movement": (checks.movement, checks.dims), "path": (checks.path, checks.dims), "arithmetic": (checks.arithmetic, checks.dims),
-        "replay_error": (checks.replay_error, ("every_step", "every_layer")), "nodes": (checks.nodes, ("every_step",)),
+        "by_step": (checks.by_step, ("every_step", "rest")), "replay_error": (checks.replay_error, ("every_step", "every_layer")), "nodes": (checks.nodes, ("every_step",)),
     }  # fmt: skip
 
 
@@ -90,4 +90,4 @@ def _row(group: zarr.Group, name: str) -> Row:
 
 
 def _plain(values: np.ndarray) -> np.ndarray:
-    return values.astype(str) if values.dtype.kind in "TO" else values
+    return np.array(values.tolist(), dtype=str) if values.dtype.kind in "TO" else values

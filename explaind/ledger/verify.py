@@ -49,6 +49,8 @@ def verify(checks: "Checks", closure: np.ndarray, size: np.ndarray, settings: Ma
         explained = np.where(checks.movement > 0, 1 - rest / checks.movement, np.where(rest > 0, -np.inf, 1.0))
     worst = checks.replay_error.max(axis=1, initial=0.0)
     reasons = list(checks.doubts) + replay_words(checks.replay_error, checks.layers)
+    if len(reasons) > len(checks.doubts) and settings["model"] != settings["recorded_model"]:
+        reasons.append(f"the model given is a {settings['model']}, the run is of a {settings['recorded_model']}")
     allowed = CLOSURE[settings["dtype"]] * (1 + np.max(size, initial=0) + np.max(checks.movement, initial=0))
     if not np.all(closure <= allowed):
         reasons.append(f"the rows do not sum to the final value: off by {closure.max():.3g}, where {allowed:.3g} would be rounding; an array of the ledger was changed")

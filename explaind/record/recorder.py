@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from explaind.errors import RecordError
 from explaind.record.examples import MapStyle, checked_ids, checked_weights, fingerprints
-from explaind.record.watched import Watched
+from explaind.record.watched import Watched, model_name
 from explaind.rules import rule_of
 from explaind.store import schema
 from explaind.store.manifest import Manifest
@@ -133,7 +133,7 @@ class Recorder:
         return Manifest(
             rule=self._rule.optimizer.__name__, optimizer=f"{type(self._optimizer).__module__}.{type(self._optimizer).__qualname__}",
             flags={str(i): f for i, f in enumerate(flags)}, options=self._rule.options, layers=self._watched.layers, dtype=str(self._theta.dtype),
-            block=block, reduction=self._reduction, model=f"{type(self._watched.model).__module__}.{type(self._watched.model).__qualname__}",
+            block=block, reduction=self._reduction, model=model_name(self._watched.model),
             modules=self._watched.modules, examples=self._examples, seed=torch.initial_seed(), threads=torch.get_num_threads(),
             device=str(self._watched.device), config=self._config,
             versions={"torch": torch.__version__, "numpy": np.__version__, "zarr": zarr.__version__, "python": platform.python_version()},

@@ -122,5 +122,10 @@ class Watched:
             raise RecordError("no parameter has a gradient", where=f"step {step}", do="call backward() before optimizer.step()")
 
 
+def model_name(model: nn.Module) -> str:
+    """Module and name of the model's class."""
+    return f"{type(model).__module__}.{type(model).__qualname__}"
+
+
 def _host(tensor: Tensor) -> np.ndarray:
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy()

@@ -40,7 +40,7 @@ class Trajectory:
         return Segment(steps, None if anchor is None else self.tensor(anchor))
 
     def _step(self, index: int, row: StepRow, theta: Tensor, after: Tensor) -> Step:
-        parts = tuple(self._part(row, part) for part in np.unique(row.part))
+        parts = tuple(self._part(row, part) for part in np.unique(row.part).tolist())
         return Step(index, theta, after - theta, self._filter(row, theta), parts, row.mode)
 
     def _part(self, row: StepRow, part: int) -> Part:

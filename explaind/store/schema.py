@@ -16,6 +16,7 @@
       constant/<name>                            frozen parameters and buffers
 """
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from zarr.errors import GroupNotFoundError
 from explaind.errors import StoreError
 
 VERSION = 1
+CHUNK_SLOTS = 1 << 10
+"""Examples of a batch in one chunk."""
 CHUNK_PARAMS = 1 << 22
 """Longest stretch of parameters in one chunk, so that a reader of one layer does not load a whole large model."""
 
@@ -44,6 +47,8 @@ class Column:
     shape: tuple[int, ...]
     """Extent of the dimensions after the first."""
     fill: float = 0
+    chunk: int | None = None
+    """Extent of a chunk along those dimensions, where they are yet to grow."""
 
 
 def lossless() -> BloscCodec:
@@ -66,6 +71,17 @@ def check_new(path: Path) -> None:
         raise StoreError("there is something here already", where=path, expected="a new or empty folder", do="choose another path or remove it")
 
 
+def kind_of(path: Path) -> str:
+    """"run" or "ledger"; StoreError where neither is."""
+    if not path.exists():
+        raise StoreError("there is no run or ledger here", where=path, got="no such folder", do="check the path")
+    try:
+        kind = json.loads((path / "zarr.json").read_text())["attributes"]["explaind"]["kind"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StoreError("this is neither a run nor a ledger", where=path, got=type(error).__name__, do="check the path") from error
+    return str(kind)
+
+
 def open_group(path: Path, kind: str) -> zarr.Group:
     """Open a run or a ledger for reading; StoreError says what is there instead."""
     if not path.exists():
@@ -85,7 +101,7 @@ def open_group(path: Path, kind: str) -> zarr.Group:
 
 def create_column(group: zarr.Group, column: Column, rows: int) -> zarr.Array:
     """An empty growing array whose chunks hold `rows` rows."""
-    chunk = (rows, *(min(n, CHUNK_PARAMS) for n in column.shape))
+    chunk = (rows, *(column.chunk or min(n, CHUNK_PARAMS) for n in column.shape))
     return group.create_array(
         column.name, shape=(0, *column.shape), chunks=tuple(max(1, n) for n in chunk), dtype=column.dtype, compressors=[lossless()],
         fill_value=column.fill, dimension_names=list(column.dims),

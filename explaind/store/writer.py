@@ -75,9 +75,9 @@ class RunWriter:
         groups = 1 + max(layer.group for layer in m.layers)
         columns = [
             schema.Column("theta", ("state", "param"), m.dtype, (d,)),
-            schema.Column("batch", ("step", "slot"), "int64", (1,), -1),
-            schema.Column("part", ("step", "slot"), "int32", (1,), -1),
-            schema.Column("weight", ("step", "slot"), "float64", (1,)),
+            schema.Column("batch", ("step", "slot"), "int64", (1,), -1, schema.CHUNK_SLOTS),
+            schema.Column("part", ("step", "slot"), "int32", (1,), -1, schema.CHUNK_SLOTS),
+            schema.Column("weight", ("step", "slot"), "float64", (1,), 0, schema.CHUNK_SLOTS),
             schema.Column("hyper", ("step", "group", "option"), "float64", (groups, len(m.options))),
             schema.Column("age", ("step", "layer"), "int32", (len(m.layers),)),
             schema.Column("mode", ("step",), "int32", ()),

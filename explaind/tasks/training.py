@@ -12,6 +12,7 @@ from torch.utils.data import default_collate
 
 from explaind.config import Config, Named, nearest
 from explaind.errors import ConfigError
+from explaind.record.device import placed
 from explaind.record.recorder import record
 from explaind.rules import RULES
 from explaind.tasks.task import Split, Task
@@ -31,11 +32,12 @@ def train(task: Task, config: Config, path: str | os.PathLike[str], overwrite: b
     if settings.threads:
         torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
-    model = task.model().to(settings.device)
+    device = placed(settings.device)
+    model = task.model().to(device)
     optimizer = make_optimizer(config.optimizer, model)
     schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, settings.warmup)))
     reduce = torch.mean if settings.reduction == "mean" else torch.sum
-    batches = _batches(data, settings.batch, settings.seed, settings.device)
+    batches = _batches(data, settings.batch, settings.seed, device)
     with record(optimizer, model, path, reduction=settings.reduction, data=data, config=config.to_json(), overwrite=overwrite) as recorder:
         for step in range(settings.steps):
             ids, batch = next(batches)
@@ -72,7 +74,7 @@ def _check(config: Config, examples: int) -> None:
             raise ConfigError("out of range", where=f"train.{key}", expected=wanted, got=value)
 
 
-def _batches(data: Split, size: int, seed: int, device: str) -> Iterator[tuple[Tensor, object]]:
+def _batches(data: Split, size: int, seed: int, device: torch.device) -> Iterator[tuple[Tensor, object]]:
     """(ids, batch) for ever: all examples in order where size is 0, else epochs in an order of their own that `seed` draws."""
 
     def batch(ids: Tensor) -> object:

@@ -1,0 +1,295 @@
+"""The command line: thin verbs that parse, call one function, and print.
+
+Exit status: 0 fine, 1 a check failed, 2 bad input, with one line that says why.
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, CycloptsError, Parameter
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+import explaind
+from explaind.config import Config, Decompose, Report, checked, read
+from explaind.errors import ExplaindError, StoreError
+from explaind.ledger.by_name import config_of, decompose_by_name, ledger_name, selection, task_of
+from explaind.ledger.ledger import Ledger
+from explaind.ledger.saving import open_ledger, save
+from explaind.ledger.verify_run import RunVerdict, verify_run
+from explaind.report import report as draw
+from explaind.report.report import run_facts
+from explaind.report.summary import ledger_facts
+from explaind.store import schema
+from explaind.store.reader import Run, open_run
+from explaind.tasks import Task, load
+from explaind.tasks.training import train
+
+FINE, FAILED, BAD_INPUT = 0, 1, 2
+
+app = App(name="explaind", version=explaind.__version__, help="The training ledger: why a model predicts what it predicts, as a sum that closes.", help_on_error=False)
+
+Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
+Json = Annotated[bool, Parameter(name="--json", negative="", help="Print facts as one JSON value.")]
+Overwrite = Annotated[bool, Parameter(negative="", help="Replace a run, or a ledger, of the same name.")]
+
+
+@app.command
+def run(config: Path, *overrides: Overrides, out: Path | None = None, overwrite: Overwrite = False, json: Json = False) -> int:
+    """Record, decompose, verify and report: CONFIG [--out RUN] [--table.key value …]."""
+    settings = read(config, overrides)
+    folder = out or Path("runs") / config.stem
+    _check_asked(settings)
+    _record(settings, folder, overwrite)
+    recorded = open_run(folder)
+    path = _decompose(recorded, settings.decompose, None, overwrite)
+    facts = {"run": str(folder), "ledger": str(path), **_report(recorded, path)}
+    verdict, sound = open_ledger(path).verify(), _verify_run(recorded)
+    facts |= {"ok": verdict.ok and sound.ok, "reasons": [*sound.reasons, *verdict.reasons]}
+    _print(facts, json, _run_lines)
+    return FINE if facts["ok"] else FAILED
+
+
+@app.command
+def record(config: Path, *overrides: Overrides, out: Path | None = None, overwrite: Overwrite = False, json: Json = False) -> int:
+    """Train as CONFIG says and record every step: CONFIG --out RUN [--table.key value …]."""
+    settings = read(config, overrides)
+    folder = out or Path("runs") / config.stem
+    _record(settings, folder, overwrite)
+    _print({**run_facts(open_run(folder)), "path": str(folder)}, json, lambda f: [f"recorded {f['steps']} steps of {f['optimizer']} in {f['path']}"])
+    return FINE
+
+
+@app.command
+def decompose(
+    run: Path, *, queries: str | None = None, measure: str | None = None, keep: str | None = None, rule: str | None = None, tol: float | None = None,
+    dtype: str | None = None, device: str | None = None, view: str | None = None, windows: int | None = None, products: str | None = None,
+    closure: str | None = None, budget: float | None = None, name: str | None = None, overwrite: Overwrite = False, json: Json = False,
+) -> int:  # fmt: skip
+    """Credit predictions of a recorded RUN to examples, steps and layers. What is not given is taken from the run's configuration.
+
+    Parameters
+    ----------
+    queries
+        SPLIT, SPLIT:INDEX or SPLIT:START:STOP, such as val:0:16.
+    measure
+        One of the task's measures, such as target_log_probability, logits or margin.
+    keep
+        Axes of the result, separated by commas, out of query, output, example, layer or param, step.
+    rule
+        auto, gauss:N or midpoint:N.
+    tol
+        Largest miss of the path rule, relative to each measure's movement.
+    windows
+        Steps per entry of the step axis.
+    budget
+        GiB that the result may take.
+    name
+        Of the ledger, in RUN/ledgers; by default the queries and the measure.
+    """
+    given = {
+        "queries": queries, "measure": measure, "keep": keep, "rule": rule, "tol": tol, "dtype": dtype, "device": device, "view": view, "windows": windows,
+        "products": products, "closure": closure, "budget": budget,
+    }  # fmt: skip
+    recorded = open_run(run)
+    changed = checked(Decompose, {k: v for k, v in given.items() if v is not None}, "decompose")
+    asked = replace(config_of(recorded).decompose, **{k: getattr(changed, k) for k, v in given.items() if v is not None})
+    path = _decompose(recorded, asked, name, overwrite)
+    facts = {"ledger": str(path), **ledger_facts(open_ledger(path))}
+    _print(facts, json, _ledger_lines)
+    return FINE if facts["ok"] else FAILED
+
+
+@app.command
+def verify(path: Path, *, json: Json = False) -> int:
+    """Check a RUN (stored bytes, data, a replay of every step; its ledgers too) or a LEDGER (its sum and its rest rows)."""
+    if schema.kind_of(path) == "ledger":
+        facts: dict[str, Any] = {"ledger": str(path), **ledger_facts(open_ledger(path))}
+        _print(facts, json, _ledger_lines)
+        return FINE if facts["ok"] else FAILED
+    recorded = open_run(path)
+    verdict = _verify_run(recorded)
+    ledgers = [{"ledger": str(p), **ledger_facts(open_ledger(p))} for p in _ledgers(path)]
+    worst = float(verdict.replay_error.max()) if verdict.replay_error.size else None
+    facts = {"run": str(path), "steps": recorded.steps, "complete": recorded.complete, "ok": verdict.ok and all(entry["ok"] for entry in ledgers),
+             "reasons": list(verdict.reasons), "replay_error": worst, "ledgers": ledgers}  # fmt: skip
+    _print(facts, json, _verify_lines)
+    return FINE if facts["ok"] else FAILED
+
+
+@app.command
+def info(path: Path, *, json: Json = False) -> int:
+    """Say what a RUN or a LEDGER holds."""
+    if schema.kind_of(path) == "ledger":
+        _print({"ledger": str(path), **ledger_facts(open_ledger(path))}, json, _ledger_lines)
+    else:
+        recorded = open_run(path)
+        _print({**run_facts(recorded), "ledgers": [str(p) for p in _ledgers(path)]}, json, _info_lines)
+    return FINE
+
+
+@app.command
+def report(run: Path, *, json: Json = False) -> int:
+    """Draw the figures of a RUN and each of its ledgers into RUN/report."""
+    recorded = open_run(run)
+    paths = _ledgers(run)
+    if not paths:
+        raise StoreError("the run has no ledger to report on", where=run, do="explaind decompose RUN makes one")
+    facts = {"reports": [{"ledger": str(path), **_report(recorded, path)} for path in paths]}
+    _print(facts, json, lambda f: [line for entry in f["reports"] for line in _report_lines(entry)])
+    return FINE
+
+
+def _check_asked(settings: Config) -> None:
+    """Refuse queries that are not there before the training rather than after it."""
+    selection(load(settings.task.name, settings.task.options), settings.decompose.queries)
+
+
+def _record(settings: Config, folder: Path, overwrite: bool) -> None:
+    with _progress("recording") as show:
+        train(load(settings.task.name, settings.task.options), settings, folder, overwrite, show)
+
+
+def _decompose(recorded: Run, asked: Decompose, name: str | None, overwrite: bool) -> Path:
+    """Decompose and save in the run's folder; an older ledger of that name stays until the new one is complete."""
+    path = recorded.path / "ledgers" / (name or ledger_name(task_of(recorded), asked))
+    partial = path.with_name(f".{path.name}.partial")
+    if not overwrite:
+        schema.check_new(path)
+    with _progress("decomposing") as show:
+        ledger = decompose_by_name(recorded, asked, show)
+    shutil.rmtree(partial, ignore_errors=True)
+    save(ledger, partial)
+    if path.exists():
+        schema.open_group(path, "ledger")  # only ever remove what is a ledger
+        shutil.rmtree(path)
+    partial.rename(path)
+    return path
+
+
+def _verify_run(recorded: Run) -> RunVerdict:
+    task = _task(recorded)
+    if task is None:
+        return RunVerdict.of_bytes(recorded)
+    with _progress("replaying") as show:
+        return verify_run(recorded, task.model(), task.data("train"), task.losses, progress=show)
+
+
+def _report(recorded: Run, path: Path) -> dict[str, Any]:
+    ledger: Ledger = open_ledger(path)
+    settings = config_of(recorded).report if recorded.manifest.config is not None else Report()
+    written = draw(recorded, ledger, _task(recorded), settings, recorded.path / "report" / path.name)
+    return {"files": [str(f) for f in written.files], "left_out": list(written.left_out), "training": written.summary["training"], "facts": ledger_facts(ledger)}
+
+
+def _task(recorded: Run) -> Task | None:
+    return None if recorded.manifest.config is None else task_of(recorded)
+
+
+def _ledgers(path: Path) -> list[Path]:
+    return sorted(p for p in (path / "ledgers").glob("*") if not p.name.startswith("."))
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on a terminal; nothing in a pipe."""
+    console = Console(stderr=True)
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _print(facts: dict[str, Any], as_json: bool, lines: Callable[[dict[str, Any]], list[str]]) -> None:
+    print(json.dumps(facts, indent=1) if as_json else "\n".join(lines(facts)))
+
+
+def _ledger_lines(facts: dict[str, Any]) -> list[str]:
+    maxima, asked = facts["maxima"], facts["settings"]
+    return [
+        f"ledger {facts['ledger']}: {' × '.join(f'{n} {axis}' for axis, n in facts['axes'].items())}",
+        f"  rule        {asked['rule']}, {facts['nodes_mean']:.3g} nodes a step; {asked['dtype']} on {asked['device']}; view {asked['view']}",
+        f"  path        {maxima['path']:.3g} at most, {maxima['path_share']:.3%} of the movement of its measure",
+        f"  arithmetic  {maxima['arithmetic']:.3g} at most, {maxima['arithmetic_share']:.3%} of the movement of its measure",
+        f"  replay      an update was off by {maxima['replay_error']:.2g} of its size at most",
+        f"  closure     {maxima['closure']:.2g} at most",
+        f"  explained   {facts['explained_min']:.6f} at least",
+        *_judged(facts),
+    ]
+
+
+def _judged(facts: dict[str, Any]) -> list[str]:
+    return ["  ok"] if facts["ok"] else [f"  FAILED: {reason}" for reason in facts["reasons"]]
+
+
+def _verify_lines(facts: dict[str, Any]) -> list[str]:
+    state = "complete" if facts["complete"] else "the recording was cut off; these steps are whole"
+    lines = [f"run {facts['run']}: {facts['steps']} steps, {state}"]
+    if facts["replay_error"] is None:
+        lines.append("  replay      not checked: nothing could be replayed, or the run names no task")
+    else:
+        lines.append(f"  replay      an update was off by {facts['replay_error']:.2g} of its size at most")
+    lines += ["  ok"] if not facts["reasons"] else [f"  FAILED: {reason}" for reason in facts["reasons"]]
+    return lines + [line for entry in facts["ledgers"] for line in _ledger_lines(entry)]
+
+
+def _info_lines(facts: dict[str, Any]) -> list[str]:
+    config = facts["config"] or {}
+    lines = [
+        f"run {facts['path']}: {facts['steps']} steps" + ("" if facts["complete"] else " (cut off)"),
+        f"  model       {facts['model']}, {facts['parameters']} parameters in {len(facts['layers'])} layers",
+        f"  optimizer   {facts['optimizer']}, {facts['reduction']} loss, {facts['examples']} examples, seed {facts['seed']}",
+        f"  made with   {', '.join(f'{name} {version}' for name, version in facts['versions'].items())} on {facts['device']}",
+    ]
+    lines += [f"  task        {json.dumps(config['task'])}"] if "task" in config else []
+    return lines + [f"  ledger      {path}" for path in facts["ledgers"]]
+
+
+def _report_lines(entry: dict[str, Any]) -> list[str]:
+    lines = [f"report on {entry['ledger']}"]
+    if entry["training"] is not None:
+        known, grasped, end = entry["training"]["train_0.99_at"], entry["training"]["val_0.95_at"], entry["training"]["final_accuracy"]
+        lines.append(f"  training    accuracy {end['train']:.3f}, validation {end['val']:.3f} at the end"
+                     + ("" if known is None else f"; training reached 0.99 at step {known}")
+                     + ("" if grasped is None else f", validation 0.95 at step {grasped}"))  # fmt: skip
+    return [*lines, *(f"  left out    {words}" for words in entry["left_out"]), *(f"  {path}" for path in entry["files"])]
+
+
+def _run_lines(facts: dict[str, Any]) -> list[str]:
+    judged = [f"run {facts['run']} holds: its bytes, its replay and its ledger" if facts["ok"] else "the run or its ledger does not hold"]
+    reasons = [f"  FAILED: {reason}" for reason in facts["reasons"]]
+    return [*_report_lines(facts), *_ledger_lines({**facts["facts"], "ledger": facts["ledger"]}), *judged, *reasons]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb and return the exit status; what is wrong with the input is said in one line on stderr."""
+    sys.path.insert(0, str(Path.cwd()))  # a user's own task, package.module:Name, is looked for where they stand
+    try:
+        status = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+        return status if isinstance(status, int) else FINE
+    except (ExplaindError, CycloptsError) as error:
+        return _refused(str(error))
+    except OSError as error:
+        return _refused(f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else ""))
+    except KeyboardInterrupt:
+        return _refused("stopped; what was recorded so far stays readable")
+
+
+def _refused(reason: str) -> int:
+    print(f"explaind: {' '.join(reason.split())}", file=sys.stderr)
+    return BAD_INPUT
+
+
+def script() -> None:
+    """The ``explaind`` command."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    script()

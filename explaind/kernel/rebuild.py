@@ -1,0 +1,55 @@
+"""Living a stretch of the training again: gradients from the batches, updates from the rule, and how far they are from the record."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from explaind.kernel.layout import Layout
+from explaind.kernel.measures import Function
+from explaind.kernel.products import batch_gradient
+from explaind.replay.steps import Segment, Step, Steps
+
+SetMode = Callable[[tuple[bool, ...]], None]
+"""Puts every module into train or eval mode, as a step recorded it."""
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """A step beside its replayed gradient and how far the update that the rule makes of it is from the recorded one."""
+
+    step: Step
+    gradient: Tensor
+    error: Tensor
+    """Δ recorded − Δ rebuilt [param]."""
+
+    def relative_error(self, layout: Layout) -> Tensor:
+        """|Δ recorded − Δ rebuilt| / |Δ recorded| of each layer; |error| itself where a layer did not move: float64 [layer]."""
+        sizes = torch.stack([self.step.delta[cut].norm() for cut in layout.slices]).double()
+        errors = torch.stack([self.error[cut].norm() for cut in layout.slices]).double()
+        return torch.where(sizes > 0, errors / sizes, errors)
+
+
+def rebuild(stretch: Segment, layout: Layout, losses: Function, set_mode: SetMode) -> tuple[list[Rebuilt], Tensor | None]:
+    """Replay a segment forwards: its steps, and the momentum that it ends with (None for an optimizer without)."""
+    rebuilt = []
+    momentum = stretch.momentum
+    for step in stretch.steps:
+        set_mode(step.mode)
+        gradient = batch_gradient(losses, layout, step.theta, step.parts)
+        before = torch.zeros_like(gradient) if momentum is None else momentum
+        after, delta = step.filter.advance(before, gradient, step.theta)
+        momentum = None if momentum is None else after
+        rebuilt.append(Rebuilt(step, gradient, step.delta - delta))
+    return rebuilt, momentum
+
+
+def replay_errors(steps: Steps, layout: Layout, losses: Function, set_mode: SetMode, progress: Callable[[], None] = lambda: None) -> Tensor:
+    """Relative error of every rebuilt update: float64 [step, layer]."""
+    rows = []
+    for start in steps.starts:
+        for item in rebuild(steps.segment(start), layout, losses, set_mode)[0]:
+            rows.append(item.relative_error(layout))
+            progress()
+    return torch.stack(rows)

@@ -1,0 +1,85 @@
+"""Asking by name: a run that was recorded from a configuration knows its own task, so that queries and measures are words."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import default_collate
+
+from explaind.config import Config, Decompose, nearest, resolved
+from explaind.errors import RequestError
+from explaind.ledger.decompose import Progress, decompose
+from explaind.ledger.ledger import Ledger
+from explaind.store.reader import Run
+from explaind.tasks import Task, load
+from explaind.tasks.task import Measure
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32}
+
+
+def config_of(run: Run) -> Config:
+    """The configuration that a run was recorded with; RequestError where its training loop was the user's own."""
+    if run.manifest.config is None:
+        raise RequestError("the run names no task, since its training loop was your own", where=run.path,
+                           do="use explaind.decompose from Python, with your model, data, losses and measure")  # fmt: skip
+    return resolved(run.manifest.config, str(run.path))
+
+
+def task_of(run: Run) -> Task:
+    """The task that a run was recorded from."""
+    named = config_of(run).task
+    return load(named.name, named.options)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Examples of a split, as a batch of queries."""
+
+    split: str
+    indices: range
+
+    def batch(self, task: Task) -> Any:
+        """What ``default_collate`` makes of them."""
+        data = task.data(self.split)
+        return default_collate([data[i] for i in self.indices])
+
+
+def selection(task: Task, text: str) -> Selection:
+    """SPLIT, SPLIT:INDEX or SPLIT:START:STOP; RequestError when it is out of range."""
+    split, *numbers = text.split(":")
+    count = len(task.data(split))
+    form = "SPLIT, SPLIT:INDEX or SPLIT:START:STOP"
+    if len(numbers) > 2 or not all(n.isdigit() for n in numbers):
+        raise RequestError("queries cannot be read", expected=form, got=repr(text), do="give for instance val:0:16")
+    bounds = [int(n) for n in numbers]
+    start, stop = bounds if len(bounds) == 2 else (bounds[0], bounds[0] + 1) if bounds else (0, count)
+    if not start < stop <= count:
+        raise RequestError("the query slice is out of range", expected=f"0 <= START < STOP <= {count}, the examples of {split}", got=repr(text),
+                           do="ask for examples that are there")  # fmt: skip
+    return Selection(split, range(start, stop))
+
+
+def measure_named(task: Task, name: str) -> tuple[str, Measure]:
+    """One of the task's measures and its name; "" stands for the first."""
+    measures = task.measures()
+    chosen = name or next(iter(measures))
+    if chosen not in measures:
+        raise RequestError("the task has no such measure", expected=nearest(chosen, measures), got=repr(chosen), do="name one of the task's measures")
+    return chosen, measures[chosen]
+
+
+def ledger_name(task: Task, asked: Decompose) -> str:
+    """What a ledger is called in the run's folder when nobody says: queries and measure."""
+    return f"{asked.queries.replace(':', '-')}.{measure_named(task, asked.measure)[0]}"
+
+
+def decompose_by_name(run: Run, asked: Decompose, progress: Progress | None = None) -> Ledger:
+    """``explaind.decompose`` with everything taken from the run's own task."""
+    task = task_of(run)
+    name, measure = measure_named(task, asked.measure)
+    chosen = selection(task, asked.queries)
+    return decompose(
+        run, task.model(), data=task.data("train"), losses=task.losses, queries=chosen.batch(task), measure=measure, keep=asked.keep, rule=asked.rule,
+        tol=float(asked.tol), dtype=DTYPES[asked.dtype], device=asked.device, view=asked.view, windows=asked.windows, products=asked.products,
+        closure=asked.closure, budget=int(asked.budget * (1 << 30)), progress=progress, config={**asdict(asked), "measure": name, "keep": list(asked.keep)},
+    )  # fmt: skip

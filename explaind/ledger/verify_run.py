@@ -1,0 +1,65 @@
+"""Does a recorded run hold? Its bytes against their checksums, its examples against their fingerprints, its updates against a replay."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from explaind.errors import ReplayError
+from explaind.kernel.layout import Layout
+from explaind.kernel.rebuild import replay_errors
+from explaind.ledger.decompose import Progress, changed_examples
+from explaind.ledger.verify import replay_words
+from explaind.record.device import placed
+from explaind.record.watched import model_name
+from explaind.replay.batches import Batches, Readable
+from explaind.replay.functional import Functional, Readout, differentiable_attention, fitted
+from explaind.replay.trajectory import Trajectory
+from explaind.store.reader import Run
+
+
+@dataclass(frozen=True)
+class RunVerdict:
+    """What was found of a run."""
+
+    ok: bool
+    reasons: tuple[str, ...]
+    replay_error: np.ndarray
+    """|Δ recorded − Δ rebuilt| / |Δ recorded|: [step, layer]; no rows where nothing could be replayed."""
+
+    @staticmethod
+    def of_bytes(run: Run) -> "RunVerdict":
+        """The stored bytes alone, for a run whose model and data are not at hand."""
+        damage = tuple(run.damage())
+        return RunVerdict(not damage, damage, np.zeros((0, len(run.manifest.layers))))
+
+
+def verify_run(run: Run, model: nn.Module, data: Readable, losses: Readout, device: str = "cpu", progress: Progress | None = None) -> RunVerdict:
+    """Check a run against its checksums and replay every step of it in float64.
+
+    model, data, losses as for ``explaind.decompose``. What does not fit is a reason, not an error.
+    """
+    reasons = run.damage()
+    errors = np.zeros((0, len(run.manifest.layers)))
+    try:
+        reasons += changed_examples(run, data, run.examples)
+        if run.steps:
+            errors = _replayed(run, model, data, losses, placed(device), progress)
+    except ReplayError as error:
+        reasons.append(str(error))
+    words = replay_words(errors, [layer.name for layer in run.manifest.layers])
+    if words and model_name(model) != run.manifest.model:
+        words.append(f"the model given is a {model_name(model)}, the run is of a {run.manifest.model}")
+    return RunVerdict(not reasons + words, tuple(reasons + words), errors)
+
+
+def _replayed(run: Run, model: nn.Module, data: Any, losses: Readout, device: torch.device, progress: Progress | None) -> np.ndarray:
+    layout, done = Layout(run.manifest.layers), iter(range(1, run.steps + 1))
+    training = Functional(fitted(model, run.manifest.layers, run.constants), losses, device, torch.float64)
+    steps = Trajectory(run, Batches(data, run.examples, None, device, torch.float64), device, torch.float64)
+    tick: Callable[[], None] = (lambda: None) if progress is None else lambda: progress(next(done), run.steps)
+    with differentiable_attention():
+        return replay_errors(steps, layout, training, training.set_mode, tick).cpu().numpy()

@@ -1,0 +1,93 @@
+"""Figures of a run and of a ledger. Each function returns a matplotlib Figure; nothing is drawn through global state."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from explaind.report.curves import Curves
+
+FOR, AGAINST, NEUTRAL = "#2a7f62", "#b5402f", "#5b6770"
+"""Raises the measure; lowers it; neither."""
+CURVES = {"train": "#1f5fa8", "val": "#d17b0f"}
+
+
+def _axes(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def training(curves: Curves) -> Figure:
+    """Loss (logarithmic) and accuracy of each split over the steps."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    for split in curves.loss:
+        colour = CURVES.get(split, NEUTRAL)
+        upper.plot(curves.steps, curves.loss[split], color=colour, label=split)
+        lower.plot(curves.steps, curves.accuracy[split], color=colour, label=split)
+    upper.set(yscale="log", ylabel="mean loss")
+    lower.set(ylabel="accuracy", xlabel="step", ylim=(-0.02, 1.02))
+    for axes in (upper, lower):
+        axes.spines[["top", "right"]].set_visible(False)
+    upper.legend(frameon=False)
+    return figure
+
+
+def waterfall(names: Sequence[str], values: Sequence[float], title: str, unit: str) -> Figure:
+    """From the first value (initial) through the terms to their sum: each bar begins where the one before it ended."""
+    ends = np.cumsum(values)
+    starts = np.concatenate([[0.0], ends[:-1]])
+    figure, axes = _axes(8, 0.32 * (len(names) + 1) + 1.4)
+    places = np.arange(len(names))
+    colours = [NEUTRAL if i == 0 else FOR if v >= 0 else AGAINST for i, v in enumerate(values)]
+    axes.barh(places, values, left=starts, color=colours, height=0.7)
+    axes.barh(len(names), ends[-1], color=NEUTRAL, height=0.7)
+    span = float(np.ptp(np.concatenate([starts, ends]))) or 1.0
+    for place, start, value in zip([*places, len(names)], [*starts, 0.0], [*values, ends[-1]], strict=True):
+        right = max(start, start + value)
+        axes.annotate(f"{value:+.3g}", (right + 0.01 * span, place), va="center", fontsize=8)
+    axes.set_yticks([*places, len(names)], [*names, "final"])
+    axes.invert_yaxis()
+    axes.axvline(0, color="black", linewidth=0.6)
+    axes.margins(x=0.12)
+    axes.set(title=title, xlabel=unit)
+    return figure
+
+
+def heat_map(credit: np.ndarray, layers: Sequence[str], steps: np.ndarray, title: str, unit: str) -> Figure:
+    """Credit [layer, step]: which layers were moved for or against, and when. Colours are symmetric around 0, cut at the 99th percentile."""
+    figure, axes = _axes(9, 0.28 * len(layers) + 1.8)
+    limit = float(np.quantile(np.abs(credit), 0.99)) or 1.0
+    width = float(steps[1] - steps[0]) if len(steps) > 1 else 1.0
+    edges = np.concatenate([steps, [steps[-1] + width]])
+    image = axes.pcolormesh(edges, np.arange(len(layers) + 1), credit, cmap="PiYG", vmin=-limit, vmax=limit)
+    axes.set_yticks(np.arange(len(layers)) + 0.5, list(layers))
+    axes.invert_yaxis()
+    axes.set(title=title, xlabel="step")
+    figure.colorbar(image, ax=axes, label=unit, extend="both")
+    return figure
+
+
+def strongest(labels: Sequence[str], credits: Sequence[float], title: str, unit: str) -> Figure:
+    """The examples of highest and lowest credit, with their labels, best first."""
+    figure, axes = _axes(7, 0.28 * len(labels) + 1.4)
+    axes.barh(np.arange(len(labels)), credits, color=[FOR if c >= 0 else AGAINST for c in credits])
+    axes.set_yticks(np.arange(len(labels)), list(labels))
+    axes.invert_yaxis()
+    axes.axvline(0, color="black", linewidth=0.6)
+    axes.set(title=title, xlabel=unit)
+    return figure
+
+
+def rest_rows(by_step: np.ndarray, title: str, unit: str) -> Figure:
+    """|path| and |arithmetic| of every step beside the movement |δ| that they belong to; by_step [step, 3] in that order."""
+    figure, axes = _axes(8, 4)
+    tiny = float(by_step[by_step > 0].min()) if (by_step > 0).any() else 1.0
+    for column, (name, colour) in enumerate((("movement |δ|", NEUTRAL), ("|path|", AGAINST), ("|arithmetic|", CURVES["train"]))):
+        axes.plot(np.maximum(by_step[:, column], tiny), color=colour, label=name, linewidth=1)
+    axes.set(yscale="log", xlabel="step", ylabel=f"sum over measures, {unit}", title=title)
+    axes.legend(frameon=False)
+    return figure

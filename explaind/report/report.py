@@ -1,0 +1,131 @@
+"""The report of a run: figures and a ledger.json for each of its ledgers."""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from explaind.config import Report
+from explaind.errors import StoreError
+from explaind.ledger.ledger import ROWS, Ledger
+from explaind.report import figures
+from explaind.report.curves import Curves, training_curves
+from explaind.report.summary import Labels, by_axes, ledger_facts, predictions, strongest
+from explaind.store import schema
+from explaind.store.reader import Run
+from explaind.tasks import Task
+
+UNIT = "credit, in the measure's unit"
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a report wrote, and in words what it could not draw."""
+
+    files: tuple[Path, ...]
+    left_out: tuple[str, ...]
+    summary: dict[str, Any]
+
+
+def report(run: Run, ledger: Ledger, task: Task | None, settings: Report, folder: str | os.PathLike[str]) -> Written:
+    """Draw a ledger of a run into a folder, and sum it up in ledger.json.
+
+    Without a task there are no training curves, and queries and examples are called by number.
+    Raises StoreError when the folder cannot be written.
+    """
+    out = Path(folder)
+    labels = Labels.of(ledger, task)
+    whole_run = ledger.sum("step") if "step" in ledger.axes else ledger
+    told = predictions(whole_run, labels, settings.examples)
+    curves = None if task is None else training_curves(run, task)
+    summary = {"run": run_facts(run), "training": None if curves is None else curve_facts(curves), "ledger": ledger_facts(ledger), "predictions": told}
+    drawn = {"training": figures.training(curves)} if curves is not None else {}
+    left_out = [] if curves is not None else ["training curves: the run names no task"]
+    if {"layer", "step"} <= set(ledger.axes):
+        drawn["layers_over_steps"] = _heat_map(ledger, labels, len(told))
+    else:
+        left_out.append("layer × step heat map: keep both axes (keep=…,layer,step)")
+    drawn["rest_rows"] = figures.rest_rows(ledger.checks.by_step, "What could not be credited, beside the movement that it belongs to", labels.measure)
+    if "example" not in ledger.axes:
+        left_out.append("strongest examples: keep the axis (keep=…,example)")
+    for name, figure in _of_predictions(whole_run, labels, told[: settings.predictions], settings.examples):
+        drawn[name] = figure
+    return Written(_written(out, drawn, summary, settings.dpi), tuple(left_out), summary)
+
+
+def run_facts(run: Run) -> dict[str, Any]:
+    """What a run says of itself."""
+    m = run.manifest
+    return {
+        "path": str(run.path), "steps": run.steps, "complete": run.complete, "model": m.model, "optimizer": m.optimizer, "parameters": m.params,
+        "layers": {layer.name: list(layer.shape) for layer in m.layers}, "examples": len(run.examples), "reduction": m.reduction, "seed": m.seed,
+        "threads": m.threads, "device": m.device, "versions": dict(m.versions), "config": m.config,
+    }  # fmt: skip
+
+
+def curve_facts(curves: Curves) -> dict[str, Any]:
+    """When the training knew its data, when it generalised, and where it ended."""
+    return {
+        "train_0.99_at": curves.reached("train", 0.99), "val_0.95_at": curves.reached("val", 0.95),
+        "final_accuracy": {split: float(values[-1]) for split, values in curves.accuracy.items()},
+        "final_loss": {split: float(values[-1]) for split, values in curves.loss.items()},
+    }  # fmt: skip
+
+
+def _heat_map(ledger: Ledger, labels: Labels, count: int) -> Figure:
+    credit = by_axes(ledger, "data", ("layer", "step")) / max(1, count)
+    title = f"Data credit for {labels.measure}, mean of {count} predictions" if count > 1 else f"Data credit for {labels.measure}"
+    return figures.heat_map(credit, ledger.coords["layer"].tolist(), ledger.coords["step"], title, "mean credit per entry")
+
+
+def _of_predictions(ledger: Ledger, labels: Labels, told: list[dict[str, Any]], examples: int) -> Iterator[tuple[str, Figure]]:
+    """A waterfall and the strongest examples of each of these predictions."""
+    for place, entry in zip(np.ndindex(*ledger.final.values.shape), told, strict=False):
+        name = "_".join(re.sub(r"\W+", "", f"{axis}{at}") for axis, at in zip(ledger.final.dims, place, strict=True)) or "all"
+        names, values = _terms(ledger, place)
+        yield f"waterfall_{name}", figures.waterfall(names, values, f"{labels.measure} of {entry['measure']}", labels.measure)
+        if "example" in ledger.axes:
+            credit = by_axes(ledger, "data", (*ledger.final.dims, "example"))[place]
+            chosen = strongest(credit, examples)
+            words = [labels.example(int(ledger.coords["example"][i])) for i in chosen]
+            yield f"examples_{name}", figures.strongest(words, credit[chosen].tolist(), f"Examples for and against {entry['measure']}", UNIT)
+
+
+def _terms(ledger: Ledger, place: tuple[int, ...]) -> tuple[list[str], list[float]]:
+    """The rows of one prediction, the data row layer by layer where layers are kept."""
+    names: list[str] = []
+    values: list[float] = []
+    for row in ROWS:
+        if row == "data" and "layer" in ledger.axes:
+            credit = by_axes(ledger, "data", (*ledger.final.dims, "layer"))[place]
+            names += [f"data through {layer}" for layer in ledger.coords["layer"]]
+            values += credit.tolist()
+        else:
+            names.append(row)
+            values.append(float(ledger.total(row)[place]))
+    return names, values
+
+
+def _written(out: Path, drawn: dict[str, Figure], summary: dict[str, Any], dpi: int) -> tuple[Path, ...]:
+    files = []
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, figure in drawn.items():
+            files.append(out / f"{name}.png")
+            figure.savefig(files[-1], dpi=dpi)
+    except OSError as error:
+        raise schema.unwritable(out, error) from error
+    schema.replace_file(out / "ledger.json", json.dumps(summary, indent=1, default=_plain))
+    return (*files, out / "ledger.json")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    raise StoreError("a summary holds something that JSON cannot", got=type(value).__name__)
