@@ -24,6 +24,7 @@ from explaind.ledger.ledger import Ledger
 from explaind.ledger.saving import open_ledger, save
 from explaind.ledger.verify_run import RunVerdict, verify_run
 from explaind.report import report as draw
+from explaind.report.lines import info_lines, ledger_lines, report_lines, run_lines, verify_lines
 from explaind.report.report import run_facts
 from explaind.report.summary import ledger_facts
 from explaind.store import schema
@@ -33,7 +34,12 @@ from explaind.tasks.training import train
 
 FINE, FAILED, BAD_INPUT = 0, 1, 2
 
-app = App(name="explaind", version=explaind.__version__, help="The training ledger: why a model predicts what it predicts, as a sum that closes.", help_on_error=False)
+app = App(
+    name="explaind",
+    version=explaind.__version__,
+    help="The training ledger: why a model predicts what it predicts, as a sum that closes.",
+    help_on_error=False,
+)
 
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
 Json = Annotated[bool, Parameter(name="--json", negative="", help="Print facts as one JSON value.")]
@@ -52,7 +58,7 @@ def run(config: Path, *overrides: Overrides, out: Path | None = None, overwrite:
     facts = {"run": str(folder), "ledger": str(path), **_report(recorded, path)}
     verdict, sound = open_ledger(path).verify(), _verify_run(recorded)
     facts |= {"ok": verdict.ok and sound.ok, "reasons": [*sound.reasons, *verdict.reasons]}
-    _print(facts, json, _run_lines)
+    _print(facts, json, run_lines)
     return FINE if facts["ok"] else FAILED
 
 
@@ -62,16 +68,34 @@ def record(config: Path, *overrides: Overrides, out: Path | None = None, overwri
     settings = read(config, overrides)
     folder = out or Path("runs") / config.stem
     _record(settings, folder, overwrite)
-    _print({**run_facts(open_run(folder)), "path": str(folder)}, json, lambda f: [f"recorded {f['steps']} steps of {f['optimizer']} in {f['path']}"])
+    _print(
+        {**run_facts(open_run(folder)), "path": str(folder)},
+        json,
+        lambda f: [f"recorded {f['steps']} steps of {f['optimizer']} in {f['path']}"],
+    )
     return FINE
 
 
 @app.command
 def decompose(
-    run: Path, *, queries: str | None = None, measure: str | None = None, keep: str | None = None, rule: str | None = None, tol: float | None = None,
-    dtype: str | None = None, device: str | None = None, view: str | None = None, windows: int | None = None, products: str | None = None,
-    closure: str | None = None, budget: float | None = None, name: str | None = None, overwrite: Overwrite = False, json: Json = False,
-) -> int:  # fmt: skip
+    run: Path,
+    *,
+    queries: str | None = None,
+    measure: str | None = None,
+    keep: str | None = None,
+    rule: str | None = None,
+    tol: float | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    view: str | None = None,
+    windows: int | None = None,
+    products: str | None = None,
+    closure: str | None = None,
+    budget: float | None = None,
+    name: str | None = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> int:
     """Credit predictions of a recorded RUN to examples, steps and layers. What is not given is taken from the run's configuration.
 
     Parameters
@@ -94,15 +118,25 @@ def decompose(
         Of the ledger, in RUN/ledgers; by default the queries and the measure.
     """
     given = {
-        "queries": queries, "measure": measure, "keep": keep, "rule": rule, "tol": tol, "dtype": dtype, "device": device, "view": view, "windows": windows,
-        "products": products, "closure": closure, "budget": budget,
-    }  # fmt: skip
+        "queries": queries,
+        "measure": measure,
+        "keep": keep,
+        "rule": rule,
+        "tol": tol,
+        "dtype": dtype,
+        "device": device,
+        "view": view,
+        "windows": windows,
+        "products": products,
+        "closure": closure,
+        "budget": budget,
+    }
     recorded = open_run(run)
     changed = checked(Decompose, {k: v for k, v in given.items() if v is not None}, "decompose")
     asked = replace(config_of(recorded).decompose, **{k: getattr(changed, k) for k, v in given.items() if v is not None})
     path = _decompose(recorded, asked, name, overwrite)
     facts = {"ledger": str(path), **ledger_facts(open_ledger(path))}
-    _print(facts, json, _ledger_lines)
+    _print(facts, json, ledger_lines)
     return FINE if facts["ok"] else FAILED
 
 
@@ -111,15 +145,22 @@ def verify(path: Path, *, json: Json = False) -> int:
     """Check a RUN (stored bytes, data, a replay of every step; its ledgers too) or a LEDGER (its sum and its rest rows)."""
     if schema.kind_of(path) == "ledger":
         facts: dict[str, Any] = {"ledger": str(path), **ledger_facts(open_ledger(path))}
-        _print(facts, json, _ledger_lines)
+        _print(facts, json, ledger_lines)
         return FINE if facts["ok"] else FAILED
     recorded = open_run(path)
     verdict = _verify_run(recorded)
     ledgers = [{"ledger": str(p), **ledger_facts(open_ledger(p))} for p in _ledgers(path)]
     worst = float(verdict.replay_error.max()) if verdict.replay_error.size else None
-    facts = {"run": str(path), "steps": recorded.steps, "complete": recorded.complete, "ok": verdict.ok and all(entry["ok"] for entry in ledgers),
-             "reasons": list(verdict.reasons), "replay_error": worst, "ledgers": ledgers}  # fmt: skip
-    _print(facts, json, _verify_lines)
+    facts = {
+        "run": str(path),
+        "steps": recorded.steps,
+        "complete": recorded.complete,
+        "ok": verdict.ok and all(entry["ok"] for entry in ledgers),
+        "reasons": list(verdict.reasons),
+        "replay_error": worst,
+        "ledgers": ledgers,
+    }
+    _print(facts, json, verify_lines)
     return FINE if facts["ok"] else FAILED
 
 
@@ -127,10 +168,10 @@ def verify(path: Path, *, json: Json = False) -> int:
 def info(path: Path, *, json: Json = False) -> int:
     """Say what a RUN or a LEDGER holds."""
     if schema.kind_of(path) == "ledger":
-        _print({"ledger": str(path), **ledger_facts(open_ledger(path))}, json, _ledger_lines)
+        _print({"ledger": str(path), **ledger_facts(open_ledger(path))}, json, ledger_lines)
     else:
         recorded = open_run(path)
-        _print({**run_facts(recorded), "ledgers": [str(p) for p in _ledgers(path)]}, json, _info_lines)
+        _print({**run_facts(recorded), "ledgers": [str(p) for p in _ledgers(path)]}, json, info_lines)
     return FINE
 
 
@@ -142,7 +183,7 @@ def report(run: Path, *, json: Json = False) -> int:
     if not paths:
         raise StoreError("the run has no ledger to report on", where=run, do="explaind decompose RUN makes one")
     facts = {"reports": [{"ledger": str(path), **_report(recorded, path)} for path in paths]}
-    _print(facts, json, lambda f: [line for entry in f["reports"] for line in _report_lines(entry)])
+    _print(facts, json, lambda f: [line for entry in f["reports"] for line in report_lines(entry)])
     return FINE
 
 
@@ -185,7 +226,12 @@ def _report(recorded: Run, path: Path) -> dict[str, Any]:
     ledger: Ledger = open_ledger(path)
     settings = config_of(recorded).report if recorded.manifest.config is not None else Report()
     written = draw(recorded, ledger, _task(recorded), settings, recorded.path / "report" / path.name)
-    return {"files": [str(f) for f in written.files], "left_out": list(written.left_out), "training": written.summary["training"], "facts": ledger_facts(ledger)}
+    return {
+        "files": [str(f) for f in written.files],
+        "left_out": list(written.left_out),
+        "training": written.summary["training"],
+        "facts": ledger_facts(ledger),
+    }
 
 
 def _task(recorded: Run) -> Task | None:
@@ -208,63 +254,6 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
 
 def _print(facts: dict[str, Any], as_json: bool, lines: Callable[[dict[str, Any]], list[str]]) -> None:
     print(json.dumps(facts, indent=1) if as_json else "\n".join(lines(facts)))
-
-
-def _ledger_lines(facts: dict[str, Any]) -> list[str]:
-    maxima, asked = facts["maxima"], facts["settings"]
-    return [
-        f"ledger {facts['ledger']}: {' × '.join(f'{n} {axis}' for axis, n in facts['axes'].items())}",
-        f"  rule        {asked['rule']}, {facts['nodes_mean']:.3g} nodes a step; {asked['dtype']} on {asked['device']}; view {asked['view']}",
-        f"  path        {maxima['path']:.3g} at most, {maxima['path_share']:.3%} of the movement of its measure",
-        f"  arithmetic  {maxima['arithmetic']:.3g} at most, {maxima['arithmetic_share']:.3%} of the movement of its measure",
-        f"  replay      an update was off by {maxima['replay_error']:.2g} of its size at most",
-        f"  closure     {maxima['closure']:.2g} at most",
-        f"  explained   {facts['explained_min']:.6f} at least",
-        *_judged(facts),
-    ]
-
-
-def _judged(facts: dict[str, Any]) -> list[str]:
-    return ["  ok"] if facts["ok"] else [f"  FAILED: {reason}" for reason in facts["reasons"]]
-
-
-def _verify_lines(facts: dict[str, Any]) -> list[str]:
-    state = "complete" if facts["complete"] else "the recording was cut off; these steps are whole"
-    lines = [f"run {facts['run']}: {facts['steps']} steps, {state}"]
-    if facts["replay_error"] is None:
-        lines.append("  replay      not checked: nothing could be replayed, or the run names no task")
-    else:
-        lines.append(f"  replay      an update was off by {facts['replay_error']:.2g} of its size at most")
-    lines += ["  ok"] if not facts["reasons"] else [f"  FAILED: {reason}" for reason in facts["reasons"]]
-    return lines + [line for entry in facts["ledgers"] for line in _ledger_lines(entry)]
-
-
-def _info_lines(facts: dict[str, Any]) -> list[str]:
-    config = facts["config"] or {}
-    lines = [
-        f"run {facts['path']}: {facts['steps']} steps" + ("" if facts["complete"] else " (cut off)"),
-        f"  model       {facts['model']}, {facts['parameters']} parameters in {len(facts['layers'])} layers",
-        f"  optimizer   {facts['optimizer']}, {facts['reduction']} loss, {facts['examples']} examples, seed {facts['seed']}",
-        f"  made with   {', '.join(f'{name} {version}' for name, version in facts['versions'].items())} on {facts['device']}",
-    ]
-    lines += [f"  task        {json.dumps(config['task'])}"] if "task" in config else []
-    return lines + [f"  ledger      {path}" for path in facts["ledgers"]]
-
-
-def _report_lines(entry: dict[str, Any]) -> list[str]:
-    lines = [f"report on {entry['ledger']}"]
-    if entry["training"] is not None:
-        known, grasped, end = entry["training"]["train_0.99_at"], entry["training"]["val_0.95_at"], entry["training"]["final_accuracy"]
-        lines.append(f"  training    accuracy {end['train']:.3f}, validation {end['val']:.3f} at the end"
-                     + ("" if known is None else f"; training reached 0.99 at step {known}")
-                     + ("" if grasped is None else f", validation 0.95 at step {grasped}"))  # fmt: skip
-    return [*lines, *(f"  left out    {words}" for words in entry["left_out"]), *(f"  {path}" for path in entry["files"])]
-
-
-def _run_lines(facts: dict[str, Any]) -> list[str]:
-    judged = [f"run {facts['run']} holds: its bytes, its replay and its ledger" if facts["ok"] else "the run or its ledger does not hold"]
-    reasons = [f"  FAILED: {reason}" for reason in facts["reasons"]]
-    return [*_report_lines(facts), *_ledger_lines({**facts["facts"], "ledger": facts["ledger"]}), *judged, *reasons]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

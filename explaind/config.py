@@ -123,9 +123,12 @@ def resolved(table: Mapping[str, Any], where: str) -> Config:
         if name not in table:
             raise ConfigError("a table is missing from the configuration", where=where, expected=f"[{name}]", do="add it")
     return Config(
-        named(table["task"], f"{where}: task"), checked(Train, table["train"], f"{where}: train"), named(table["optimizer"], f"{where}: optimizer"),
-        checked(Decompose, table.get("decompose", {}), f"{where}: decompose"), checked(Report, table.get("report", {}), f"{where}: report"),
-    )  # fmt: skip
+        named(table["task"], f"{where}: task"),
+        checked(Train, table["train"], f"{where}: train"),
+        named(table["optimizer"], f"{where}: optimizer"),
+        checked(Decompose, table.get("decompose", {}), f"{where}: decompose"),
+        checked(Report, table.get("report", {}), f"{where}: report"),
+    )
 
 
 def named(table: Mapping[str, Any], where: str) -> Named:

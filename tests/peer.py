@@ -16,7 +16,16 @@ from explaind.tasks.modular import PaperNetwork
 
 FILE = np.load(Path(__file__).parent / "data" / "peer_adamw.npz")
 SETTINGS = json.loads(str(FILE["settings"]))
-OPTIONS = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.98, "eps": 1e-8, "weight_decay": SETTINGS["decay"], "amsgrad": 0.0, "maximize": 0.0, "decoupled": 1.0}
+OPTIONS = {
+    "lr": 1e-3,
+    "beta1": 0.9,
+    "beta2": 0.98,
+    "eps": 1e-8,
+    "weight_decay": SETTINGS["decay"],
+    "amsgrad": 0.0,
+    "maximize": 0.0,
+    "decoupled": 1.0,
+}
 NODES = SETTINGS["nodes"]
 
 
@@ -51,10 +60,23 @@ def write_run(path: Path) -> None:
     offsets = np.concatenate([[0], np.cumsum(sizes)]).tolist()
     layers = tuple(Layer(n, tuple(p.shape), o, p.numel(), 0) for (n, p), o in zip(model.named_parameters(), offsets, strict=False))
     manifest = Manifest(
-        rule="AdamW", optimizer="torch.optim.AdamW", flags={}, options=rule_named("AdamW").options, layers=layers, dtype="float32", block=16,
-        reduction="mean", model="peer", modules=tuple(n for n, _ in model.named_modules()), examples=40, seed=43, threads=1, device="cpu",
-        versions={}, config=None,
-    )  # fmt: skip
+        rule="AdamW",
+        optimizer="torch.optim.AdamW",
+        flags={},
+        options=rule_named("AdamW").options,
+        layers=layers,
+        dtype="float32",
+        block=16,
+        reduction="mean",
+        model="peer",
+        modules=tuple(n for n, _ in model.named_modules()),
+        examples=40,
+        seed=43,
+        threads=1,
+        device="cpu",
+        versions={},
+        config=None,
+    )
     writer = RunWriter(path, manifest, thetas[0], {}, None, momentum=True, preconditioner=True)
     second = np.zeros(sum(sizes))
     for step, ids in enumerate(FILE["batches"]):
@@ -66,8 +88,17 @@ def write_run(path: Path) -> None:
         gradient = np.concatenate([np.zeros(p.numel()) if p.grad is None else p.grad.flatten().numpy() for p in model.parameters()])
         second = 0.98 * second + 0.02 * gradient**2
         age = np.array([-1 if p.grad is None else step for p in model.parameters()], dtype=np.int32)
-        writer.add(StepRow(
-            ids.astype(np.int64), np.zeros(len(ids), np.int32), np.full(len(ids), 1 / len(ids)), np.array([list(OPTIONS.values())]), age,
-            tuple(False for _ in model.modules()), second.astype(np.float32), np.zeros(sum(sizes), np.float32) if step == 0 else None,
-        ), thetas[step + 1])  # fmt: skip
+        writer.add(
+            StepRow(
+                ids.astype(np.int64),
+                np.zeros(len(ids), np.int32),
+                np.full(len(ids), 1 / len(ids)),
+                np.array([list(OPTIONS.values())]),
+                age,
+                tuple(False for _ in model.modules()),
+                second.astype(np.float32),
+                np.zeros(sum(sizes), np.float32) if step == 0 else None,
+            ),
+            thetas[step + 1],
+        )
     writer.close()

@@ -17,9 +17,15 @@ def ledger(tmp_path_factory: pytest.TempPathFactory) -> Ledger:
     peer.write_run(path)
     queries = torch.from_numpy(peer.FILE["x_query"]), torch.from_numpy(peer.FILE["y_query"])
     return explaind.decompose(
-        explaind.open(path), peer.network(), data=peer.data(), losses=peer.losses, queries=queries,
-        measure=lambda model, batch: model(batch[0]).log_softmax(-1), keep=("query", "output", "example", "layer"), rule=f"midpoint:{peer.NODES}",
-    )  # fmt: skip
+        explaind.open(path),
+        peer.network(),
+        data=peer.data(),
+        losses=peer.losses,
+        queries=queries,
+        measure=lambda model, batch: model(batch[0]).log_softmax(-1),
+        keep=("query", "output", "example", "layer"),
+        rule=f"midpoint:{peer.NODES}",
+    )
 
 
 def test_every_credit_equals_the_published_one(ledger: Ledger) -> None:

@@ -225,7 +225,7 @@ def test_load():
         ("explaind.tasks.digits:Digit", {}, "expected Digits; got 'Digit'"),
         ("explaind.tasks.digits:mlp", {}, "expected a frozen dataclass"),
         ("modular", {"widht": 3}, "expected width; got 'widht'"),
-        ("modular", {"width": 3.5}, "(modular.width); expected int; got 3.5"),
+        ("modular", {"width": 3.5}, "(task modular.width); expected int; got 3.5"),
         ("modular", {"width": True}, "expected int; got True"),
         ("modular", {"train_fraction": "half"}, "expected float | None; got 'half'"),
         ("modular", {"activation": "tanh"}, "expected relu | gelu; got 'tanh'"),

@@ -39,7 +39,14 @@ def empty(resolution: Resolution, layout: Layout, measures: int, examples: int, 
 
     return Accounts(
         data=like.new_zeros(entries, fine, measures, examples),
-        decay=zeros(entries, fine, measures), momentum0=zeros(fine, measures), arithmetic=zeros(entries, fine, measures),
-        path=zeros(entries, measures), movement=zeros(measures), path_absolute=zeros(measures), arithmetic_absolute=zeros(measures),
-        by_step=zeros(resolution.steps, 3), replay_error=zeros(resolution.steps, len(layout.names)), nodes=[0] * resolution.steps,
-    )  # fmt: skip
+        decay=zeros(entries, fine, measures),
+        momentum0=zeros(fine, measures),
+        arithmetic=zeros(entries, fine, measures),
+        path=zeros(entries, measures),
+        movement=zeros(measures),
+        path_absolute=zeros(measures),
+        arithmetic_absolute=zeros(measures),
+        by_step=zeros(resolution.steps, 3),
+        replay_error=zeros(resolution.steps, len(layout.names)),
+        nodes=[0] * resolution.steps,
+    )

@@ -34,4 +34,3 @@ class Layout:
     def dots(self, rows: Tensor, vector: Tensor) -> Tensor:
         """<rows, vector> layer by layer: [row, param], [param] -> [layer, row]."""
         return torch.stack([rows[:, cut] @ vector[cut] for cut in self.slices])
-

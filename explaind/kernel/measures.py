@@ -56,14 +56,22 @@ class Measures:
     """
 
     def __init__(self, function: Function, queries: Any, layout: Layout, keep: frozenset[str], theta: Tensor) -> None:
-        self._function, self._queries, self._layout = function, queries, layout
+        self.layout, self._function, self._queries = layout, function, queries
         probe = function(layout.split(theta), queries)
         if probe.ndim not in (1, 2) or not probe.is_floating_point():
-            raise RequestError("a measure must give one number per query, or per query and output", expected="Tensor[query] or Tensor[query, output]",
-                               got=f"{probe.dtype} of shape {tuple(probe.shape)}", do="change the measure")  # fmt: skip
+            raise RequestError(
+                "a measure must give one number per query, or per query and output",
+                expected="Tensor[query] or Tensor[query, output]",
+                got=f"{probe.dtype} of shape {tuple(probe.shape)}",
+                do="change the measure",
+            )
         if probe.ndim == 1 and "output" in keep:
-            raise RequestError("keep holds 'output', but the measure gives one number per query", expected="Tensor[query, output]",
-                               got=f"shape {tuple(probe.shape)}", do="drop 'output' from keep")  # fmt: skip
+            raise RequestError(
+                "keep holds 'output', but the measure gives one number per query",
+                expected="Tensor[query, output]",
+                got=f"shape {tuple(probe.shape)}",
+                do="drop 'output' from keep",
+            )
         if not torch.isfinite(probe).all():
             raise RequestError("the measure is not finite", where="at the start of the run", do="choose another measure or other queries")
         self._sum = tuple(d for d, axis in enumerate(("query", "output")[: probe.ndim]) if axis not in keep)
@@ -78,24 +86,24 @@ class Measures:
     def values(self, theta: Float[Tensor, " param"]) -> Float[Tensor, " measure"]:
         """h_q(θ) of every measure."""
         with torch.no_grad():
-            return self._reduced(self._layout.split(theta)).reshape(-1)
+            return self._reduced(self.layout.split(theta)).reshape(-1)
 
     def slopes(self, theta: Float[Tensor, " param"], delta: Float[Tensor, " param"]) -> Float[Tensor, " measure"]:
         """<∇h_q(θ), Δ> of every measure at once: one forward-mode pass."""
         with torch.no_grad():
-            return jvp(self._reduced, (self._layout.split(theta),), (self._layout.split(delta),))[1].reshape(-1)
+            return jvp(self._reduced, (self.layout.split(theta),), (self.layout.split(delta),))[1].reshape(-1)
 
     def add_gradients(self, into: Float[Tensor, "measure param"], theta: Float[Tensor, " param"], weight: float) -> None:
         """into += weight · ∇h_q(θ), for every measure."""
         if self.by_query:
-            self._add_by_query(into, self._layout.split(theta), weight)
+            self._add_by_query(into, self.layout.split(theta), weight)
         elif self.shape:
-            rows = max(1, CHUNK_BYTES // (self._layout.params * into.element_size()))
-            parts = jacrev(lambda p: self._reduced(p).reshape(-1), chunk_size=rows)(self._layout.split(theta))
-            self._layout.add(into, parts, weight)
+            rows = max(1, CHUNK_BYTES // (self.layout.params * into.element_size()))
+            parts = jacrev(lambda p: self._reduced(p).reshape(-1), chunk_size=rows)(self.layout.split(theta))
+            self.layout.add(into, parts, weight)
         else:
-            parts = grad(self._reduced)(self._layout.split(theta))
-            self._layout.add(into[0], parts, weight)
+            parts = grad(self._reduced)(self.layout.split(theta))
+            self.layout.add(into[0], parts, weight)
 
     def _add_by_query(self, into: Tensor, parameters: Mapping[str, Tensor], weight: float) -> None:
         queries, per_query = self.shape[0], self.count // self.shape[0]
@@ -105,9 +113,9 @@ class Measures:
             return single(p, query).sum() if len(self.shape) == 1 else single(p, query)
 
         derivative = (grad if len(self.shape) == 1 else jacrev)(measured)
-        rows = max(1, CHUNK_BYTES // (per_query * self._layout.params * into.element_size()))
+        rows = max(1, CHUNK_BYTES // (per_query * self.layout.params * into.element_size()))
         for start in range(0, queries, rows):
             some = take(self._queries, slice(start, start + rows))
             parts = vmap(derivative, (None, batch_axes(some)))(parameters, some)
             block = into[start * per_query : (start + rows) * per_query]
-            self._layout.add(block, {n: t.reshape(len(block), *t.shape[len(self.shape) :]) for n, t in parts.items()}, weight)
+            self.layout.add(block, {n: t.reshape(len(block), *t.shape[len(self.shape) :]) for n, t in parts.items()}, weight)

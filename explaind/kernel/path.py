@@ -35,9 +35,14 @@ class Segment:
 class PathRule(Protocol):
     """Chooses the nodes t in [0, 1] and their weights for a segment."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """The rule's own name, with its numbers."""
+        ...
 
-    def nodes(self, measures: Measures, segment: Segment) -> tuple[np.ndarray, np.ndarray]: ...
+    def nodes(self, measures: Measures, segment: Segment) -> tuple[np.ndarray, np.ndarray]:
+        """(nodes, weights), each [node]."""
+        ...
 
 
 def gauss(n: int) -> tuple[np.ndarray, np.ndarray]:

@@ -50,11 +50,18 @@ class Products:
             self._separable = separable(self.losses, parameters, part.batch)
         route = self._chosen(len(a))
         if route == "materialise" and not self._separable:
-            raise RequestError("the losses of a batch depend on each other (or vmap lacks an operation of the model)",
-                               expected="products='jvp' or 'auto'", got="products='materialise'", do="use jvp, which takes the whole batch")  # fmt: skip
+            raise RequestError(
+                "the losses of a batch depend on each other (or vmap lacks an operation of the model)",
+                expected="products='jvp' or 'auto'",
+                got="products='materialise'",
+                do="use jvp, which takes the whole batch",
+            )
         if route == "jvp" and self.finest == "param":
-            raise RequestError("products of single examples with single parameters need each example's gradient", expected="examples that do not depend on each other",
-                               do="drop 'example' from keep, or keep 'layer' instead of 'param'")  # fmt: skip
+            raise RequestError(
+                "products of single examples with single parameters need each example's gradient",
+                expected="examples that do not depend on each other",
+                do="drop 'example' from keep, or keep 'layer' instead of 'param'",
+            )
         yield from (self._materialise if route == "materialise" else self._jvp)(parameters, part, a)
 
     def _chosen(self, rows: int) -> str:

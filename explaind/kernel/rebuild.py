@@ -1,18 +1,27 @@
 """Living a stretch of the training again: gradients from the batches, updates from the rule, and how far they are from the record."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from explaind.kernel.layout import Layout
-from explaind.kernel.measures import Function
 from explaind.kernel.products import batch_gradient
 from explaind.replay.steps import Segment, Step, Steps
 
-SetMode = Callable[[tuple[bool, ...]], None]
-"""Puts every module into train or eval mode, as a step recorded it."""
+
+class Losses(Protocol):
+    """The training loss of each example as a function of the parameters."""
+
+    def __call__(self, parameters: Mapping[str, Tensor], batch: Any) -> Tensor:
+        """Tensor[batch]."""
+        ...
+
+    def set_mode(self, mode: tuple[bool, ...]) -> None:
+        """Put every module into train or eval mode, as a step recorded it."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -31,12 +40,12 @@ class Rebuilt:
         return torch.where(sizes > 0, errors / sizes, errors)
 
 
-def rebuild(stretch: Segment, layout: Layout, losses: Function, set_mode: SetMode) -> tuple[list[Rebuilt], Tensor | None]:
+def rebuild(stretch: Segment, layout: Layout, losses: Losses) -> tuple[list[Rebuilt], Tensor | None]:
     """Replay a segment forwards: its steps, and the momentum that it ends with (None for an optimizer without)."""
     rebuilt = []
     momentum = stretch.momentum
     for step in stretch.steps:
-        set_mode(step.mode)
+        losses.set_mode(step.mode)
         gradient = batch_gradient(losses, layout, step.theta, step.parts)
         before = torch.zeros_like(gradient) if momentum is None else momentum
         after, delta = step.filter.advance(before, gradient, step.theta)
@@ -45,11 +54,11 @@ def rebuild(stretch: Segment, layout: Layout, losses: Function, set_mode: SetMod
     return rebuilt, momentum
 
 
-def replay_errors(steps: Steps, layout: Layout, losses: Function, set_mode: SetMode, progress: Callable[[], None] = lambda: None) -> Tensor:
+def replay_errors(steps: Steps, layout: Layout, losses: Losses, progress: Callable[[], None] = lambda: None) -> Tensor:
     """Relative error of every rebuilt update: float64 [step, layer]."""
     rows = []
     for start in steps.starts:
-        for item in rebuild(steps.segment(start), layout, losses, set_mode)[0]:
+        for item in rebuild(steps.segment(start), layout, losses)[0]:
             rows.append(item.relative_error(layout))
             progress()
     return torch.stack(rows)

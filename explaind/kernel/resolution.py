@@ -44,15 +44,21 @@ def resolution(keep: Collection[str], steps: int, view: str, windows: int) -> Re
     axes = {keep} if isinstance(keep, str) else set(keep)
     unknown = sorted(axes - set(KEEPABLE))
     if unknown:
-        raise RequestError("keep holds an unknown axis", expected=f"some of {', '.join(KEEPABLE)}", got=unknown[0], do="name the axes to keep")
+        raise RequestError(
+            "keep holds an unknown axis", expected=f"some of {', '.join(KEEPABLE)}", got=unknown[0], do="name the axes to keep"
+        )
     if {"layer", "param"} <= axes:
         raise RequestError("keep holds both 'layer' and 'param'", expected="one of them: param is the finer layer axis", do="drop one")
     if view not in ("seen", "applied"):
         raise RequestError("unknown view of steps", expected="'seen' or 'applied'", got=repr(view), do="choose one of these")
     if windows < 1:
-        raise RequestError("windows must hold at least one step", expected="windows >= 1", got=windows, do="give the number of steps per window")
+        raise RequestError(
+            "windows must hold at least one step", expected="windows >= 1", got=windows, do="give the number of steps per window"
+        )
     if windows > 1 and "step" not in axes:
-        raise RequestError("windows group the step axis, which is not kept", got=f"windows={windows}", do="add 'step' to keep or drop windows")
+        raise RequestError(
+            "windows group the step axis, which is not kept", got=f"windows={windows}", do="add 'step' to keep or drop windows"
+        )
     return Resolution(frozenset(axes), steps, view, windows)
 
 
@@ -84,5 +90,10 @@ def check_budget(keep: Collection[str], sizes: Mapping[str, int], itemsize: int,
         if fits:
             break
     shape = " × ".join(f"{sizes[axis]} {axis}" for axis in KEEPABLE if axis in keep)
-    raise RequestError("the result is larger than the budget", where=shape, expected=f"at most {words(budget)}", got=words(total),
-                       do=f"sum over {' or '.join(fits)}, group steps with windows, or raise budget")  # fmt: skip
+    raise RequestError(
+        "the result is larger than the budget",
+        where=shape,
+        expected=f"at most {words(budget)}",
+        got=words(total),
+        do=f"sum over {' or '.join(fits)}, group steps with windows, or raise budget",
+    )

@@ -20,17 +20,17 @@ In the applied view every window of steps has a costate of its own, fed only by 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from explaind.kernel.accounts import Accounts, empty
-from explaind.kernel.layout import Layout
-from explaind.kernel.measures import Function, Measures
+from explaind.kernel.measures import Measures
 from explaind.kernel.path import PathRule, Segment, average, discrete_gradient
 from explaind.kernel.products import Products
-from explaind.kernel.rebuild import Rebuilt, SetMode, rebuild
+from explaind.kernel.rebuild import Losses, Rebuilt, rebuild
 from explaind.kernel.resolution import Resolution
-from explaind.replay.steps import Step, Steps
+from explaind.replay.steps import Steps
 
 FADED = 1e-14
 """A costate whose momentum has shrunk to this fraction is let go in the applied view."""
@@ -50,17 +50,24 @@ class Sweep:
     """Decomposes the measures of one block of queries over a run."""
 
     def __init__(
-        self, steps: Steps, layout: Layout, measures: Measures, losses: Function, set_mode: SetMode, rule: PathRule,
-        products: Products, resolution: Resolution, position: Callable[[Step], list[Tensor]], examples: int, correct: bool,
-        progress: Callable[[], None] = lambda: None,
-    ) -> None:  # fmt: skip
-        self.steps, self.layout, self.measures, self.losses, self.set_mode = steps, layout, measures, losses, set_mode
-        self.rule, self.products, self.resolution, self.position, self.correct = rule, products, resolution, position, correct
-        self.progress = progress
+        self,
+        steps: Steps,
+        measures: Measures,
+        losses: Losses,
+        rule: PathRule,
+        products: Products,
+        resolution: Resolution,
+        examples: np.ndarray,
+        correct: bool = False,
+    ) -> None:
+        """examples [example]: the ids that the example axis stands for, ascending; correct: fold the path row into the others."""
+        self.steps, self.layout, self.measures, self.losses, self.correct = steps, measures.layout, measures, losses, correct
+        self.rule, self.products, self.resolution, self.examples = rule, products, resolution, examples
         self.values = self._values()
         self.change = self.values[1:] - self.values[:-1]
         self.scale = self.change.abs().mean(0)
-        self.accounts: Accounts = empty(resolution, layout, measures.count, examples, self.values)
+        entries = len(examples) if "example" in resolution.keep else 1
+        self.accounts: Accounts = empty(resolution, self.layout, measures.count, entries, self.values)
         self.costates: list[Costate] = []
 
     def _values(self) -> Tensor:
@@ -72,17 +79,17 @@ class Sweep:
             rows += [self.measures.values(theta) for theta in self.steps.states(bounds[i], bounds[i + 1] + last)]
         return torch.stack(rows)
 
-    def run(self) -> Accounts:
-        """Sweep all segments, last first."""
+    def run(self, progress: Callable[[], None] = lambda: None) -> Accounts:
+        """Sweep all segments, last first; `progress` is called after every step."""
         following: Tensor | None = None  # the anchor at which the segment after this one began
         for start in reversed(self.steps.starts):
             stretch = self.steps.segment(start)
-            rebuilt, momentum = rebuild(stretch, self.layout, self.losses, self.set_mode)
+            rebuilt, momentum = rebuild(stretch, self.layout, self.losses)
             if following is not None and momentum is not None:
                 self._book_jump(following - momentum, start + len(stretch.steps) - 1)
             for item in reversed(rebuilt):
                 self._step(item)
-                self.progress()
+                progress()
             following = stretch.momentum
         if following is not None:
             for costate in self.costates:
@@ -124,7 +131,10 @@ class Sweep:
         step, f = item.step, item.step.filter
         here = self.resolution.entry(step.index)
         entries = [here if c.entry is None else c.entry for c in self.costates]
-        pulls = [torch.addcmul(f.N * c.mu, torch.as_tensor(f.E).to(mean), mean) if c is source else f.N * c.mu for c in self.costates]
+        pulls = [
+            torch.addcmul(f.N * c.mu, torch.as_tensor(f.E, dtype=mean.dtype, device=mean.device), mean) if c is source else f.N * c.mu
+            for c in self.costates
+        ]
         a = pulls[0] if len(pulls) == 1 else torch.cat(pulls)
         count = self.measures.count
         pull = f.kappa * step.theta
@@ -134,9 +144,10 @@ class Sweep:
             for row, entry in enumerate(entries):
                 self.accounts.data[entry, :, :, 0] -= self._fine(a[row * count : (row + 1) * count], f.sign * item.gradient)
             return
-        self.set_mode(step.mode)
+        self.losses.set_mode(step.mode)
         signed = a if isinstance(f.sign, float) and f.sign == 1.0 else f.sign * a
-        for part, index in zip(step.parts, self.position(step), strict=True):
+        for part in step.parts:
+            index = torch.from_numpy(np.searchsorted(self.examples, part.ids)).to(a.device)
             for span, dots in self.products(step.theta, part, signed):
                 credit = dots * -part.weights[span]
                 for row, entry in enumerate(entries):

@@ -20,8 +20,11 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32}
 def config_of(run: Run) -> Config:
     """The configuration that a run was recorded with; RequestError where its training loop was the user's own."""
     if run.manifest.config is None:
-        raise RequestError("the run names no task, since its training loop was your own", where=run.path,
-                           do="use explaind.decompose from Python, with your model, data, losses and measure")  # fmt: skip
+        raise RequestError(
+            "the run names no task, since its training loop was your own",
+            where=run.path,
+            do="use explaind.decompose from Python, with your model, data, losses and measure",
+        )
     return resolved(run.manifest.config, str(run.path))
 
 
@@ -54,8 +57,12 @@ def selection(task: Task, text: str) -> Selection:
     bounds = [int(n) for n in numbers]
     start, stop = bounds if len(bounds) == 2 else (bounds[0], bounds[0] + 1) if bounds else (0, count)
     if not start < stop <= count:
-        raise RequestError("the query slice is out of range", expected=f"0 <= START < STOP <= {count}, the examples of {split}", got=repr(text),
-                           do="ask for examples that are there")  # fmt: skip
+        raise RequestError(
+            "the query slice is out of range",
+            expected=f"0 <= START < STOP <= {count}, the examples of {split}",
+            got=repr(text),
+            do="ask for examples that are there",
+        )
     return Selection(split, range(start, stop))
 
 
@@ -64,7 +71,9 @@ def measure_named(task: Task, name: str) -> tuple[str, Measure]:
     measures = task.measures()
     chosen = name or next(iter(measures))
     if chosen not in measures:
-        raise RequestError("the task has no such measure", expected=nearest(chosen, measures), got=repr(chosen), do="name one of the task's measures")
+        raise RequestError(
+            "the task has no such measure", expected=nearest(chosen, measures), got=repr(chosen), do="name one of the task's measures"
+        )
     return chosen, measures[chosen]
 
 
@@ -79,7 +88,22 @@ def decompose_by_name(run: Run, asked: Decompose, progress: Progress | None = No
     name, measure = measure_named(task, asked.measure)
     chosen = selection(task, asked.queries)
     return decompose(
-        run, task.model(), data=task.data("train"), losses=task.losses, queries=chosen.batch(task), measure=measure, keep=asked.keep, rule=asked.rule,
-        tol=float(asked.tol), dtype=DTYPES[asked.dtype], device=asked.device, view=asked.view, windows=asked.windows, products=asked.products,
-        closure=asked.closure, budget=int(asked.budget * (1 << 30)), progress=progress, config={**asdict(asked), "measure": name, "keep": list(asked.keep)},
-    )  # fmt: skip
+        run,
+        task.model(),
+        data=task.data("train"),
+        losses=task.losses,
+        queries=chosen.batch(task),
+        measure=measure,
+        keep=asked.keep,
+        rule=asked.rule,
+        tol=float(asked.tol),
+        dtype=DTYPES[asked.dtype],
+        device=asked.device,
+        view=asked.view,
+        windows=asked.windows,
+        products=asked.products,
+        closure=asked.closure,
+        budget=int(asked.budget * (1 << 30)),
+        progress=progress,
+        config={**asdict(asked), "measure": name, "keep": list(asked.keep)},
+    )

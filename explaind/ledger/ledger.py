@@ -1,6 +1,6 @@
 """The result: named rows whose sum is the prediction.
 
-    final = initial + data + decay + momentum0 + arithmetic + path        (each summed over all axes but query and output)
+final = initial + data + decay + momentum0 + arithmetic + path        (each summed over all axes but query and output)
 """
 
 from collections.abc import Collection, Mapping
@@ -91,7 +91,9 @@ class Ledger:
         if row == "final":
             return self.final.values
         if row not in self.rows:
-            raise RequestError("no such row in the ledger", expected=", ".join((*self.rows, "final")), got=repr(row), do="name one of these")
+            raise RequestError(
+                "no such row in the ledger", expected=", ".join((*self.rows, "final")), got=repr(row), do="name one of these"
+            )
         return self.rows[row].values
 
     @property
@@ -108,7 +110,9 @@ class Ledger:
         ledger = self
         for axis in axes:
             if axis not in self.axes:
-                raise RequestError("the ledger has no such axis to sum", expected=", ".join(self.axes) or "none left", got=axis, do="name a kept axis")
+                raise RequestError(
+                    "the ledger has no such axis to sum", expected=", ".join(self.axes) or "none left", got=axis, do="name a kept axis"
+                )
             rows = {name: row.sum(axis) if axis in row.dims else row for name, row in ledger.rows.items()}
             final = ledger.final.sum(axis) if axis in ledger.final.dims else ledger.final
             coords = {name: values for name, values in ledger.coords.items() if name != axis}

@@ -21,9 +21,12 @@ def save(ledger: Ledger, path: str | os.PathLike[str]) -> None:
     folder = Path(path)
     checks = ledger.checks
     attributes = {
-        "settings": dict(ledger.settings), "layers": list(checks.layers), "check_dims": list(checks.dims), "doubts": list(checks.doubts),
+        "settings": dict(ledger.settings),
+        "layers": list(checks.layers),
+        "check_dims": list(checks.dims),
+        "doubts": list(checks.doubts),
         "rows": list(ledger.rows),
-    }  # fmt: skip
+    }
     group = schema.create_group(folder, "ledger", attributes)
     try:
         for name, row in {**ledger.rows, "final": ledger.final}.items():
@@ -39,9 +42,13 @@ def save(ledger: Ledger, path: str | os.PathLike[str]) -> None:
 
 def _check_arrays(checks: Checks) -> Mapping[str, tuple[np.ndarray, tuple[str, ...]]]:
     return {
-        "movement": (checks.movement, checks.dims), "path": (checks.path, checks.dims), "arithmetic": (checks.arithmetic, checks.dims),
-        "by_step": (checks.by_step, ("every_step", "rest")), "replay_error": (checks.replay_error, ("every_step", "every_layer")), "nodes": (checks.nodes, ("every_step",)),
-    }  # fmt: skip
+        "movement": (checks.movement, checks.dims),
+        "path": (checks.path, checks.dims),
+        "arithmetic": (checks.arithmetic, checks.dims),
+        "by_step": (checks.by_step, ("every_step", "rest")),
+        "replay_error": (checks.replay_error, ("every_step", "every_layer")),
+        "nodes": (checks.nodes, ("every_step",)),
+    }
 
 
 def _chunks(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
@@ -71,7 +78,9 @@ def open_ledger(path: str | os.PathLike[str]) -> Ledger:
         coords = {axis: _plain(np.asarray(_array(group, axis)[...])) for axis in axes}
         names = [f.name for f in fields(Checks) if f.name not in ("dims", "layers", "doubts")]
         arrays = {name: np.asarray(_array(group, f"check/{name}")[...]) for name in names}
-        checks = Checks(**arrays, dims=tuple(attributes["check_dims"]), layers=tuple(attributes["layers"]), doubts=tuple(attributes["doubts"]))
+        checks = Checks(
+            **arrays, dims=tuple(attributes["check_dims"]), layers=tuple(attributes["layers"]), doubts=tuple(attributes["doubts"])
+        )
         return Ledger(rows, coords, _row(group, "final"), attributes["settings"], checks)
     except (KeyError, TypeError) as error:
         raise StoreError("the ledger is damaged", where=folder, got=repr(error), do="decompose again") from error
@@ -86,7 +95,7 @@ def _array(group: zarr.Group, name: str) -> zarr.Array:
 
 def _row(group: zarr.Group, name: str) -> Row:
     array = _array(group, name)
-    return Row(tuple(str(d) for d in array.metadata.dimension_names or ()), array)
+    return Row(tuple(str(d) for d in getattr(array.metadata, "dimension_names", None) or ()), array)
 
 
 def _plain(values: np.ndarray) -> np.ndarray:

@@ -53,20 +53,26 @@ def verify(checks: "Checks", closure: np.ndarray, size: np.ndarray, settings: Ma
         reasons.append(f"the model given is a {settings['model']}, the run is of a {settings['recorded_model']}")
     allowed = CLOSURE[settings["dtype"]] * (1 + np.max(size, initial=0) + np.max(checks.movement, initial=0))
     if not np.all(closure <= allowed):
-        reasons.append(f"the rows do not sum to the final value: off by {closure.max():.3g}, where {allowed:.3g} would be rounding; an array of the ledger was changed")
+        reasons.append(
+            f"the rows do not sum to the final value: off by {closure.max():.3g}, where {allowed:.3g} would be rounding; "
+            "an array of the ledger was changed"
+        )
     if not np.all(explained >= EXPLAINED):
         reasons.append(
-            f"explained is {explained.min():.4g} for the worst measure (at least {EXPLAINED} wanted): "
-            f"|path| is {_share(checks.path, checks.movement)} and |arithmetic| {_share(checks.arithmetic, checks.movement)} of its movement"
+            f"explained is {explained.min():.4g} for the worst measure (at least {EXPLAINED} wanted): |path| is "
+            f"{_share(checks.path, checks.movement)} and |arithmetic| {_share(checks.arithmetic, checks.movement)} of its movement"
             + ("; lower tol" if np.max(checks.path) > np.max(checks.arithmetic) else "")
         )
     maxima = {
-        "path": float(np.max(checks.path, initial=0)), "arithmetic": float(np.max(checks.arithmetic, initial=0)),
-        "movement": float(np.max(checks.movement, initial=0)), "closure": float(np.max(closure, initial=0)),
-        "unexplained": float(1 - np.min(explained, initial=1)), "replay_error": float(worst.max(initial=0)),
+        "path": float(np.max(checks.path, initial=0)),
+        "arithmetic": float(np.max(checks.arithmetic, initial=0)),
+        "movement": float(np.max(checks.movement, initial=0)),
+        "closure": float(np.max(closure, initial=0)),
+        "unexplained": float(1 - np.min(explained, initial=1)),
+        "replay_error": float(worst.max(initial=0)),
         "path_share": float(np.max(checks.path / np.maximum(checks.movement, np.finfo(float).tiny), initial=0)),
         "arithmetic_share": float(np.max(checks.arithmetic / np.maximum(checks.movement, np.finfo(float).tiny), initial=0)),
-    }  # fmt: skip
+    }
     return Verdict(checks.path, checks.arithmetic, checks.movement, closure, explained, worst, maxima, not reasons, tuple(reasons))
 
 
@@ -88,7 +94,7 @@ def replay_words(error: np.ndarray, layers: Sequence[str]) -> list[str]:
     layer = layers[int(np.argmax(error[s]))]
     where = f"{len(bad)} of {len(worst)} steps (worst: step {s}, {layer}, off by {worst[s]:.2g} of its update)"
     if np.median(worst) > 0.1:
-        cause = "the replayed gradients do not give the recorded updates: another model, loss, reduction or data set than the one that was trained"
+        cause = "the replayed gradients do not give the recorded updates: another model, loss, reduction or data than were trained with"
     elif len(bad) <= 2:
         cause = "an update does not follow from the state before it: a state was changed, or a step removed, after the recording"
     else:

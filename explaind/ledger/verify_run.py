@@ -11,11 +11,11 @@ from torch import nn
 from explaind.errors import ReplayError
 from explaind.kernel.layout import Layout
 from explaind.kernel.rebuild import replay_errors
-from explaind.ledger.decompose import Progress, changed_examples
+from explaind.ledger.decompose import Progress
 from explaind.ledger.verify import replay_words
 from explaind.record.device import placed
 from explaind.record.watched import model_name
-from explaind.replay.batches import Batches, Readable
+from explaind.replay.batches import Batches, Readable, changed_examples
 from explaind.replay.functional import Functional, Readout, differentiable_attention, fitted
 from explaind.replay.trajectory import Trajectory
 from explaind.store.reader import Run
@@ -37,7 +37,9 @@ class RunVerdict:
         return RunVerdict(not damage, damage, np.zeros((0, len(run.manifest.layers))))
 
 
-def verify_run(run: Run, model: nn.Module, data: Readable, losses: Readout, device: str = "cpu", progress: Progress | None = None) -> RunVerdict:
+def verify_run(
+    run: Run, model: nn.Module, data: Readable, losses: Readout, device: str = "cpu", progress: Progress | None = None
+) -> RunVerdict:
     """Check a run against its checksums and replay every step of it in float64.
 
     model, data, losses as for ``explaind.decompose``. What does not fit is a reason, not an error.
@@ -62,4 +64,4 @@ def _replayed(run: Run, model: nn.Module, data: Any, losses: Readout, device: to
     steps = Trajectory(run, Batches(data, run.examples, None, device, torch.float64), device, torch.float64)
     tick: Callable[[], None] = (lambda: None) if progress is None else lambda: progress(next(done), run.steps)
     with differentiable_attention():
-        return replay_errors(steps, layout, training, training.set_mode, tick).cpu().numpy()
+        return replay_errors(steps, layout, training, tick).cpu().numpy()

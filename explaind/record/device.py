@@ -11,5 +11,7 @@ def placed(device: str | torch.device) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         have = "cpu or cuda" if torch.cuda.is_available() else "cpu"
-        raise RequestError("the device cannot be used", expected=have, got=repr(str(device)), do="choose a device that this machine has") from error
+        raise RequestError(
+            "the device cannot be used", expected=have, got=repr(str(device)), do="choose a device that this machine has"
+        ) from error
     return torch.device(device)

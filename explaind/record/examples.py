@@ -38,8 +38,12 @@ class Indexed(Generic[T_co]):
 def indexed(dataset: MapStyle[T_co]) -> Indexed[T_co]:
     """Make any map-style dataset yield its index first, so that a loader hands out ids with every batch."""
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
-        raise RecordError("only map-style datasets have stable ids", expected="__len__ and __getitem__", got=type(dataset).__name__,
-                          do="yield your own integer ids and give them to recorder.examples")  # fmt: skip
+        raise RecordError(
+            "only map-style datasets have stable ids",
+            expected="__len__ and __getitem__",
+            got=type(dataset).__name__,
+            do="yield your own integer ids and give them to recorder.examples",
+        )
     return Indexed(dataset)
 
 
@@ -47,13 +51,19 @@ def checked_ids(ids: Tensor | np.ndarray | Sequence[int], examples: int | None) 
     """ids as int64 [batch]; RecordError when they are no ids or out of range."""
     values = ids.detach().cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
     if values.ndim != 1 or values.size == 0 or values.dtype.kind not in "iu":
-        raise RecordError("examples() takes the ids of a batch", expected="a non-empty 1-D list or tensor of integers",
-                          got=f"{values.dtype} of shape {values.shape}", do="pass the ids that the loader yields (explaind.indexed)")  # fmt: skip
+        raise RecordError(
+            "examples() takes the ids of a batch",
+            expected="a non-empty 1-D list or tensor of integers",
+            got=f"{values.dtype} of shape {values.shape}",
+            do="pass the ids that the loader yields (explaind.indexed)",
+        )
     values = values.astype(np.int64)
     top = "" if examples is None else f" and below {examples}"
     wrong = values[(values < 0) | (values >= (examples if examples is not None else np.iinfo(np.int64).max))]
     if wrong.size:
-        raise RecordError("an example id is out of range", expected=f"ids from 0{top}", got=int(wrong[0]), do="pass the index of each example in the data")
+        raise RecordError(
+            "an example id is out of range", expected=f"ids from 0{top}", got=int(wrong[0]), do="pass the index of each example in the data"
+        )
     return values
 
 
@@ -63,8 +73,12 @@ def checked_weights(weights: Tensor | np.ndarray | Sequence[float] | None, reduc
         return np.full(count, 1.0 / count if reduction == "mean" else 1.0)
     values = weights.detach().cpu().numpy() if isinstance(weights, Tensor) else np.asarray(weights)
     if values.shape != (count,) or not np.isfinite(values).all():
-        raise RecordError("weights must be one finite number per example", expected=f"shape ({count},)", got=f"shape {values.shape}",
-                          do="pass the factor that the training loss puts on each example")  # fmt: skip
+        raise RecordError(
+            "weights must be one finite number per example",
+            expected=f"shape ({count},)",
+            got=f"shape {values.shape}",
+            do="pass the factor that the training loss puts on each example",
+        )
     return values.astype(np.float64)
 
 

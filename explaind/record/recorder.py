@@ -29,11 +29,21 @@ class Recorder:
     """Made by ``explaind.record``; records every ``optimizer.step()`` until it is closed."""
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, model: nn.Module, path: Path, reduction: str, data: MapStyle[Any] | None, config: Mapping[str, Any] | None,
-    ) -> None:  # fmt: skip
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: nn.Module,
+        path: Path,
+        reduction: str,
+        data: MapStyle[Any] | None,
+        config: Mapping[str, Any] | None,
+    ) -> None:
         if reduction not in ("mean", "sum"):
-            raise RecordError("unknown reduction of the training loss", expected="'mean' or 'sum'", got=repr(reduction),
-                              do="give other weights to recorder.examples")  # fmt: skip
+            raise RecordError(
+                "unknown reduction of the training loss",
+                expected="'mean' or 'sum'",
+                got=repr(reduction),
+                do="give other weights to recorder.examples",
+            )
         self.path, self._reduction, self._config = path, reduction, config
         self._optimizer, self._rule = optimizer, rule_of(optimizer)
         self._watched = Watched(optimizer, model, self._rule)
@@ -44,9 +54,14 @@ class Recorder:
         self._rng = torch.get_rng_state()
         block = max(1, min(16, BUFFER_BYTES // max(1, 2 * self._theta.nbytes)))
         self._writer = RunWriter(
-            path, self._manifest(block), self._theta, self._watched.constants(), None if data is None else fingerprints(data),
-            momentum=self._rule.momentum is not None, preconditioner=self._watched.preconditioned,
-        )  # fmt: skip
+            path,
+            self._manifest(block),
+            self._theta,
+            self._watched.constants(),
+            None if data is None else fingerprints(data),
+            momentum=self._rule.momentum is not None,
+            preconditioner=self._watched.preconditioned,
+        )
         self._hooks = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
 
     @property
@@ -86,8 +101,11 @@ class Recorder:
         self._refuse_if_over()
         try:
             if not self._pending:
-                raise RecordError("the optimizer stepped, but nobody said on whose gradient", where=f"step {self.steps}",
-                                  do="call recorder.examples(ids) before each forward pass")  # fmt: skip
+                raise RecordError(
+                    "the optimizer stepped, but nobody said on whose gradient",
+                    where=f"step {self.steps}",
+                    do="call recorder.examples(ids) before each forward pass",
+                )
             self._watched.check_unchanged(self._theta, self.steps)
             closure = args[0] if args else kwargs.get("closure")
             if closure is None:
@@ -105,8 +123,16 @@ class Recorder:
             ids, weights = (np.concatenate([p[i] for p in self._pending]) for i in (0, 1))
             part = np.repeat(np.arange(len(self._pending), dtype=np.int32), [len(p[0]) for p in self._pending])
             self._theta = self._watched.theta()
-            row = StepRow(ids, part, weights, self._watched.hyper(), self._watched.active(self._ages), self._watched.mode(),
-                          self._watched.preconditioner(), self._anchor)  # fmt: skip
+            row = StepRow(
+                ids,
+                part,
+                weights,
+                self._watched.hyper(),
+                self._watched.active(self._ages),
+                self._watched.mode(),
+                self._watched.preconditioner(),
+                self._anchor,
+            )
         except RecordError as error:
             raise self._fail(error) from None
         self._pending = []
@@ -115,12 +141,17 @@ class Recorder:
     def _check_random(self) -> None:
         # Dropout masks can only be replayed where their random state is kept, which this version does not do.
         if not torch.equal(self._rng, torch.get_rng_state()):
-            raise RecordError("random numbers were drawn between recorder.examples and the step, so that its gradient cannot be replayed",
-                              where=f"step {self.steps}", do="set dropout to 0, and augment before calling recorder.examples")  # fmt: skip
+            raise RecordError(
+                "random numbers were drawn between recorder.examples and the step, so that its gradient cannot be replayed",
+                where=f"step {self.steps}",
+                do="set dropout to 0, and augment before calling recorder.examples",
+            )
 
     def _refuse_if_over(self) -> None:
         if self._fault is not None or self._writer.closed:
-            raise RecordError("this recording is over", where=self.path, got=self._fault or "closed", do="start another with explaind.record")
+            raise RecordError(
+                "this recording is over", where=self.path, got=self._fault or "closed", do="start another with explaind.record"
+            )
 
     def _fail(self, error: RecordError) -> RecordError:
         """Keep what was recorded, stop recording, and hand the error back to be raised."""
@@ -129,21 +160,39 @@ class Recorder:
         return error
 
     def _manifest(self, block: int) -> Manifest:
-        flags = [{k: v for k, v in g.items() if k in ("foreach", "fused", "capturable") and v is not None} for g in self._optimizer.param_groups]
+        flags = [
+            {k: v for k, v in g.items() if k in ("foreach", "fused", "capturable") and v is not None} for g in self._optimizer.param_groups
+        ]
         return Manifest(
-            rule=self._rule.optimizer.__name__, optimizer=f"{type(self._optimizer).__module__}.{type(self._optimizer).__qualname__}",
-            flags={str(i): f for i, f in enumerate(flags)}, options=self._rule.options, layers=self._watched.layers, dtype=str(self._theta.dtype),
-            block=block, reduction=self._reduction, model=model_name(self._watched.model),
-            modules=self._watched.modules, examples=self._examples, seed=torch.initial_seed(), threads=torch.get_num_threads(),
-            device=str(self._watched.device), config=self._config,
+            rule=self._rule.optimizer.__name__,
+            optimizer=f"{type(self._optimizer).__module__}.{type(self._optimizer).__qualname__}",
+            flags={str(i): f for i, f in enumerate(flags)},
+            options=self._rule.options,
+            layers=self._watched.layers,
+            dtype=str(self._theta.dtype),
+            block=block,
+            reduction=self._reduction,
+            model=model_name(self._watched.model),
+            modules=self._watched.modules,
+            examples=self._examples,
+            seed=torch.initial_seed(),
+            threads=torch.get_num_threads(),
+            device=str(self._watched.device),
+            config=self._config,
             versions={"torch": torch.__version__, "numpy": np.__version__, "zarr": zarr.__version__, "python": platform.python_version()},
-        )  # fmt: skip
+        )
 
 
 def record(
-    optimizer: torch.optim.Optimizer, model: nn.Module, path: str | os.PathLike[str], *, reduction: str = "mean",
-    data: MapStyle[Any] | None = None, config: Mapping[str, Any] | None = None, overwrite: bool = False,
-) -> Recorder:  # fmt: skip
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    reduction: str = "mean",
+    data: MapStyle[Any] | None = None,
+    config: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Recorder:
     """Record every step of a training to a run folder; use as a context manager, or call ``close()`` at the end.
 
     optimizer, model  the user's own objects; the training is bitwise the one without a recorder

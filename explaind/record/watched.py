@@ -20,8 +20,12 @@ class Watched:
         groups = {id(p): g for g, group in enumerate(optimizer.param_groups) for p in group["params"]}
         strangers = [tuple(p.shape) for group in optimizer.param_groups for p in group["params"] if id(p) not in names]
         if strangers:
-            raise RecordError("the optimizer holds a parameter that the model does not have", expected="parameters of the model",
-                              got=f"one of shape {strangers[0]}", do="pass the model that the optimizer trains")  # fmt: skip
+            raise RecordError(
+                "the optimizer holds a parameter that the model does not have",
+                expected="parameters of the model",
+                got=f"one of shape {strangers[0]}",
+                do="pass the model that the optimizer trains",
+            )
         self._params = [p for p in model.parameters() if id(p) in groups]
         self._groups = [groups[id(p)] for p in self._params]
         self._check_kinds()
@@ -51,8 +55,10 @@ class Watched:
 
     def flat(self, tensors: list[Tensor | None]) -> np.ndarray:
         """One vector [param] on the host; None stands for zeros. bfloat16 and float16 embed in float32 without loss."""
-        parts = [torch.zeros(p.numel(), dtype=self.dtype, device=p.device) if t is None else t.detach().reshape(-1).to(self.dtype)
-                 for t, p in zip(tensors, self._params, strict=True)]  # fmt: skip
+        parts = [
+            torch.zeros(p.numel(), dtype=self.dtype, device=p.device) if t is None else t.detach().reshape(-1).to(self.dtype)
+            for t, p in zip(tensors, self._params, strict=True)
+        ]
         return torch.cat(parts).cpu().numpy()
 
     def _state(self, p: Tensor) -> dict[str, Any]:
@@ -97,17 +103,32 @@ class Watched:
         """RecordError when anything but the optimizer changed the model since the last step."""
         now = self.theta()
         if not np.array_equal(now, theta, equal_nan=True):
-            differs = [a.name for a in self.layers if not np.array_equal(now[a.offset : a.offset + a.size], theta[a.offset : a.offset + a.size])]
-            raise RecordError("the model was changed between two steps", where=f"before step {step}: {', '.join(differs)}",
-                              expected="only the optimizer to change recorded parameters", do="start another recording after the change")  # fmt: skip
+            differs = [
+                a.name for a in self.layers if not np.array_equal(now[a.offset : a.offset + a.size], theta[a.offset : a.offset + a.size])
+            ]
+            raise RecordError(
+                "the model was changed between two steps",
+                where=f"before step {step}: {', '.join(differs)}",
+                expected="only the optimizer to change recorded parameters",
+                do="start another recording after the change",
+            )
         count = sum(len(group["params"]) for group in self._optimizer.param_groups)
         if count != len(self._params):
-            raise RecordError("the optimizer's parameters changed", where=f"before step {step}", expected=len(self._params), got=count,
-                              do="start another recording after adding parameters")  # fmt: skip
+            raise RecordError(
+                "the optimizer's parameters changed",
+                where=f"before step {step}",
+                expected=len(self._params),
+                got=count,
+                do="start another recording after adding parameters",
+            )
         for name, (tensor, copy) in self._still.items():
             if not torch.equal(tensor, copy):
-                raise RecordError("a buffer or frozen parameter moved", where=f"before step {step}: {name}",
-                                  expected="only the optimizer's parameters to move", do="put such modules (BatchNorm) in eval mode")  # fmt: skip
+                raise RecordError(
+                    "a buffer or frozen parameter moved",
+                    where=f"before step {step}: {name}",
+                    expected="only the optimizer's parameters to move",
+                    do="put such modules (BatchNorm) in eval mode",
+                )
 
     def check_gradients(self, step: int) -> None:
         """RecordError when a gradient is not finite (a NaN loss), sparse, or when there is none at all."""
@@ -116,8 +137,13 @@ class Watched:
             if grad.is_sparse:
                 raise RecordError("a sparse gradient cannot be recorded", where=f"step {step}: {name}", do="use sparse=False")
             if not torch.isfinite(grad).all():
-                raise RecordError("a gradient is not finite (a NaN or infinite loss)", where=f"step {step}: {name}", expected="finite numbers",
-                                  got="nan" if grad.isnan().any() else "inf", do="lower the learning rate; the steps before are kept")  # fmt: skip
+                raise RecordError(
+                    "a gradient is not finite (a NaN or infinite loss)",
+                    where=f"step {step}: {name}",
+                    expected="finite numbers",
+                    got="nan" if grad.isnan().any() else "inf",
+                    do="lower the learning rate; the steps before are kept",
+                )
         if not grads:
             raise RecordError("no parameter has a gradient", where=f"step {step}", do="call backward() before optimizer.step()")
 

@@ -10,6 +10,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import default_collate
 
 from explaind.errors import ReplayError
+from explaind.record.examples import fingerprint
+from explaind.store.reader import Run
 
 KEEP_BYTES = 1 << 30
 """Data up to this size is stacked once and indexed; larger data is collated batch by batch."""
@@ -39,8 +41,12 @@ def count(batch: Any) -> int:
     """How many examples or queries a batch holds: the first dimension of its tensors."""
     sizes = {leaf.shape[0] for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim}
     if len(sizes) != 1:
-        raise ReplayError("the tensors of a batch must share their first dimension", expected="one size", got=sorted(sizes) or "no tensors",
-                          do="give a batch as torch's default_collate makes it")  # fmt: skip
+        raise ReplayError(
+            "the tensors of a batch must share their first dimension",
+            expected="one size",
+            got=sorted(sizes) or "no tensors",
+            do="give a batch as torch's default_collate makes it",
+        )
     return int(sizes.pop())
 
 
@@ -57,7 +63,12 @@ class Batches:
         try:
             return [self._data[i] for i in ids]
         except (IndexError, KeyError) as error:
-            raise ReplayError("the data lacks an example of the run", expected=f"ids up to {max(ids)}", got=repr(error), do="give the data of the training") from error
+            raise ReplayError(
+                "the data lacks an example of the run",
+                expected=f"ids up to {max(ids)}",
+                got=repr(error),
+                do="give the data of the training",
+            ) from error
 
     def _stacked(self, ids: np.ndarray) -> Any:
         first = default_collate(self._items(ids[:1].tolist()))
@@ -83,3 +94,19 @@ class Batches:
             return moved(self._collate(self._items(ids.tolist())), self._device, self._dtype)
         index = torch.from_numpy(np.searchsorted(self._rows, ids)).to(self._device)
         return tree_map(lambda leaf: leaf[index], self._stack)
+
+
+def changed_examples(run: Run, data: Readable, ids: np.ndarray) -> list[str]:
+    """Which examples are not the ones that were trained on, in words; empty where the run has no fingerprints to compare."""
+    if run.fingerprint is None:
+        return []
+    try:
+        wrong = [int(i) for i in ids if fingerprint(data[int(i)]) != run.fingerprint[i]]
+    except (IndexError, KeyError) as error:
+        raise ReplayError(
+            "the data lacks an example of the run", expected=f"ids up to {ids.max()}", got=repr(error), do="give the data of the training"
+        ) from error
+    if not wrong:
+        return []
+    some = ", ".join(map(str, wrong[:5])) + (" …" if len(wrong) > 5 else "")
+    return [f"the data is not the data of the training: {len(wrong)} of {len(ids)} examples differ (input or label): {some}"]

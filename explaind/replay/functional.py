@@ -56,10 +56,21 @@ def fitted(model: nn.Module, layers: Sequence[Layer], constants: Mapping[str, np
     for name, shape in want.items():
         got = tuple(still[name].shape) if name in still else "nothing of that name"
         if got != shape:
-            raise ReplayError("the model is not the one that was recorded", where=name, expected=f"shape {shape}", got=got, do="give the model class of the training")
+            raise ReplayError(
+                "the model is not the one that was recorded",
+                where=name,
+                expected=f"shape {shape}",
+                got=got,
+                do="give the model class of the training",
+            )
     if extra:
-        raise ReplayError("the model is not the one that was recorded", where=extra[0], expected="no such parameter", got=f"shape {have[extra[0]]}",
-                          do="give the model class of the training")  # fmt: skip
+        raise ReplayError(
+            "the model is not the one that was recorded",
+            where=extra[0],
+            expected="no such parameter",
+            got=f"shape {have[extra[0]]}",
+            do="give the model class of the training",
+        )
     with torch.no_grad():
         for name, values in constants.items():
             still[name].copy_(torch.as_tensor(values))

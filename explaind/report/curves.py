@@ -37,7 +37,9 @@ def training_curves(run: Run, task: Task, splits: tuple[str, ...] = ("train", "v
     model = fitted(task.model(), run.manifest.layers, run.constants).eval()
     parameters = dict(model.named_parameters())
     data = {split: task.data(split) for split in splits}
-    batches = {s: default_collate([d[int(i)] for i in np.unique(np.linspace(0, len(d) - 1, EXAMPLES).astype(int))]) for s, d in data.items()}
+    batches = {
+        s: default_collate([d[int(i)] for i in np.unique(np.linspace(0, len(d) - 1, EXAMPLES).astype(int))]) for s, d in data.items()
+    }
     loss, accuracy = ({split: np.zeros(len(steps)) for split in splits} for _ in range(2))
     for i, step in enumerate(steps.tolist()):
         with torch.no_grad():

@@ -52,13 +52,14 @@ def waterfall(names: Sequence[str], values: Sequence[float], title: str, unit: s
     axes.set_yticks([*places, len(names)], [*names, "final"])
     axes.invert_yaxis()
     axes.axvline(0, color="black", linewidth=0.6)
-    axes.margins(x=0.12)
+    axes.use_sticky_edges = False  # else a bar that ends at a limit of the axes hides its end
+    axes.margins(x=0.12, y=0.01)
     axes.set(title=title, xlabel=unit)
     return figure
 
 
 def heat_map(credit: np.ndarray, layers: Sequence[str], steps: np.ndarray, title: str, unit: str) -> Figure:
-    """Credit [layer, step]: which layers were moved for or against, and when. Colours are symmetric around 0, cut at the 99th percentile."""
+    """Credit [layer, step]: which layers moved the measure, and when; colours are symmetric around 0, cut at the 99th percentile."""
     figure, axes = _axes(9, 0.28 * len(layers) + 1.8)
     limit = float(np.quantile(np.abs(credit), 0.99)) or 1.0
     width = float(steps[1] - steps[0]) if len(steps) > 1 else 1.0

@@ -44,14 +44,21 @@ def report(run: Run, ledger: Ledger, task: Task | None, settings: Report, folder
     whole_run = ledger.sum("step") if "step" in ledger.axes else ledger
     told = predictions(whole_run, labels, settings.examples)
     curves = None if task is None else training_curves(run, task)
-    summary = {"run": run_facts(run), "training": None if curves is None else curve_facts(curves), "ledger": ledger_facts(ledger), "predictions": told}
+    summary = {
+        "run": run_facts(run),
+        "training": None if curves is None else curve_facts(curves),
+        "ledger": ledger_facts(ledger),
+        "predictions": told,
+    }
     drawn = {"training": figures.training(curves)} if curves is not None else {}
     left_out = [] if curves is not None else ["training curves: the run names no task"]
     if {"layer", "step"} <= set(ledger.axes):
         drawn["layers_over_steps"] = _heat_map(ledger, labels, len(told))
     else:
         left_out.append("layer × step heat map: keep both axes (keep=…,layer,step)")
-    drawn["rest_rows"] = figures.rest_rows(ledger.checks.by_step, "What could not be credited, beside the movement that it belongs to", labels.measure)
+    drawn["rest_rows"] = figures.rest_rows(
+        ledger.checks.by_step, "What could not be credited, beside the movement that it belongs to", labels.measure
+    )
     if "example" not in ledger.axes:
         left_out.append("strongest examples: keep the axis (keep=…,example)")
     for name, figure in _of_predictions(whole_run, labels, told[: settings.predictions], settings.examples):
@@ -63,19 +70,31 @@ def run_facts(run: Run) -> dict[str, Any]:
     """What a run says of itself."""
     m = run.manifest
     return {
-        "path": str(run.path), "steps": run.steps, "complete": run.complete, "model": m.model, "optimizer": m.optimizer, "parameters": m.params,
-        "layers": {layer.name: list(layer.shape) for layer in m.layers}, "examples": len(run.examples), "reduction": m.reduction, "seed": m.seed,
-        "threads": m.threads, "device": m.device, "versions": dict(m.versions), "config": m.config,
-    }  # fmt: skip
+        "path": str(run.path),
+        "steps": run.steps,
+        "complete": run.complete,
+        "model": m.model,
+        "optimizer": m.optimizer,
+        "parameters": m.params,
+        "layers": {layer.name: list(layer.shape) for layer in m.layers},
+        "examples": len(run.examples),
+        "reduction": m.reduction,
+        "seed": m.seed,
+        "threads": m.threads,
+        "device": m.device,
+        "versions": dict(m.versions),
+        "config": m.config,
+    }
 
 
 def curve_facts(curves: Curves) -> dict[str, Any]:
     """When the training knew its data, when it generalised, and where it ended."""
     return {
-        "train_0.99_at": curves.reached("train", 0.99), "val_0.95_at": curves.reached("val", 0.95),
+        "train_0.99_at": curves.reached("train", 0.99),
+        "val_0.95_at": curves.reached("val", 0.95),
         "final_accuracy": {split: float(values[-1]) for split, values in curves.accuracy.items()},
         "final_loss": {split: float(values[-1]) for split, values in curves.loss.items()},
-    }  # fmt: skip
+    }
 
 
 def _heat_map(ledger: Ledger, labels: Labels, count: int) -> Figure:
@@ -94,7 +113,10 @@ def _of_predictions(ledger: Ledger, labels: Labels, told: list[dict[str, Any]], 
             credit = by_axes(ledger, "data", (*ledger.final.dims, "example"))[place]
             chosen = strongest(credit, examples)
             words = [labels.example(int(ledger.coords["example"][i])) for i in chosen]
-            yield f"examples_{name}", figures.strongest(words, credit[chosen].tolist(), f"Examples for and against {entry['measure']}", UNIT)
+            yield (
+                f"examples_{name}",
+                figures.strongest(words, credit[chosen].tolist(), f"Examples for and against {entry['measure']}", UNIT),
+            )
 
 
 def _terms(ledger: Ledger, place: tuple[int, ...]) -> tuple[list[str], list[float]]:

@@ -28,7 +28,11 @@ class Labels:
         return Labels(task if asked else None, split, int(numbers[0]) if numbers else 0, str(asked.get("measure", "measure")))
 
     def query(self, place: int) -> str:
-        return f"query {place}" if self.task is None else f"{self.split} {self.first + place}: {self.task.describe(self.split, self.first + place)}"
+        return (
+            f"query {place}"
+            if self.task is None
+            else f"{self.split} {self.first + place}: {self.task.describe(self.split, self.first + place)}"
+        )
 
     def output(self, place: int) -> str:
         return str(place) if self.task is None else self.task.outputs()[place]
@@ -78,7 +82,11 @@ def predictions(ledger: Ledger, labels: Labels, examples: int) -> list[dict[str,
             entry |= {name: float(getattr(verdict, name)[place]) for name in ("movement", "path", "arithmetic", "explained")}
         if credit is not None:
             entry["strongest"] = [
-                {"example": int(ledger.coords["example"][i]), "label": labels.example(int(ledger.coords["example"][i])), "credit": float(credit[place][i])}
+                {
+                    "example": int(ledger.coords["example"][i]),
+                    "label": labels.example(int(ledger.coords["example"][i])),
+                    "credit": float(credit[place][i]),
+                }
                 for i in strongest(credit[place], examples)
             ]
         found.append(entry)
@@ -89,10 +97,14 @@ def ledger_facts(ledger: Ledger) -> dict[str, Any]:
     """Sizes, settings and checks of a ledger."""
     verdict = ledger.verify()
     return {
-        "axes": {axis: len(ledger.coords[axis]) for axis in ledger.axes}, "settings": dict(ledger.settings), "ok": verdict.ok,
-        "reasons": list(verdict.reasons), "maxima": dict(verdict.maxima), "explained_min": float(np.min(verdict.explained, initial=1.0)),
+        "axes": {axis: len(ledger.coords[axis]) for axis in ledger.axes},
+        "settings": dict(ledger.settings),
+        "ok": verdict.ok,
+        "reasons": list(verdict.reasons),
+        "maxima": dict(verdict.maxima),
+        "explained_min": float(np.min(verdict.explained, initial=1.0)),
         "nodes_mean": float(ledger.checks.nodes.mean()),
-    }  # fmt: skip
+    }
 
 
 def task_or_none(load: Any) -> Task | None:

@@ -65,12 +65,20 @@ def joined(filters: Sequence[Filter], sizes: Sequence[int], like: Tensor) -> Fil
 class Rule(Protocol):
     """What the package must know of an optimizer class; one file and one registry line each."""
 
-    optimizer: type[torch.optim.Optimizer]
-    """The class whose ``step`` the rule describes; subclasses that keep that ``step`` are covered."""
-    options: tuple[str, ...]
-    """Names of the numbers that ``read`` returns, stored per step and parameter group."""
-    momentum: str | None
-    """Key of z in the optimizer's state of a parameter; None where the optimizer has none."""
+    @property
+    def optimizer(self) -> type[torch.optim.Optimizer]:
+        """The class whose ``step`` the rule describes; subclasses that keep that ``step`` are covered."""
+        ...
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Names of the numbers that ``read`` returns, stored per step and parameter group."""
+        ...
+
+    @property
+    def momentum(self) -> str | None:
+        """Key of z in the optimizer's state of a parameter; None where the optimizer has none."""
+        ...
 
     def read(self, group: Mapping[str, Any]) -> tuple[float, ...]:
         """The options of a parameter group, as they stand at this step; RuleError for one that has no rule."""

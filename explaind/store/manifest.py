@@ -62,4 +62,6 @@ class Manifest:
             known["layers"] = tuple(Layer(**{**layer, "shape": tuple(layer["shape"])}) for layer in value["layers"])
             return Manifest(**known)
         except (KeyError, TypeError, AttributeError) as error:
-            raise StoreError("the run's attributes are damaged", where=where, got=repr(error), do="restore zarr.json from a copy") from error
+            raise StoreError(
+                "the run's attributes are damaged", where=where, got=repr(error), do="restore zarr.json from a copy"
+            ) from error

@@ -33,7 +33,8 @@ class Run:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._group = schema.open_group(self.path, "run")
-        self.manifest = Manifest.from_json(dict(self._group.attrs).get("manifest", {}), str(self.path))
+        attributes: dict[str, Any] = dict(self._group.attrs)
+        self.manifest = Manifest.from_json(attributes.get("manifest", {}), str(self.path))
         commit = self._read_commit()
         self.steps: int = commit["steps"]
         self.complete: bool = commit["complete"]
@@ -45,15 +46,24 @@ class Run:
             commit = json.loads((self.path / "commit.json").read_text())
             return {"steps": int(commit["steps"]), "complete": bool(commit["complete"]), "modes": list(commit["modes"])}
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise StoreError("the commit marker is missing or damaged", where=self.path / "commit.json", got=type(error).__name__,
-                             do="restore it from a copy of the run") from error  # fmt: skip
+            raise StoreError(
+                "the commit marker is missing or damaged",
+                where=self.path / "commit.json",
+                got=type(error).__name__,
+                do="restore it from a copy of the run",
+            ) from error
 
     def _check_rows(self) -> None:
         for name, need in (("theta", self.steps + 1), ("batch", self.steps), ("hyper", self.steps), ("age", self.steps)):
             have = self._array(name).shape[0]
             if have < need:
-                raise StoreError(f"rows of {name} are missing", where=self.path, expected=f"{need} for {self.steps} committed steps", got=have,
-                                 do="restore the run from a copy")  # fmt: skip
+                raise StoreError(
+                    f"rows of {name} are missing",
+                    where=self.path,
+                    expected=f"{need} for {self.steps} committed steps",
+                    got=have,
+                    do="restore the run from a copy",
+                )
 
     def _array(self, name: str) -> zarr.Array:
         try:
@@ -77,7 +87,9 @@ class Run:
     def theta(self, step: int) -> dict[str, np.ndarray]:
         """The parameters before a step (or after the last one, for step = steps), by name, in their own shapes."""
         if not 0 <= step <= self.steps:
-            raise RequestError("no such state in the run", where=self.path, expected=f"0 … {self.steps}", got=step, do="choose a recorded step")
+            raise RequestError(
+                "no such state in the run", where=self.path, expected=f"0 … {self.steps}", got=step, do="choose a recorded step"
+            )
         row = self._read("theta", slice(step, step + 1))[0]
         return {a.name: row[a.offset : a.offset + a.size].reshape(a.shape) for a in self.manifest.layers}
 
@@ -123,10 +135,18 @@ class Run:
         for i in range(len(batch)):
             used = part[i] >= 0
             first = (start + i) % self.manifest.block == 0
-            steps.append(StepRow(
-                batch[i][used], part[i][used], weight[i][used], hyper[i], age[i], self.modes[mode[i]] if mode[i] < len(self.modes) else (),
-                None if frozen is None else frozen[i], self.anchor(start + i) if first else None,
-            ))  # fmt: skip
+            steps.append(
+                StepRow(
+                    batch[i][used],
+                    part[i][used],
+                    weight[i][used],
+                    hyper[i],
+                    age[i],
+                    self.modes[mode[i]] if mode[i] < len(self.modes) else (),
+                    None if frozen is None else frozen[i],
+                    self.anchor(start + i) if first else None,
+                )
+            )
         return Block(start, self._read("theta", slice(start, stop + 1)), tuple(steps), tuple(int(m) for m in mode))
 
     def damage(self) -> list[str]:
@@ -146,7 +166,10 @@ class Run:
             block = self.block(start, min(start + self.manifest.block, self.steps))
             for i, (row, mode) in enumerate(zip(block.rows, block.modes, strict=True), start):
                 if step_checksum(row, mode, crc_step) != want_step[i]:
-                    found.append(f"the record of step {i} (batch, weights, hyper-parameters or preconditioner) is not what was recorded, or a step before it was removed")
+                    found.append(
+                        f"the record of step {i} is not what was recorded (batch, weights, hyper-parameters or preconditioner), "
+                        "or a step before it was removed"
+                    )
                 crc_step = int(want_step[i])
         return found
 

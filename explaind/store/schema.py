@@ -1,19 +1,19 @@
 """A run on disk: names, axes, dtypes and chunks of its arrays. The only file that knows zarr.
 
-    run/
-      zarr.json          attributes: schema version, manifest
-      commit.json        how many steps are safely on disk; readers clamp to it
-      theta              [state, param]          parameters before step `state` (one row more than steps)
-      momentum           [anchor, param]         z before step `anchor`; one row a block
-      preconditioner     [step, param]           second moment after the step
-      batch part weight  [step, slot]            example ids, micro-batch index, weight of each loss; −1, −1, 0 where unused
-      hyper              [step, group, option]
-      age                [step, layer]           updates before this step; −1 where the parameter had no gradient
-      mode               [step]                  index into commit.json's list of train/eval patterns
-      checksum_theta     [state, layer]          crc32 of the tensor's bytes, chained to the previous row
-      checksum_step      [step]                  crc32 of everything else that the step recorded, chained likewise
-      fingerprint        [example]               crc32 of each training example, where the recorder was given the data
-      constant/<name>                            frozen parameters and buffers
+run/
+  zarr.json          attributes: schema version, manifest
+  commit.json        how many steps are safely on disk; readers clamp to it
+  theta              [state, param]          parameters before step `state` (one row more than steps)
+  momentum           [anchor, param]         z before step `anchor`; one row a block
+  preconditioner     [step, param]           second moment after the step
+  batch part weight  [step, slot]            example ids, micro-batch index, weight of each loss; −1, −1, 0 where unused
+  hyper              [step, group, option]
+  age                [step, layer]           updates before this step; −1 where the parameter had no gradient
+  mode               [step]                  index into commit.json's list of train/eval patterns
+  checksum_theta     [state, layer]          crc32 of the tensor's bytes, chained to the previous row
+  checksum_step      [step]                  crc32 of everything else that the step recorded, chained likewise
+  fingerprint        [example]               crc32 of each training example, where the recorder was given the data
+  constant/<name>                            frozen parameters and buffers
 """
 
 import json
@@ -68,11 +68,13 @@ def create_group(path: Path, kind: str, attributes: Mapping[str, Any]) -> zarr.G
 def check_new(path: Path) -> None:
     """StoreError unless the path is free or an empty folder."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise StoreError("there is something here already", where=path, expected="a new or empty folder", do="choose another path or remove it")
+        raise StoreError(
+            "there is something here already", where=path, expected="a new or empty folder", do="choose another path or remove it"
+        )
 
 
 def kind_of(path: Path) -> str:
-    """"run" or "ledger"; StoreError where neither is."""
+    """ "run" or "ledger"; StoreError where neither is."""
     if not path.exists():
         raise StoreError("there is no run or ledger here", where=path, got="no such folder", do="check the path")
     try:
@@ -103,9 +105,14 @@ def create_column(group: zarr.Group, column: Column, rows: int) -> zarr.Array:
     """An empty growing array whose chunks hold `rows` rows."""
     chunk = (rows, *(column.chunk or min(n, CHUNK_PARAMS) for n in column.shape))
     return group.create_array(
-        column.name, shape=(0, *column.shape), chunks=tuple(max(1, n) for n in chunk), dtype=column.dtype, compressors=[lossless()],
-        fill_value=column.fill, dimension_names=list(column.dims),
-    )  # fmt: skip
+        column.name,
+        shape=(0, *column.shape),
+        chunks=tuple(max(1, n) for n in chunk),
+        dtype=column.dtype,
+        compressors=[lossless()],
+        fill_value=column.fill,
+        dimension_names=list(column.dims),
+    )
 
 
 def append(array: zarr.Array, rows: np.ndarray, at: int) -> None:
@@ -118,9 +125,13 @@ def append(array: zarr.Array, rows: np.ndarray, at: int) -> None:
 def write_array(group: zarr.Group, name: str, values: np.ndarray, dims: tuple[str, ...], chunks: tuple[int, ...] | None = None) -> None:
     """A finished array with named dimensions."""
     array = group.create_array(
-        name, shape=values.shape, chunks=chunks or tuple(max(1, n) for n in values.shape), dtype=values.dtype, dimension_names=list(dims),
+        name,
+        shape=values.shape,
+        chunks=chunks or tuple(max(1, n) for n in values.shape),
+        dtype=values.dtype,
+        dimension_names=list(dims),
         compressors=[lossless()] if values.dtype.kind in "fiub" else "auto",
-    )  # fmt: skip
+    )
     if values.size:
         array[...] = values
 
@@ -140,4 +151,6 @@ def replace_file(path: Path, text: str) -> None:
 
 def unwritable(path: Path, error: OSError) -> StoreError:
     """What to say when the disk refuses."""
-    return StoreError(f"cannot write: {error.strerror or error}", where=path, do="free space or choose another path; what was committed stays readable")
+    return StoreError(
+        f"cannot write: {error.strerror or error}", where=path, do="free space or choose another path; what was committed stays readable"
+    )

@@ -46,9 +46,15 @@ class RunWriter:
     """Owns the folder of a run while it is recorded."""
 
     def __init__(
-        self, path: Path, manifest: Manifest, theta: np.ndarray, constants: Mapping[str, np.ndarray], fingerprint: np.ndarray | None,
-        momentum: bool, preconditioner: bool,
-    ) -> None:  # fmt: skip
+        self,
+        path: Path,
+        manifest: Manifest,
+        theta: np.ndarray,
+        constants: Mapping[str, np.ndarray],
+        fingerprint: np.ndarray | None,
+        momentum: bool,
+        preconditioner: bool,
+    ) -> None:
         self.path, self.manifest = path, manifest
         self.steps = 0
         self.closed = False
@@ -124,7 +130,10 @@ class RunWriter:
         if rows:
             values |= {"batch": padded("batch", -1), "part": padded("part", -1), "weight": padded("weight", 0)}
             values |= {"hyper": np.stack([r.hyper for r in rows]), "age": np.stack([r.age for r in rows])}
-            values |= {"mode": np.array([self._modes.index(r.mode) for r in rows]), "checksum_step": np.array(self._crc_step, dtype=np.uint32)}
+            values |= {
+                "mode": np.array([self._modes.index(r.mode) for r in rows]),
+                "checksum_step": np.array(self._crc_step, dtype=np.uint32),
+            }
             if "preconditioner" in self._columns:
                 values["preconditioner"] = np.stack([r.preconditioner for r in rows if r.preconditioner is not None])
             anchors = [r.anchor for r in rows if r.anchor is not None]
@@ -137,7 +146,11 @@ class RunWriter:
         except OSError as error:
             self.closed = True
             raise schema.unwritable(self.path, error) from error
-        self._written = {"states": at["states"] + states, "steps": at["steps"] + len(rows), "anchors": at["anchors"] + len(values.get("momentum", ()))}
+        self._written = {
+            "states": at["states"] + states,
+            "steps": at["steps"] + len(rows),
+            "anchors": at["anchors"] + len(values.get("momentum", ())),
+        }
         self._states, self._crc_theta = self._states[states:], self._crc_theta[states:] or self._crc_theta[-1:]
         self._rows, self._crc_step = [], []
 

@@ -42,7 +42,9 @@ def _imported(name: str) -> object:
         module = importlib.import_module(path)
     except Exception as error:  # whatever a user's module raises while it is imported
         do = "check the spelling, and that its folder is on PYTHONPATH"
-        raise ConfigError("the task's module cannot be imported", where=f"task {name}", got=f"{type(error).__name__}: {error}", do=do) from error
+        raise ConfigError(
+            "the task's module cannot be imported", where=f"task {name}", got=f"{type(error).__name__}: {error}", do=do
+        ) from error
     if not hasattr(module, attribute):
         raise ConfigError(
             "the module has no such task", where=f"task {name}", expected=nearest(attribute, vars(module)), got=repr(attribute)

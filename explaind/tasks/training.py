@@ -63,11 +63,17 @@ def make_optimizer(named: Named, model: nn.Module) -> torch.optim.Optimizer:
     try:
         return kind(model.parameters(), **named.options)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError("the optimizer refuses its options", where=f"optimizer {named.name}", got=error, do="correct the value") from error
+        raise ConfigError(
+            "the optimizer refuses its options", where=f"optimizer {named.name}", got=error, do="correct the value"
+        ) from error
 
 
 def _check(config: Config, examples: int) -> None:
-    for key, value, most in (("steps", config.train.steps, None), ("batch", config.train.batch, examples), ("warmup", config.train.warmup, None)):
+    for key, value, most in (
+        ("steps", config.train.steps, None),
+        ("batch", config.train.batch, examples),
+        ("warmup", config.train.warmup, None),
+    ):
         least = 1 if key == "steps" else 0
         if value < least or (most is not None and value > most):
             wanted = f"at least {least}" + ("" if most is None else f" and at most the {most} training examples")
@@ -78,7 +84,9 @@ def _batches(data: Split, size: int, seed: int, device: torch.device) -> Iterato
     """(ids, batch) for ever: all examples in order where size is 0, else epochs in an order of their own that `seed` draws."""
 
     def batch(ids: Tensor) -> object:
-        return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, default_collate([data[i] for i in ids.tolist()]))
+        return tree_map(
+            lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, default_collate([data[i] for i in ids.tolist()])
+        )
 
     everything = torch.arange(len(data))
     if not size:

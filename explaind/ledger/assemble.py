@@ -1,0 +1,64 @@
+"""From what the sweeps booked to a ledger: blocks are joined along the measures, and every array gets its named axes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from explaind.kernel.accounts import Accounts
+from explaind.kernel.layout import Layout
+from explaind.ledger.ledger import Checks, Ledger, Row, ordered
+from explaind.ledger.plan import Plan
+
+
+def assembled(
+    accounts: list[tuple[Accounts, Tensor]],
+    plan: Plan,
+    layout: Layout,
+    settings: dict[str, Any],
+    doubts: tuple[str, ...],
+) -> Ledger:
+    """Join the blocks along the measures and give every array its named axes."""
+    fine = "param" if plan.wanted.finest == "param" else "layer"
+    measure_shape = tuple(plan.sizes[axis] for axis in plan.measure_axes)
+
+    def joined(pick: Callable[[Accounts], Tensor], dims: tuple[str, ...]) -> Row:
+        whole = np.concatenate([pick(a).cpu().numpy() for a, _ in accounts], axis=dims.index("measure"))
+        return named(whole, dims)
+
+    def named(whole: np.ndarray, dims: tuple[str, ...]) -> Row:
+        d = dims.index("measure")
+        whole = whole.reshape((*whole.shape[:d], *measure_shape, *whole.shape[d + 1 :]))
+        dims = dims[:d] + plan.measure_axes + dims[d + 1 :]
+        summed = tuple(i for i, axis in enumerate(dims) if axis not in plan.wanted.keep)
+        whole = whole.reshape([n for i, n in enumerate(whole.shape) if i not in summed])
+        dims = tuple(axis for axis in dims if axis in plan.wanted.keep)
+        order = ordered(dims)
+        return Row(order, np.asarray(whole.transpose([dims.index(axis) for axis in order]), order="C"))
+
+    ends = np.concatenate([values[[0, -1]].double().cpu().numpy() for _, values in accounts], axis=1)
+    rows = {
+        "initial": named(ends[0], ("measure",)),
+        "data": joined(lambda a: a.data, ("step", fine, "measure", "example")),
+        "decay": joined(lambda a: a.decay, ("step", fine, "measure")),
+        "momentum0": joined(lambda a: a.momentum0, (fine, "measure")),
+        "arithmetic": joined(lambda a: a.arithmetic, ("step", fine, "measure")),
+        "path": joined(lambda a: a.path, ("step", "measure")),
+    }
+    first = accounts[0][0]
+    movement, path, arithmetic = (
+        joined(pick, ("measure",)) for pick in (lambda a: a.movement, lambda a: a.path_absolute, lambda a: a.arithmetic_absolute)
+    )
+    checks = Checks(
+        movement.array,
+        path.array,
+        arithmetic.array,
+        movement.dims,
+        np.sum([a.by_step.cpu().numpy() for a, _ in accounts], axis=0),
+        first.replay_error.cpu().numpy(),
+        np.max([a.nodes for a, _ in accounts], axis=0),
+        layout.names,
+        doubts,
+    )
+    return Ledger(rows, plan.coords, named(ends[1], ("measure",)), settings, checks)

@@ -1,0 +1,68 @@
+"""Facts as lines of text, for a terminal."""
+
+import json
+from typing import Any
+
+
+def ledger_lines(facts: dict[str, Any]) -> list[str]:
+    """What a ledger holds and how well it closes."""
+    maxima, asked = facts["maxima"], facts["settings"]
+    return [
+        f"ledger {facts['ledger']}: {' × '.join(f'{n} {axis}' for axis, n in facts['axes'].items())}",
+        f"  rule        {asked['rule']}, {facts['nodes_mean']:.3g} nodes a step, {asked['dtype']} on {asked['device']}, view {asked['view']}",
+        f"  path        {maxima['path']:.3g} at most, {maxima['path_share']:.3%} of the movement of its measure",
+        f"  arithmetic  {maxima['arithmetic']:.3g} at most, {maxima['arithmetic_share']:.3%} of the movement of its measure",
+        f"  replay      an update was off by {maxima['replay_error']:.2g} of its size at most",
+        f"  closure     {maxima['closure']:.2g} at most",
+        f"  explained   {facts['explained_min']:.6f} at least",
+        *_judged(facts),
+    ]
+
+
+def _judged(facts: dict[str, Any]) -> list[str]:
+    return ["  ok"] if facts["ok"] else [f"  FAILED: {reason}" for reason in facts["reasons"]]
+
+
+def verify_lines(facts: dict[str, Any]) -> list[str]:
+    """What ``verify`` found of a run and its ledgers."""
+    state = "complete" if facts["complete"] else "the recording was cut off; these steps are whole"
+    lines = [f"run {facts['run']}: {facts['steps']} steps, {state}"]
+    if facts["replay_error"] is None:
+        lines.append("  replay      not checked: nothing could be replayed, or the run names no task")
+    else:
+        lines.append(f"  replay      an update was off by {facts['replay_error']:.2g} of its size at most")
+    lines += ["  ok"] if not facts["reasons"] else [f"  FAILED: {reason}" for reason in facts["reasons"]]
+    return lines + [line for entry in facts["ledgers"] for line in ledger_lines(entry)]
+
+
+def info_lines(facts: dict[str, Any]) -> list[str]:
+    """What a run is."""
+    config = facts["config"] or {}
+    lines = [
+        f"run {facts['path']}: {facts['steps']} steps" + ("" if facts["complete"] else " (cut off)"),
+        f"  model       {facts['model']}, {facts['parameters']} parameters in {len(facts['layers'])} layers",
+        f"  optimizer   {facts['optimizer']}, {facts['reduction']} loss, {facts['examples']} examples, seed {facts['seed']}",
+        f"  made with   {', '.join(f'{name} {version}' for name, version in facts['versions'].items())} on {facts['device']}",
+    ]
+    lines += [f"  task        {json.dumps(config['task'])}"] if "task" in config else []
+    return lines + [f"  ledger      {path}" for path in facts["ledgers"]]
+
+
+def report_lines(entry: dict[str, Any]) -> list[str]:
+    """What a report wrote."""
+    lines = [f"report on {entry['ledger']}"]
+    if entry["training"] is not None:
+        known, grasped, end = entry["training"]["train_0.99_at"], entry["training"]["val_0.95_at"], entry["training"]["final_accuracy"]
+        lines.append(
+            f"  training    accuracy {end['train']:.3f}, validation {end['val']:.3f} at the end"
+            + ("" if known is None else f"; training reached 0.99 at step {known}")
+            + ("" if grasped is None else f", validation 0.95 at step {grasped}")
+        )
+    return [*lines, *(f"  left out    {words}" for words in entry["left_out"]), *(f"  {path}" for path in entry["files"])]
+
+
+def run_lines(facts: dict[str, Any]) -> list[str]:
+    """What a whole run came to."""
+    judged = [f"run {facts['run']} holds: its bytes, its replay and its ledger" if facts["ok"] else "the run or its ledger does not hold"]
+    reasons = [f"  FAILED: {reason}" for reason in facts["reasons"]]
+    return [*report_lines(facts), *ledger_lines({**facts["facts"], "ledger": facts["ledger"]}), *judged, *reasons]
