@@ -9,9 +9,9 @@ def ledger_lines(facts: dict[str, Any]) -> list[str]:
     maxima, asked = facts["maxima"], facts["settings"]
     return [
         f"ledger {facts['ledger']}: {' × '.join(f'{n} {axis}' for axis, n in facts['axes'].items())}",
-        f"  rule        {asked['rule']}, {facts['nodes_mean']:.3g} nodes a step, {asked['dtype']} on {asked['device']}, view {asked['view']}",
-        f"  path        {maxima['path']:.3g} at most, {maxima['path_share']:.3%} of the movement of its measure",
-        f"  arithmetic  {maxima['arithmetic']:.3g} at most, {maxima['arithmetic_share']:.3%} of the movement of its measure",
+        f"  rule        {asked['rule']}, {facts['nodes_mean']:.3g} nodes a step; {asked['dtype']}, {asked['device']}; view {asked['view']}",
+        f"  path        {maxima['path']:.3g} at most, {100 * maxima['path_share']:.2g} % of the movement of its measure",
+        f"  arithmetic  {maxima['arithmetic']:.3g} at most, {100 * maxima['arithmetic_share']:.2g} % of the movement of its measure",
         f"  replay      an update was off by {maxima['replay_error']:.2g} of its size at most",
         f"  closure     {maxima['closure']:.2g} at most",
         f"  explained   {facts['explained_min']:.6f} at least",
