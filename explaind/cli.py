@@ -206,7 +206,11 @@ def _decompose(recorded: Run, asked: Decompose, name: str | None, overwrite: boo
     with _progress("decomposing") as show:
         ledger = decompose_by_name(recorded, asked, show)
     shutil.rmtree(partial, ignore_errors=True)
-    save(ledger, partial)
+    try:
+        save(ledger, partial)
+    except StoreError:
+        shutil.rmtree(partial, ignore_errors=True)  # half a ledger is of no use, and the disk may be full
+        raise
     if path.exists():
         schema.open_group(path, "ledger")  # only ever remove what is a ledger
         shutil.rmtree(path)

@@ -68,9 +68,7 @@ def main() -> None:
     if given.peer:
         for ours in results:
             speed, memory = peer["s_per_step"] / ours["s_per_step"], peer["peak_mb"] / ours["peak_mb"]
-            print(
-                f"{ours['rule']} {ours['dtype']}: {speed:.1f} times faster, {memory:.1f} times less memory, |path| {ours['path_share']:.2%} of the movement"
-            )
+            print(f"{ours['rule']} {ours['dtype']}: {speed:.1f} times faster, {memory:.1f} times less memory")
     (given.out.parent / f"{given.out.name}.json").write_text(json.dumps(results, indent=1))
 
 

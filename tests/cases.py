@@ -1,0 +1,231 @@
+"""The table: every optimizer setting that has a rule, and the small trainings that the tests share."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.lr_scheduler import ExponentialLR, OneCycleLR
+from torch.utils.data import TensorDataset
+
+import explaind
+from explaind.record import recorder
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table."""
+
+    name: str
+    make: Callable[[list[Tensor]], Optimizer]
+    schedule: Callable[[Optimizer], Any] | None = None
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def row(name: str, kind: type[Optimizer], **options: Any) -> Case:
+    defaults = {"lr": 0.2} if kind is SGD else {"lr": 0.03, "betas": (0.8, 0.95)}
+    return Case(name, lambda params: kind(params, **{**defaults, **options}))
+
+
+def in_groups(kind: type[Optimizer], first: dict[str, Any], second: dict[str, Any]) -> Callable[[list[Tensor]], Optimizer]:
+    """The later parameters come first: the optimizer's order need not be the model's."""
+    return lambda params: kind([{"params": params[2:], **first}, {"params": params[:2], **second}], lr=0.05)
+
+
+OPTIMIZERS = (
+    row("sgd", SGD),
+    row("sgd momentum", SGD, momentum=0.8),
+    row("sgd little momentum", SGD, momentum=1e-3),  # fades within the run, which the applied view makes use of
+    row("sgd momentum dampening", SGD, momentum=0.8, dampening=0.3),
+    row("sgd nesterov", SGD, momentum=0.8, nesterov=True),
+    row("sgd l2", SGD, weight_decay=0.1),
+    row("sgd momentum l2", SGD, momentum=0.8, dampening=0.3, weight_decay=0.1),
+    row("sgd nesterov l2 maximize", SGD, momentum=0.8, nesterov=True, weight_decay=0.1, maximize=True),
+    row("sgd maximize", SGD, maximize=True),
+    row("sgd foreach", SGD, momentum=0.8, foreach=True),
+    row("sgd fused", SGD, momentum=0.8, fused=True),
+    row("adam", Adam),
+    row("adam l2", Adam, weight_decay=0.1),
+    row("adam l2 maximize", Adam, weight_decay=0.1, maximize=True),
+    row("adam amsgrad", Adam, amsgrad=True),
+    row("adam decoupled", Adam, weight_decay=0.1, decoupled_weight_decay=True),
+    row("adam for-loop", Adam, foreach=False),
+    row("adam foreach", Adam, weight_decay=0.1, foreach=True),
+    row("adam fused", Adam, weight_decay=0.1, fused=True),
+    row("adam tensor lr", Adam, lr=torch.tensor(0.03, dtype=torch.float64)),  # torch divides a float32 one in float32
+    row("adamw", AdamW, weight_decay=0.5),
+    row("adamw amsgrad", AdamW, weight_decay=0.5, amsgrad=True),
+    row("adamw maximize", AdamW, weight_decay=0.5, maximize=True),
+    row("adamw for-loop", AdamW, weight_decay=0.5, foreach=False),
+    row("adamw foreach", AdamW, weight_decay=0.5, foreach=True),
+    row("adamw fused", AdamW, weight_decay=0.5, fused=True),
+    Case("sgd in groups", in_groups(SGD, {"momentum": 0.8}, {"lr": 0.3, "weight_decay": 0.1, "nesterov": False})),
+    Case("adam in groups", in_groups(Adam, {"betas": (0.7, 0.9)}, {"lr": 0.01, "weight_decay": 0.3, "amsgrad": True})),
+    Case("adamw in groups", in_groups(AdamW, {"betas": (0.7, 0.9), "weight_decay": 0.0}, {"lr": 0.01, "weight_decay": 0.3})),
+    replace(row("sgd scheduled", SGD, momentum=0.8, weight_decay=0.1), schedule=lambda optimizer: ExponentialLR(optimizer, 0.7)),
+    replace(row("adamw one-cycle", AdamW, weight_decay=0.5), schedule=lambda optimizer: OneCycleLR(optimizer, 0.1, total_steps=20)),
+)
+every_optimizer = pytest.mark.parametrize("case", OPTIMIZERS, ids=str)
+
+
+def optimizer_named(name: str) -> Case:
+    return next(case for case in OPTIMIZERS if case.name == name)
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    """Standard normal numbers of their own seed, whatever was drawn before."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+DTYPE = torch.float64
+"""Of the training."""
+DATA = TensorDataset(normal(8, 3, seed=1), torch.tensor([0, 1, 1, 0, 1, 0, 0, 1]))
+QUERIES = normal(3, 3, seed=2)
+
+
+def losses(model: nn.Module, batch: Any) -> Tensor:
+    """Tensor[batch]"""
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+def measure(model: nn.Module, queries: Tensor) -> Tensor:
+    """Tensor[query, output]"""
+    return model(queries).log_softmax(-1)
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+
+def frozen() -> nn.Module:
+    model = mlp()
+    model[0].bias.requires_grad_(False)
+    return model
+
+
+def tied() -> nn.Module:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
+    model[2].weight = model[0].weight
+    return model
+
+
+class Sometimes(nn.Module):
+    """A branch that only eval mode takes, so that its parameters have no gradient in train mode; and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.branch = nn.Linear(3, 2), nn.Linear(3, 2)
+        self.register_buffer("scale", torch.tensor([0.5, 2.0, 1.0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * self.scale
+        return self.trunk(x).tanh() if self.training else self.trunk(x).tanh() + self.branch(x).sin()
+
+
+STEPS = (((0, 1, 2, 3),), ((4, 5, 6),), ((7, 0, 5),), ((1, 1, 2),), ((6,),), ((3, 4, 7, 2, 0),), ((5, 6),))
+"""Example ids by step and micro-batch: batches of different sizes, one example twice in a batch, seven steps in blocks of three."""
+MICRO_BATCHES = (((0, 1, 2), (3,)), ((4, 5),), ((7, 0), (5, 6), (0, 1)), ((2,), (2,)))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A small training: everything but its optimizer."""
+
+    name: str
+    network: Callable[[], nn.Module] = mlp
+    steps: tuple[tuple[tuple[int, ...], ...], ...] = STEPS
+    reduction: str = "mean"
+    weight: Callable[[Tensor], Tensor] | None = None
+    """ids -> factor on each loss, where it is neither a mean nor a sum."""
+    trains: Callable[[int], bool] = field(default=lambda step: True)
+    """Whether the model is in train mode at a step."""
+
+    def __str__(self) -> str:
+        return self.name
+
+    def model(self) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            return self.network().to(DTYPE)
+
+    def weights(self, ids: Tensor) -> Tensor:
+        if self.weight is not None:
+            return self.weight(ids)
+        return torch.full((len(ids),), 1 / len(ids) if self.reduction == "mean" else 1.0, dtype=DTYPE)
+
+
+PLAIN = Problem("mean loss")
+PROBLEMS = (
+    PLAIN,
+    Problem("sum loss", reduction="sum"),
+    Problem("weighted loss", weight=lambda ids: 0.1 + ids.double() / 10),
+    Problem("micro-batches", steps=MICRO_BATCHES),
+    Problem("frozen parameter", frozen),
+    Problem("tied weights", tied),
+    Problem("branch unused in some steps", Sometimes, trains=lambda step: step in (1, 2, 5)),
+)
+every_problem = pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+
+
+def shorten_blocks(patch: pytest.MonkeyPatch, steps: int = 3) -> None:
+    """Let the recorder write `steps` steps a block, for the 26 float64 parameters of ``mlp``; a few more for smaller models."""
+    patch.setattr(recorder, "BUFFER_BYTES", steps * 2 * 26 * 8)
+
+
+def trainable(model: nn.Module) -> list[Tensor]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def gradient(problem: Problem, model: nn.Module, step: int, recorder: explaind.Recorder | None = None) -> None:
+    """One step of an ordinary training loop, up to ``optimizer.step()``."""
+    model.train(problem.trains(step))
+    model.zero_grad()
+    for part in problem.steps[step]:
+        ids = torch.tensor(part)
+        if recorder is not None:
+            recorder.examples(ids, None if problem.weight is None else problem.weight(ids))
+        x, y = DATA[ids]
+        (losses(model, (x.to(DTYPE), y)) @ problem.weights(ids)).backward()
+
+
+def train(problem: Problem, model: nn.Module, optimizer: Optimizer, case: Case, recorder: explaind.Recorder | None = None) -> None:
+    """All steps of a problem."""
+    scheduler = case.schedule(optimizer) if case.schedule else None
+    for step in range(len(problem.steps)):
+        gradient(problem, model, step, recorder)
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+
+
+def recorded(path: Path, problem: Problem = PLAIN, case: Case = OPTIMIZERS[1], warm: bool = False, **options: Any) -> explaind.Run:
+    """A finished run; `warm`: the optimizer has already trained once when the recording begins."""
+    model = problem.model()
+    optimizer = case.make(trainable(model))
+    if warm:
+        train(problem, model, optimizer, case)
+    with explaind.record(optimizer, model, path, reduction=problem.reduction, **options) as recorder:
+        train(problem, model, optimizer, case, recorder)
+    return explaind.open(path)
+
+
+def blank(problem: Problem) -> nn.Module:
+    """The model class alone: every number that a decomposition needs must come from the run."""
+    model = problem.model()
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.fill_(torch.nan)
+    return model
+
+
+def decomposed(run: explaind.Run, problem: Problem = PLAIN, **options: Any) -> explaind.Ledger:
+    """All axes kept and four Gauss nodes, unless told otherwise."""
+    asked = {"keep": ("query", "output", "example", "layer", "step"), "rule": "gauss:4", "data": DATA, "losses": losses, "measure": measure}
+    return explaind.decompose(run, blank(problem), queries=QUERIES, **{**asked, **options})

@@ -1,0 +1,181 @@
+"""The ledger, slowly and obviously: the sum over steps, past steps and examples, with a momentum buffer for each example.
+
+    h(θ') − h(θ) = <ḡ, Δ> + path,        Δ = −(C z' + E g) − R θ,        z' = M z + N g,        g = sign Σ_i w_i ∇ℓ_i(θ) + κ θ
+
+All but path is linear in the g of all steps so far, hence in each example's share of them. Each share is pushed forwards in
+time, and its movement of θ is dotted with ḡ at every step: full[query, output, example, layer, seen, applied].
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import vector_to_parameters
+
+from explaind.rules import rule_of
+from explaind.rules.rule import IDLE, Filter
+from tests import cases
+
+
+@dataclass
+class Moment:
+    """One step as it was watched, without a recorder: θ, z and every coefficient of the filter are [param]."""
+
+    theta: Tensor
+    momentum: Tensor
+    filter: Filter | None = None
+    after: Tensor | None = None
+    momentum_after: Tensor | None = None
+
+
+def flat(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.cat([t.detach().flatten() for t in tensors])
+
+
+def spread(filters: list[Filter], params: list[Tensor]) -> Filter:
+    """One filter whose coefficients are all diagonals [param]."""
+    pairs = list(zip(filters, params, strict=True))
+    return Filter(**{c.name: flat(torch.zeros_like(p) + getattr(f, c.name) for f, p in pairs) for c in fields(Filter)})
+
+
+def watch(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> list[Moment]:
+    """A list that fills while the optimizer steps."""
+    rule, moments, ages = rule_of(optimizer), [], {}
+    group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
+
+    def momentum() -> Tensor:
+        buffers = [optimizer.state.get(p, {}).get(rule.momentum) for p in params]
+        return flat(torch.zeros_like(p) if z is None else z for z, p in zip(buffers, params, strict=True))
+
+    def before(*_):
+        ages.update({p: rule.age(optimizer.state.get(p, {})) for p in params})
+        moments.append(Moment(flat(params), momentum()))
+
+    def filtered(p: Tensor) -> Filter:
+        if p.grad is None:
+            return IDLE
+        key = rule.preconditioner(group_of[p])
+        options = dict(zip(rule.options, rule.read(group_of[p]), strict=True))
+        return rule.filter(options, ages[p], optimizer.state[p][key].clone() if key else None)
+
+    def after(*_):
+        moments[-1].after, moments[-1].momentum_after = flat(params), momentum()
+        moments[-1].filter = spread([filtered(p) for p in params], params)
+
+    optimizer.register_step_pre_hook(before)
+    optimizer.register_step_post_hook(after)
+    return moments
+
+
+def derivative(value: Tensor, params: list[Tensor]) -> Tensor:
+    """∇ value: [param]"""
+    parts = torch.autograd.grad(value, params, retain_graph=True, allow_unused=True)
+    return flat(torch.zeros_like(p) if g is None else g for g, p in zip(parts, params, strict=True))
+
+
+def gauss(n: int) -> list[tuple[float, float]]:
+    """(node, weight) on [0, 1]"""
+    nodes, weights = np.polynomial.legendre.leggauss(n)
+    return [((x + 1) / 2, w / 2) for x, w in zip(nodes, weights, strict=True)]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Every row, with both step axes where a gradient of one step moved θ at another."""
+
+    full: np.ndarray  # query output example layer seen applied
+    decayed: np.ndarray  # query output layer seen applied
+    momentum0: np.ndarray  # query output layer
+    path: np.ndarray  # query output step
+    initial: np.ndarray  # query output
+    final: np.ndarray  # query output
+
+    def data(self, view: str) -> np.ndarray:
+        return self.full.sum(-1 if view == "seen" else -2)
+
+    def decay(self, view: str) -> np.ndarray:
+        return self.decayed.sum(-1 if view == "seen" else -2)
+
+
+class Slow:
+    """One training and its decomposition."""
+
+    def __init__(self, problem: cases.Problem, case: cases.Case, warm: bool = False, nodes: int = 4) -> None:
+        self.problem, self.nodes = problem, gauss(nodes)
+        self.model = problem.model()
+        self.params = cases.trainable(self.model)
+        optimizer = case.make(self.params)
+        if warm:
+            cases.train(problem, self.model, optimizer, case)
+        self.moments = watch(optimizer, self.params)
+        cases.train(problem, self.model, optimizer, case)
+        ends = np.cumsum([p.numel() for p in self.params])
+        self.layers = [slice(end - p.numel(), end) for end, p in zip(ends, self.params, strict=True)]
+
+    def at(self, theta: Tensor) -> nn.Module:
+        with torch.no_grad():
+            vector_to_parameters(theta, self.params)
+        return self.model
+
+    def measured(self, theta: Tensor) -> Tensor:
+        """h(θ): [query, output]"""
+        return cases.measure(self.at(theta).eval(), cases.QUERIES)
+
+    def average(self, moment: Moment) -> Tensor:
+        """ḡ: [query, output, param]"""
+        total = torch.tensor(0.0)
+        for t, w in self.nodes:
+            values = self.measured(moment.theta + t * (moment.after - moment.theta))
+            total = total + w * torch.stack([torch.stack([derivative(v, self.params) for v in row]) for row in values])
+        return total
+
+    def shares(self, step: int) -> list[tuple[int, Tensor]]:
+        """(example, w_i ∇ℓ_i(θ)) of a step."""
+        model = self.at(self.moments[step].theta).train(self.problem.trains(step))
+        found = []
+        for part in self.problem.steps[step]:
+            ids = torch.tensor(part)
+            each = cases.losses(model, cases.DATA[ids])
+            found += [(i, w * derivative(loss, self.params)) for i, w, loss in zip(part, self.problem.weights(ids), each, strict=True)]
+        return found
+
+    def dots(self, mean: Tensor, movement: Tensor) -> Tensor:
+        """[query, output, layer]"""
+        return torch.stack([mean[..., cut] @ movement[cut] for cut in self.layers], dim=-1)
+
+    def pushed(self, means: list[Tensor], step: int, g: Tensor) -> Tensor:
+        """What g, consumed at `step`, moved at every step: [query, output, layer, applied]"""
+        f = self.moments[step].filter
+        z = f.N * g
+        booked = [torch.zeros_like(self.dots(means[0], g))] * step + [self.dots(means[step], -(f.C * z + f.E * g))]
+        for later in range(step + 1, len(means)):
+            f = self.moments[later].filter
+            z = f.M * z
+            booked.append(self.dots(means[later], -f.C * z))
+        return torch.stack(booked, dim=-1)
+
+    def first_momentum(self, means: list[Tensor]) -> Tensor:
+        """What the momentum that the recording began with moved: [query, output, layer]"""
+        z, total = self.moments[0].momentum, torch.tensor(0.0)
+        for moment, mean in zip(self.moments, means, strict=True):
+            z = moment.filter.M * z
+            total = total + self.dots(mean, -moment.filter.C * z)
+        return total
+
+    def solve(self) -> Reference:
+        means = [self.average(moment) for moment in self.moments]
+        sizes = (len(self.layers), len(means), len(means))  # layer seen applied
+        full = torch.zeros(*means[0].shape[:2], len(cases.DATA), *sizes, dtype=torch.float64)
+        decayed = torch.zeros(*means[0].shape[:2], *sizes, dtype=torch.float64)
+        for s, moment in enumerate(self.moments):
+            for i, share in self.shares(s):
+                full[:, :, i, :, s] += self.pushed(means, s, moment.filter.sign * share)
+            decayed[..., s, :] += self.pushed(means, s, moment.filter.kappa * moment.theta)
+            decayed[..., s, s] += self.dots(means[s], -moment.filter.R * moment.theta)
+        change = [self.measured(m.after) - self.measured(m.theta) for m in self.moments]
+        path = [c - mean @ (m.after - m.theta) for c, mean, m in zip(change, means, self.moments, strict=True)]
+        ends = self.measured(self.moments[0].theta), self.measured(self.moments[-1].after)
+        rows = (full, decayed, self.first_momentum(means), torch.stack(path, dim=-1), *ends)
+        return Reference(*(row.detach().numpy() for row in rows))

@@ -1,0 +1,264 @@
+"""The command line as a newcomer meets it, happy and unhappy."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+import explaind
+from explaind.cli import main
+
+SMALL = Path(__file__).parent / "small.toml"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run with its ledger and report."""
+    out = tmp_path_factory.mktemp("cli") / "run"
+    assert main(["run", str(SMALL), "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def refused(capsys, *arguments):
+    """The one line on stderr of a command that must exit with 2."""
+    assert main([str(a) for a in arguments]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("explaind: ")
+    assert said.err.count("\n") == 1
+    return said.err
+
+
+def asked(capsys, *arguments):
+    status = main([str(a) for a in arguments])
+    return status, capsys.readouterr().out
+
+
+def test_run_makes_a_run_a_ledger_and_a_report(finished, capsys):
+    figures = {p.stem for p in (finished / "report" / "val.target_log_probability").glob("*.png")}
+    predictions = {f"{kind}_query{i}" for kind in ("waterfall", "examples") for i in (0, 1)}
+    assert figures == {"training", "layers_over_steps", "rest_rows"} | predictions
+    summary = json.loads((finished / "report" / "val.target_log_probability" / "ledger.json").read_text())
+    assert len(summary["predictions"]) == 6
+    for prediction in summary["predictions"]:
+        assert abs(sum(prediction["rows"].values()) - prediction["final"]) <= 1e-10
+        assert prediction["explained"] >= 0.99
+        assert prediction["path"] + prediction["arithmetic"] <= 0.01 * prediction["movement"]
+        assert prediction["strongest"][0]["credit"] > 0 > prediction["strongest"][-1]["credit"]
+    assert summary["run"]["config"]["optimizer"] == {"name": "AdamW", "lr": 0.01, "weight_decay": 0.5}
+
+
+def test_the_resolved_config_is_kept_with_the_run(finished):
+    config = explaind.open(finished).manifest.config
+    assert config["decompose"]["tol"] == 1e-3
+    assert config["train"]["reduction"] == "mean"
+
+
+def test_verify_and_info_in_words_and_as_json(finished, capsys):
+    ledger = finished / "ledgers" / "val.target_log_probability"
+    for path, key in ((finished, "run"), (ledger, "ledger")):
+        status, text = asked(capsys, "verify", path)
+        assert status == 0
+        assert "ok" in text
+        status, text = asked(capsys, "verify", path, "--json")
+        assert json.loads(text)["ok"] is True
+        assert key in json.loads(text)
+    assert "20 steps" in asked(capsys, "info", finished)[1]
+    assert json.loads(asked(capsys, "info", finished, "--json")[1])["steps"] == 20
+    assert json.loads(asked(capsys, "info", ledger, "--json")[1])["axes"]["step"] == 4
+
+
+def test_decompose_takes_its_options_and_refuses_to_overwrite(copied, capsys):
+    options = [
+        "--queries",
+        "val:0:2",
+        "--measure",
+        "logits",
+        "--keep",
+        "output,example,layer",
+        "--tol",
+        "1e-4",
+        "--dtype",
+        "float64",
+        "--json",
+    ]
+    status, text = asked(capsys, "decompose", copied, *options)
+    facts = json.loads(text)
+    assert status == 0
+    assert list(facts["axes"]) == ["output", "example", "layer"]
+    assert facts["settings"]["rule"] == "adaptive:0.0001"
+    ledger = explaind.open_ledger(copied / "ledgers" / "val-0-2.logits")
+    assert ledger.axes == ("output", "example", "layer")
+    assert "something here already" in refused(capsys, "decompose", copied, *options)
+    assert asked(capsys, "decompose", copied, *options, "--overwrite")[0] == 0
+    assert asked(capsys, "decompose", copied, "--queries", "train:3", "--name", "mine")[0] == 0
+    assert asked(capsys, "report", copied)[0] == 0
+    assert (copied / "report" / "mine" / "ledger.json").exists()
+
+
+def test_record_alone(tmp_path, capsys):
+    status, text = asked(capsys, "record", SMALL, "--out", tmp_path / "r", "--train.steps", "2", "--json")
+    assert (status, json.loads(text)["steps"]) == (0, 2)
+    assert "no ledger to report on" in refused(capsys, "report", tmp_path / "r")
+    assert "something here already" in refused(capsys, "record", SMALL, "--out", tmp_path / "r")
+    assert asked(capsys, "record", SMALL, "--out", tmp_path / "r", "--train.steps", "3", "--overwrite")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", SMALL, "--train.stepz", "3"], ["expected steps", "'stepz'"]),
+        (["run", SMALL, "--task.operatoin", "add"], ["expected operation"]),
+        (["run", SMALL, "--task.p", "1"], ["modular.p", "at least 2"]),
+        (["run", SMALL, "--optimizer.name", "Adagrad"], ["unknown optimizer", "'Adagrad'"]),
+        (["run", SMALL, "--optimizer.lrr", "1"], ["unknown option", "expected lr"]),
+        (["run", SMALL, "--optimizer.lr", "-1"], ["the optimizer refuses its options"]),
+        (["run", SMALL, "--train.batch", "1000"], ["train.batch", "at most the 22"]),
+        (["run", SMALL, "--train.device", "moon"], ["the device cannot be used", "'moon'"]),
+        (["run", SMALL, "--decompose.queries", "val:0:99"], ["out of range", "<= 6"]),
+        (["run", "nowhere.toml"], ["No such file"]),
+        (["info", "nowhere"], ["no run or ledger here"]),
+        (["verify", "nowhere"], ["no run or ledger here"]),
+        (["decompose", "nowhere"], ["no run here"]),
+        (["report", "nowhere"], ["no run here"]),
+        (["explode"], ["explode"]),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(arguments, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = refused(capsys, *arguments)
+    assert all(word in line for word in words), line
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--queries", "val:0:99"], ["out of range", "6, the examples of val"]),
+        (["--queries", "val:4:2"], ["out of range"]),
+        (["--queries", "test"], ["unknown split", "train or val"]),
+        (["--queries", "val:-1"], ["queries cannot be read"]),
+        (["--measure", "logit"], ["expected logits"]),
+        (["--keep", "query,exmple"], ["unknown axis", "exmple"]),
+        (["--rule", "simpson:3"], ["unknown path rule", "midpoint:N"]),
+        (["--tol", "0"], ["tol > 0"]),
+        (["--dtype", "float16"], ["float64 | float32"]),
+        (["--tol", "small"], ["small"]),
+        (["--budget", "1e-9"], ["larger than the budget", "sum over"]),
+        (["--device", "moon"], ["the device cannot be used"]),
+        (["--nodes", "3"], ["--nodes"]),
+    ],
+)
+def test_a_decomposition_that_cannot_be_is_refused_in_one_line(finished, options, words, capsys):
+    line = refused(capsys, "decompose", finished, *options)
+    assert all(word in line for word in words), line
+
+
+def test_a_run_of_an_unknown_schema_version(copied, capsys):
+    attributes = json.loads((copied / "zarr.json").read_text())
+    attributes["attributes"]["explaind"]["schema"] = 99
+    (copied / "zarr.json").write_text(json.dumps(attributes))
+    for verb in ("info", "verify", "decompose", "report"):
+        line = refused(capsys, verb, copied)
+        assert "unknown schema version" in line
+        assert "99" in line
+
+
+def test_a_ledger_is_not_a_run_and_a_stranger_is_neither(finished, tmp_path, capsys):
+    assert "not a run" in refused(capsys, "decompose", finished / "ledgers" / "val.target_log_probability")
+    zarr.create_group(tmp_path / "other")
+    assert "neither a run nor a ledger" in refused(capsys, "verify", tmp_path / "other")
+    assert "not a run" in refused(capsys, "record", SMALL, "--out", tmp_path / "other", "--overwrite")
+
+
+def changed(run: Path, **task) -> None:
+    """Another configuration in the run's attributes: other data or another model than were trained."""
+    attributes = json.loads((run / "zarr.json").read_text())
+    attributes["attributes"]["manifest"]["config"]["task"] |= task
+    (run / "zarr.json").write_text(json.dumps(attributes))
+
+
+def test_verify_names_a_changed_float_of_theta(copied, capsys):
+    theta = zarr.open_group(copied)["theta"]
+    theta[7, 3] = np.nextafter(theta[7, 3], np.float32(np.inf))
+    status, text = asked(capsys, "verify", copied)
+    assert status == 1
+    assert "theta before step 7 is not what was recorded: positions changed on disk" in text
+
+
+def test_verify_names_other_data_another_model_and_a_removed_step(copied, finished, tmp_path, capsys):
+    changed(copied, split_seed=1)
+    status, text = asked(capsys, "verify", copied)
+    assert status == 1
+    assert "the data is not the data of the training" in text
+    other = Path(shutil.copytree(finished, tmp_path / "other"))
+    changed(other, network="paper")
+    status, text = asked(capsys, "verify", other)
+    assert status == 1
+    assert "the model is not the one that was recorded" in text
+    shorter = Path(shutil.copytree(finished, tmp_path / "shorter"))
+    theta = zarr.open_group(shorter)["theta"]
+    theta[9:20] = theta[10:21]
+    status, text = asked(capsys, "verify", shorter)
+    assert status == 1
+    assert "a step was removed" in text
+
+
+def test_a_users_own_task_is_found_where_they_stand(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.py").write_text("from dataclasses import dataclass\nfrom explaind.tasks import ModularArithmetic\n\n\n"
+                                      "@dataclass(frozen=True)\nclass Mine(ModularArithmetic):\n    p: int = 5\n")  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert main(["record", str(SMALL), "--out", "r", "--task.name", "mine:Mine", "--task.p", "5", "--train.steps", "1"]) == 0
+    assert main(["verify", "r"]) == 0
+    capsys.readouterr()
+    assert "No module named 'yours'" in refused(capsys, "record", SMALL, "--out", "s", "--task.name", "yours:Task")
+
+
+def mounts() -> str | None:
+    """Why a small file system cannot be made here, or None."""
+    probe = subprocess.run(["unshare", "-rm", "true"], capture_output=True, text=True, check=False) if shutil.which("unshare") else None
+    return "there is no unshare" if probe is None else probe.stderr.strip() or None if probe.returncode else None
+
+
+@pytest.mark.skipif(mounts() is not None, reason=f"cannot mount a small tmpfs: {mounts()}")
+@pytest.mark.parametrize(("size", "verb"), [("300k", "record"), ("1200k", "decompose"), ("1200k", "report")])
+def test_no_space_left_is_one_line_and_loses_nothing(size, verb, finished, tmp_path):
+    shell = 'mount -t tmpfs -o size=$0 tmpfs "$1" && shift && exec "$@"'
+    python = f"""
+import shutil, sys
+from pathlib import Path
+from explaind.cli import main
+place = Path({str(tmp_path)!r})
+if {verb!r} != "record":
+    shutil.copytree({str(finished)!r}, place / "run", ignore=shutil.ignore_patterns("report"))
+    with open(place / "filler", "wb") as filler:
+        try:
+            while filler.write(bytes(4096)) and not filler.flush():
+                pass
+        except OSError:
+            pass
+arguments = {{"record": ["record", {str(SMALL)!r}, "--out", str(place / "run"), "--train.steps", "400"],
+              "decompose": ["decompose", str(place / "run"), "--name", "more"], "report": ["report", str(place / "run")]}}
+status = main(arguments[{verb!r}])
+assert main(["info", str(place / "run")]) == 0
+assert main(["verify", str(place / "run")]) == 0
+sys.exit(status)
+"""
+    command = ["unshare", "-rm", "sh", "-c", shell, size, str(tmp_path), sys.executable, "-c", python]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 2, done.stderr
+    assert "No space left on device" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,106 @@
+"""Configurations: one way through the checks, and errors that name file, key and nearest valid key."""
+
+from pathlib import Path
+
+import pytest
+
+from explaind.config import Config, Decompose, literal, read, resolved
+from explaind.errors import ConfigError
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
+SMALL = """
+[task]
+name = "modular"
+p = 7
+[train]
+steps = 3
+[optimizer]
+name = "SGD"
+lr = 0.1
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "small.toml"
+    path.write_text(SMALL)
+    return path
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_is_complete_and_survives_a_round_trip(path):
+    config = read(path)
+    assert resolved(config.to_json(), "again") == config
+
+
+def test_what_is_not_given_takes_its_default(file):
+    config = read(file)
+    assert config.decompose == Decompose()
+    assert (config.task.name, config.task.options) == ("modular", {"p": 7})
+    assert (config.train.steps, config.train.batch, config.train.reduction) == (3, 0, "mean")
+
+
+def test_overrides_win_and_may_be_written_both_ways(file):
+    config = read(file, ["--train.steps", "5", "--optimizer.lr=1e-2", "--decompose.keep", "query,example", "--task.operation", "multiply"])
+    assert config.train.steps == 5
+    assert config.optimizer.options["lr"] == 0.01
+    assert config.decompose.keep == ("query", "example")
+    assert config.task.options["operation"] == "multiply"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("3", 3), ("1e-3", 1e-3), ("true", True), ("[0.9, 0.98]", [0.9, 0.98]), ("add", "add"), ("val:0:4", "val:0:4")]
+)
+def test_literals_are_read_as_toml_or_else_as_text(text, value):
+    assert literal(text) == value
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["--train.stepz", "3"], ["small.toml: train", "expected steps", "'stepz'"]),
+        (["--trian.steps", "3"], ["small.toml", "expected train", "[trian]"]),
+        (["--train.steps", "many"], ["train.steps", "expected int", "'many'"]),
+        (["--train.steps", "true"], ["train.steps", "expected int", "True"]),
+        (["--train.reduction", "max"], ["expected mean | sum", "'max'"]),
+        (["--decompose.dtype", "float16"], ["expected float64 | float32"]),
+        (["--decompose.keep", "3"], ["expected list of str"]),
+        (["--task", "modular"], ["expected --table.key value", "'--task'"]),
+        (["--train.steps"], ["expected --train.steps VALUE", "nothing after it"]),
+        (["stray"], ["unknown argument", "'stray'"]),
+        (["--task.name", "3"], ["name = a string", "3"]),
+    ],
+)
+def test_a_wrong_override_is_named_with_what_was_meant(file, overrides, words):
+    with pytest.raises(ConfigError) as caught:
+        read(file, overrides)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("table", ["task", "train", "optimizer"])
+def test_a_missing_table_is_named(file, table):
+    kept = {name: {"name": "x", "steps": 1} for name in ("task", "train", "optimizer") if name != table}
+    kept = {name: ({"steps": 1} if name == "train" else {"name": "x"}) for name in kept}
+    with pytest.raises(ConfigError, match=rf"expected \[{table}\]"):
+        resolved(kept, "file")
+
+
+def test_a_file_that_is_no_toml_or_not_there(tmp_path):
+    (tmp_path / "bad.toml").write_text("[task\n")
+    with pytest.raises(ConfigError, match="not TOML"):
+        read(tmp_path / "bad.toml")
+    with pytest.raises(ConfigError, match="No such file"):
+        read(tmp_path / "none.toml")
+
+
+def test_missing_key_is_named():
+    with pytest.raises(ConfigError, match=r"missing key .*expected steps"):
+        resolved({"task": {"name": "modular"}, "train": {}, "optimizer": {"name": "SGD"}}, "file")
+
+
+def test_a_config_is_a_value():
+    config = resolved({"task": {"name": "modular"}, "train": {"steps": 1}, "optimizer": {"name": "SGD"}}, "file")
+    assert isinstance(config, Config)
+    with pytest.raises(AttributeError):
+        config.train = None

@@ -1,0 +1,122 @@
+"""A rule must say what torch.optim did, and split it without a rest."""
+
+import pytest
+import torch
+
+from explaind.errors import RuleError
+from explaind.rules import rule_named, rule_of
+from tests import cases, reference
+from tests.closeness import algebra
+
+SHAPES = ((3, 2), (4,), (2, 2, 2), ())
+EXAMPLES = 3
+
+
+def parameters():
+    return [cases.normal(*shape, seed=i).requires_grad_() for i, shape in enumerate(SHAPES)]
+
+
+def shares(step):
+    """Gradients of three examples: [example, param]. In step 3 the second tensor has none."""
+    return [None if (step, i) == (3, 1) else cases.normal(EXAMPLES, *shape, seed=100 * step + i) for i, shape in enumerate(SHAPES)]
+
+
+def watched(case, steps=6):
+    """The steps of a training on made-up gradients."""
+    params = parameters()
+    optimizer = case.make(params)
+    scheduler = case.schedule(optimizer) if case.schedule else None
+    moments = reference.watch(optimizer, params)
+    for step in range(steps):
+        for p, share in zip(params, shares(step), strict=True):
+            p.grad = None if share is None else share.sum(0)
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+    return moments
+
+
+def flat_shares(step):
+    """[example, param]"""
+    empty = [torch.zeros(EXAMPLES, *shape, dtype=torch.float64) for shape in SHAPES]
+    return torch.cat([(e if g is None else g).reshape(EXAMPLES, -1) for e, g in zip(empty, shares(step), strict=True)], dim=1)
+
+
+@cases.every_optimizer
+def test_advancing_the_rule_from_the_state_before_a_step_gives_the_state_after_it(case):
+    for step, moment in enumerate(watched(case)):
+        after, delta = moment.filter.advance(moment.momentum, flat_shares(step).sum(0), moment.theta)
+        algebra(after, moment.momentum_after, f"momentum after step {step}")
+        algebra(delta, moment.after - moment.theta, f"Δ of step {step}", scale=float(moment.theta.abs().max()))
+
+
+@cases.every_optimizer
+def test_the_shares_of_examples_decay_and_first_momentum_sum_to_the_update(case):
+    moments = watched(case)[2:]  # so that there is a momentum to begin with
+    z_examples = torch.zeros(EXAMPLES, len(moments[0].theta), dtype=torch.float64)
+    z_decay, z_first = torch.zeros_like(moments[0].theta), moments[0].momentum
+    for step, moment in enumerate(moments, start=2):
+        f, still = moment.filter, torch.zeros_like(moment.theta)
+        parts = []
+        for i, share in enumerate(flat_shares(step)):
+            z_examples[i], moved = f.advance(z_examples[i], share, still)
+            parts.append(moved)
+        z_decay, moved = f.advance(z_decay, still, moment.theta)
+        z_first, by_first = f.advance(z_first, still, still)
+        algebra(sum(parts) + moved + by_first, moment.after - moment.theta, f"step {step}", scale=float(moment.theta.abs().max()))
+
+
+@pytest.mark.parametrize("kind", [torch.optim.LBFGS, torch.optim.SparseAdam, torch.optim.Adagrad], ids=lambda kind: kind.__name__)
+def test_an_optimizer_without_a_rule_is_refused_by_name(kind):
+    with pytest.raises(RuleError, match=kind.__name__) as caught:
+        rule_of(kind(parameters()))
+    assert "\n" not in str(caught.value)
+    assert "SGD, Adam, AdamW" in str(caught.value)
+
+
+class Lookahead(torch.optim.SGD):
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+class Renamed(torch.optim.AdamW):
+    def zero_grad(self, set_to_none=True):
+        super().zero_grad(set_to_none)
+
+
+class SGD(torch.optim.Optimizer):
+    """A stranger with a familiar name."""
+
+    def __init__(self, params):
+        super().__init__(params, {})
+
+    def step(self, closure=None):
+        return None
+
+
+@pytest.mark.parametrize("kind", [Lookahead, SGD], ids=["overrides step", "only shares a name"])
+def test_another_step_than_the_rule_describes_is_refused(kind):
+    with pytest.raises(RuleError, match=kind.__name__):
+        rule_of(kind(parameters()))
+
+
+def test_a_subclass_that_keeps_the_step_is_accepted():
+    assert rule_of(Renamed(parameters())) is rule_named("AdamW")
+
+
+def test_a_differentiable_adam_is_refused():
+    optimizer = torch.optim.Adam(parameters(), differentiable=True)
+    with pytest.raises(RuleError, match="differentiable"):
+        rule_of(optimizer).read(optimizer.param_groups[0])
+
+
+def test_a_run_of_a_rule_that_is_not_here_is_refused_by_name():
+    with pytest.raises(RuleError, match="'Lion'"):
+        rule_named("Lion")
+
+
+def test_adam_without_its_second_moment_is_refused():
+    rule = rule_named("Adam")
+    options = dict(zip(rule.options, rule.read(torch.optim.Adam(parameters()).param_groups[0]), strict=True))
+    with pytest.raises(RuleError, match="second moment"):
+        rule.filter(options, 0, None)
