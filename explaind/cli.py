@@ -134,6 +134,8 @@ def decompose(
     recorded = open_run(run)
     changed = checked(Decompose, {k: v for k, v in given.items() if v is not None}, "decompose")
     asked = replace(config_of(recorded).decompose, **{k: getattr(changed, k) for k, v in given.items() if v is not None})
+    if windows is None and "step" not in asked.keep:
+        asked = replace(asked, windows=1)  # the run's own windows group an axis that is not asked for
     path = _decompose(recorded, asked, name, overwrite)
     facts = {"ledger": str(path), **ledger_facts(open_ledger(path))}
     _print(facts, json, ledger_lines)

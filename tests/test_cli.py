@@ -161,7 +161,7 @@ def test_bad_input_is_one_line_and_exit_2(arguments, words, capsys, tmp_path, mo
     ],
 )
 def test_a_decomposition_that_cannot_be_is_refused_in_one_line(finished, options, words, capsys):
-    line = refused(capsys, "decompose", finished, *options)
+    line = refused(capsys, "decompose", finished, "--name", "other", *options)
     assert all(word in line for word in words), line
 
 
@@ -243,9 +243,9 @@ from explaind.cli import main
 place = Path({str(tmp_path)!r})
 if {verb!r} != "record":
     shutil.copytree({str(finished)!r}, place / "run", ignore=shutil.ignore_patterns("report"))
-    with open(place / "filler", "wb") as filler:
+    with open(place / "filler", "wb", buffering=0) as filler:
         try:
-            while filler.write(bytes(4096)) and not filler.flush():
+            while filler.write(bytes(1024)):
                 pass
         except OSError:
             pass

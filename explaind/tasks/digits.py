@@ -6,7 +6,7 @@ Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UC
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Literal, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +57,7 @@ class Digits:
 
     def __post_init__(self) -> None:
         for option in ("network", "activation"):
-            choices = get_args(type(self).__annotations__[option])
+            choices = get_args(get_type_hints(type(self))[option])
             if getattr(self, option) not in choices:
                 raise ConfigError("unknown choice", where=f"digits.{option}", expected=" | ".join(choices), got=repr(getattr(self, option)))
         for option in ("hidden", "train_examples", "val_examples"):

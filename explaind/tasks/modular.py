@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -218,7 +218,7 @@ class ModularArithmetic:
 
     def _check_choices(self) -> None:
         for option in ("operation", "pairs", "network", "activation"):
-            choices = get_args(type(self).__annotations__[option])
+            choices = get_args(get_type_hints(type(self))[option])
             if getattr(self, option) not in choices:
                 raise ConfigError(
                     "unknown choice", where=f"modular.{option}", expected=" | ".join(choices), got=repr(getattr(self, option))
