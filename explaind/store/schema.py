@@ -69,7 +69,7 @@ def check_new(path: Path) -> None:
     """StoreError unless the path is free or an empty folder."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise StoreError(
-            "there is something here already", where=path, expected="a new or empty folder", do="choose another name, or ask to overwrite it"
+            "there is something here already", where=path, expected="a new or empty folder", do="choose another name, or overwrite it"
         )
 
 
