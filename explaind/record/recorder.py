@@ -51,7 +51,7 @@ class Recorder:
         self._pending: list[tuple[np.ndarray, np.ndarray]] = []
         self._fault: str | None = None
         self._theta = self._watched.theta()
-        self._rng = torch.get_rng_state()
+        self._rng = self._watched.random()
         block = max(1, min(16, BUFFER_BYTES // max(1, 2 * self._theta.nbytes)))
         self._writer = RunWriter(
             path,
@@ -81,7 +81,7 @@ class Recorder:
             self._pending.append((checked, checked_weights(weights, self._reduction, len(checked))))
         except RecordError as error:
             raise self._fail(error) from None
-        self._rng = torch.get_rng_state()
+        self._rng = self._watched.random()
 
     def close(self) -> None:
         """Write what is left and let go of the optimizer; safe to call twice."""
@@ -140,7 +140,7 @@ class Recorder:
 
     def _check_random(self) -> None:
         # Dropout masks can only be replayed where their random state is kept, which this version does not do.
-        if not torch.equal(self._rng, torch.get_rng_state()):
+        if not torch.equal(self._rng, self._watched.random()):
             raise RecordError(
                 "random numbers were drawn between recorder.examples and the step, so that its gradient cannot be replayed",
                 where=f"step {self.steps}",

@@ -95,6 +95,11 @@ class Watched:
         """Whether each module is in train mode."""
         return tuple(m.training for m in self.model.modules())
 
+    def random(self) -> Tensor:
+        """State of the generators that a forward pass may draw from: the host's, and the model's device's where that has its own."""
+        own = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
+        return torch.cat([torch.get_rng_state(), *own])
+
     def constants(self) -> dict[str, np.ndarray]:
         """Frozen parameters and buffers, by name."""
         return {name: _host(copy) for name, (_, copy) in self._still.items()}
