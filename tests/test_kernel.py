@@ -140,7 +140,7 @@ def test_measures_are_summed_over_what_is_not_kept_before_they_are_differentiate
     algebra(measures.values(THETA), values.detach())
     algebra(measures.slopes(THETA, COSTATES[0]), gradients @ COSTATES[0], scale=1.0)
     found = torch.zeros_like(gradients)
-    measures.add_gradients(found, THETA, 0.5)
+    measures.add_gradients(found, [(THETA, 0.5)])
     algebra(found, 0.5 * gradients, scale=1.0)
 
 
@@ -153,8 +153,14 @@ def step(size):
     return measures, Segment(start, delta, change, torch.zeros_like(change))
 
 
+def averaged(rule, measures, segment):
+    """(ḡ, path, nodes)"""
+    mean = torch.full((measures.count, len(segment.theta)), torch.nan, dtype=segment.theta.dtype)  # whatever stood there before
+    return (mean, *average(rule, measures, segment, mean))
+
+
 def miss(spec, size):
-    return float(average(path_rule(spec, 1.0), *step(size))[1].abs().max())
+    return float(averaged(path_rule(spec, 1.0), *step(size))[1].abs().max())
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
@@ -173,7 +179,7 @@ def test_the_adaptive_rule_meets_its_tolerance_and_a_looser_one_costs_less(size)
         rule = path_rule("adaptive", tol)
         for _ in range(3):  # it starts where its last search ended
             measures, segment = step(size)
-            _, path, count = average(rule, measures, segment)
+            _, path, count = averaged(rule, measures, segment)
         assert torch.all(path.abs() <= tol * segment.change.abs())
         nodes.append(count)
     assert nodes == sorted(nodes, reverse=True)
@@ -183,15 +189,15 @@ def test_the_adaptive_rule_meets_its_tolerance_and_a_looser_one_costs_less(size)
 def test_the_adaptive_rule_forgives_a_measure_that_hardly_moves():
     measures, segment = step(1.0)
     forgiving = Segment(segment.theta, segment.delta, segment.change, torch.full_like(segment.change, 100.0))
-    _, path, nodes = average(path_rule("auto", 1e-3), measures, forgiving)
-    assert nodes < average(path_rule("auto", 1e-3), measures, segment)[2]
+    _, path, nodes = averaged(path_rule("auto", 1e-3), measures, forgiving)
+    assert nodes < averaged(path_rule("auto", 1e-3), measures, segment)[2]
     assert path.abs().max() <= 1e-3 * 100.0
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-3, 1.0])
 def test_the_discrete_gradient_closes_every_step_exactly(size):
     measures, segment = step(size)
-    mean, path, _ = average(path_rule("gauss:1", 1.0), measures, segment)
+    mean, path, _ = averaged(path_rule("gauss:1", 1.0), measures, segment)
     algebra(discrete_gradient(mean, path, segment.delta) @ segment.delta, segment.change, scale=1.0)
 
 

@@ -26,10 +26,11 @@ class Layout:
         return {n: flat[..., cut].reshape(*lead, *shape) for n, cut, shape in zip(self.names, self.slices, self.shapes, strict=True)}
 
     def add(self, into: Tensor, parts: Mapping[str, Tensor], weight: float = 1.0) -> None:
-        """into[…, param] += weight · parts, the inverse of ``split`` without building the flat vector."""
+        """into[…, param] += weight · parts, for the layers that parts has: ``split`` backwards, without building the flat vector."""
         lead = into.shape[:-1]
         for name, cut, size in zip(self.names, self.slices, self.sizes, strict=True):
-            into[..., cut].add_(parts[name].reshape(*lead, size), alpha=weight)
+            if name in parts:
+                into[..., cut].add_(parts[name].reshape(*lead, size), alpha=weight)
 
     def dots(self, rows: Tensor, vector: Tensor) -> Tensor:
         """<rows, vector> layer by layer: [row, param], [param] -> [layer, row]."""

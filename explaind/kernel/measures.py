@@ -1,52 +1,16 @@
 """The measures of a set of queries as functions of the flat parameters: values, directional derivatives, gradients."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.func import grad, jacrev, jvp, vmap
-from torch.utils._pytree import tree_map
+from torch.func import grad, jacrev, jvp
 
 from explaind.errors import RequestError
+from explaind.kernel.gradients import CHUNK_BYTES, Function, Point, RowGradients, one, separable
 from explaind.kernel.layout import Layout
-
-Function = Callable[[Mapping[str, Tensor], Any], Tensor]
-"""(parameters, batch) -> Tensor[query] or Tensor[query, output] (a measure), or Tensor[batch] (losses)."""
-
-CHUNK_BYTES = 256 << 20
-"""Size of the gradients that one call of vmap may build."""
-
-
-def take(batch: Any, rows: slice) -> Any:
-    """Some rows of a batch."""
-    return tree_map(lambda leaf: leaf[rows] if isinstance(leaf, Tensor) and leaf.ndim else leaf, batch)
-
-
-def batch_axes(batch: Any) -> Any:
-    """vmap's in_dims for a batch: its tensors run along dimension 0, anything else is shared."""
-    return tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) and leaf.ndim else None, batch)
-
-
-def one(function: Function) -> Function:
-    """The function of a single example or query: a batch of one goes in, its only row comes out."""
-
-    def single(parameters: Mapping[str, Tensor], item: Any) -> Tensor:
-        return function(parameters, tree_map(lambda leaf: leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf, item))[0]
-
-    return single
-
-
-def separable(function: Function, parameters: Mapping[str, Tensor], batch: Any) -> bool:
-    """Whether each row of function(batch) depends on its own row of the batch alone, so that vmap gives the same function."""
-    whole = function(parameters, batch)
-    try:
-        alone = vmap(one(function), (None, batch_axes(batch)))(parameters, batch)
-    except (RuntimeError, NotImplementedError, IndexError, ValueError):  # an operation that vmap lacks, or another number of rows
-        return False
-    close = 1e-9 if whole.dtype == torch.float64 else 1e-3
-    return alone.shape == whole.shape and bool((alone - whole).abs().max() <= close * (1.0 + whole.abs().max()))
 
 
 class Measures:
@@ -78,6 +42,8 @@ class Measures:
         self.shape = tuple(n for d, n in enumerate(probe.shape) if d not in self._sum)
         self.count = max(1, int(torch.tensor(self.shape).prod())) if self.shape else 1
         self.by_query = "query" in keep and separable(function, layout.split(theta), queries)
+        outputs = self.shape[1] if len(self.shape) == 2 else None
+        self._gradients = RowGradients(self._one, outputs, layout, theta, queries) if self.by_query else None
 
     def _reduced(self, parameters: Mapping[str, Tensor]) -> Tensor:
         values = self._function(parameters, self._queries)
@@ -93,29 +59,20 @@ class Measures:
         with torch.no_grad():
             return jvp(self._reduced, (self.layout.split(theta),), (self.layout.split(delta),))[1].reshape(-1)
 
-    def add_gradients(self, into: Float[Tensor, "measure param"], theta: Float[Tensor, " param"], weight: float) -> None:
-        """into += weight · ∇h_q(θ), for every measure."""
-        if self.by_query:
-            self._add_by_query(into, self.layout.split(theta), weight)
-        elif self.shape:
-            rows = max(1, CHUNK_BYTES // (self.layout.params * into.element_size()))
-            parts = jacrev(lambda p: self._reduced(p).reshape(-1), chunk_size=rows)(self.layout.split(theta))
-            self.layout.add(into, parts, weight)
-        else:
-            parts = grad(self._reduced)(self.layout.split(theta))
-            self.layout.add(into[0], parts, weight)
+    def add_gradients(self, into: Float[Tensor, "measure param"], points: Sequence[Point]) -> None:
+        """into += Σ weight · ∇h_q(θ) over the points (θ, weight), for every measure."""
+        if self._gradients is not None:
+            self._gradients.add(into, points, self._queries, self.shape[0])
+            return
+        for theta, weight in points:
+            if self.shape:
+                rows = max(1, CHUNK_BYTES // (self.layout.params * into.element_size()))
+                parts = jacrev(lambda p: self._reduced(p).reshape(-1), chunk_size=rows)(self.layout.split(theta))
+                self.layout.add(into, parts, weight)
+            else:
+                self.layout.add(into[0], grad(self._reduced)(self.layout.split(theta)), weight)
 
-    def _add_by_query(self, into: Tensor, parameters: Mapping[str, Tensor], weight: float) -> None:
-        queries, per_query = self.shape[0], self.count // self.shape[0]
-        single = one(self._function)
-
-        def measured(p: Mapping[str, Tensor], query: Any) -> Tensor:
-            return single(p, query).sum() if len(self.shape) == 1 else single(p, query)
-
-        derivative = (grad if len(self.shape) == 1 else jacrev)(measured)
-        rows = max(1, CHUNK_BYTES // (per_query * self.layout.params * into.element_size()))
-        for start in range(0, queries, rows):
-            some = take(self._queries, slice(start, start + rows))
-            parts = vmap(derivative, (None, batch_axes(some)))(parameters, some)
-            block = into[start * per_query : (start + rows) * per_query]
-            self.layout.add(block, {n: t.reshape(len(block), *t.shape[len(self.shape) :]) for n, t in parts.items()}, weight)
+    def _one(self, parameters: Mapping[str, Tensor], query: Any) -> Tensor:
+        """The measures of one query: Tensor[output], or a scalar where outputs are summed."""
+        values = one(self._function)(parameters, query)
+        return values.sum() if len(self.shape) == 1 else values

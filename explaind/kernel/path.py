@@ -104,13 +104,15 @@ class Adaptive:
         return gauss(LADDER[rung])
 
 
-def average(rule: PathRule, measures: Measures, segment: Segment) -> tuple[Float[Tensor, "measure param"], Float[Tensor, " measure"], int]:
-    """(ḡ, path, number of nodes) of a segment."""
+def average(
+    rule: PathRule, measures: Measures, segment: Segment, mean: Float[Tensor, "measure param"]
+) -> tuple[Float[Tensor, " measure"], int]:
+    """Puts ḡ of a segment into `mean`; (path, number of nodes)."""
     points, weights = rule.nodes(measures, segment)
-    mean = segment.theta.new_zeros(measures.count, len(segment.theta))
-    for t, w in zip(points, weights, strict=True):
-        measures.add_gradients(mean, segment.theta + float(t) * segment.delta, float(w))
-    return mean, segment.change - mean @ segment.delta, len(points)
+    mean.zero_()
+    at = [(segment.theta + float(t) * segment.delta, float(w)) for t, w in zip(points, weights, strict=True)]
+    measures.add_gradients(mean, at)
+    return segment.change - mean @ segment.delta, len(points)
 
 
 def discrete_gradient(mean: Float[Tensor, "measure param"], path: Float[Tensor, " measure"], delta: Float[Tensor, " param"]) -> Tensor:

@@ -1,6 +1,6 @@
 """<a, ∇ℓ_i> of every example of a batch with every costate, in two ways that agree.
 
-materialise   the gradient of each example by vmap, then one matrix product per layer
+materialise   the gradient of each example, then one matrix product per layer
 jvp           the forward derivative of the batch's loss vector along a; exact also where examples are coupled through the batch
 """
 
@@ -11,11 +11,11 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.func import grad, jvp, vmap
+from torch.func import grad, jvp
 
 from explaind.errors import RequestError
+from explaind.kernel.gradients import CHUNK_BYTES, Function, RowGradients, one, separable, take
 from explaind.kernel.layout import Layout
-from explaind.kernel.measures import CHUNK_BYTES, Function, batch_axes, one, separable, take
 from explaind.replay.steps import Part
 
 Finest = Literal["none", "layer", "param"]
@@ -42,6 +42,7 @@ class Products:
     finest: Finest
     route: str = "auto"
     _separable: bool | None = None
+    _gradients: RowGradients | None = None
 
     def __call__(self, theta: Tensor, part: Part, a: Float[Tensor, "row param"]) -> Iterator[tuple[slice, Tensor]]:
         """Yields (some examples of the part, products [fine, row, example]); fine is 1, layer or param."""
@@ -62,7 +63,7 @@ class Products:
                 expected="examples that do not depend on each other",
                 do="drop 'example' from keep, or keep 'layer' instead of 'param'",
             )
-        yield from (self._materialise if route == "materialise" else self._jvp)(parameters, part, a)
+        yield from self._materialise(theta, part, a) if route == "materialise" else self._jvp(parameters, part, a)
 
     def _chosen(self, rows: int) -> str:
         if self.route != "auto":
@@ -74,26 +75,25 @@ class Products:
         passes = rows * (len(self.layout.names) if self.finest == "layer" else 1)
         return "jvp" if passes <= FEW else "materialise"
 
-    def _materialise(self, parameters: Mapping[str, Tensor], part: Part, a: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    def _materialise(self, theta: Tensor, part: Part, a: Tensor) -> Iterator[tuple[slice, Tensor]]:
         count = len(part.ids)
+        if self._gradients is None:
+            self._gradients = RowGradients(one(self.losses), None, self.layout, theta, part.batch)
         width = self.layout.params * a.element_size() * (len(a) if self.finest == "param" else 1)
         rows = max(1, min(count, CHUNK_BYTES // width))
+        gradients = a.new_empty(rows, self.layout.params)  # fresh memory for every chunk would cost more than the sums
         for start in range(0, count, rows):
             span = slice(start, min(start + rows, count))
-            some = take(part.batch, span)
-            gradients = vmap(grad(one(self.losses)), (None, batch_axes(some)))(parameters, some)
-            yield span, self._contract(gradients, a, span.stop - span.start)
+            some = gradients[: span.stop - start].zero_()
+            self._gradients.add(some, [(theta, 1.0)], take(part.batch, span), len(some))
+            yield span, self._contract(some, a)
 
-    def _contract(self, gradients: Mapping[str, Tensor], a: Tensor, count: int) -> Tensor:
-        flat = [gradients[name].reshape(count, size) for name, size in zip(self.layout.names, self.layout.sizes, strict=True)]
+    def _contract(self, gradients: Float[Tensor, "example param"], a: Float[Tensor, "row param"]) -> Float[Tensor, "fine row example"]:
         if self.finest == "param":
-            return torch.einsum("rp,ep->pre", a, torch.cat(flat, dim=1))
+            return torch.einsum("rp,ep->pre", a, gradients)
         if self.finest == "layer":
-            return torch.stack([a[:, cut] @ g.T for cut, g in zip(self.layout.slices, flat, strict=True)])
-        total = a.new_zeros(len(a), count)
-        for cut, g in zip(self.layout.slices, flat, strict=True):
-            total.addmm_(a[:, cut], g.T)
-        return total[None]
+            return torch.stack([a[:, cut] @ gradients[:, cut].T for cut in self.layout.slices])
+        return (a @ gradients.T)[None]
 
     def _jvp(self, parameters: Mapping[str, Tensor], part: Part, a: Tensor) -> Iterator[tuple[slice, Tensor]]:
         def along(tangent: Mapping[str, Tensor]) -> Tensor:

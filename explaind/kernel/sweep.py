@@ -31,12 +31,13 @@ from explaind.kernel.products import Products
 from explaind.kernel.rebuild import Losses, Rebuilt, rebuild
 from explaind.kernel.resolution import Resolution
 from explaind.replay.steps import Steps
+from explaind.rules.rule import Coefficient, Filter
 
 FADED = 1e-14
 """A costate whose momentum has shrunk to this fraction is let go in the applied view."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Costate:
     """μ [measure, param] and where on the step axis its credit is booked (None: at the step of the gradient)."""
 
@@ -44,6 +45,10 @@ class Costate:
     entry: int | None
     memory: float = 1.0
     """Bound on what is left of its newest source."""
+
+
+def _as(coefficient: Coefficient, like: Tensor) -> Tensor:
+    return torch.as_tensor(coefficient, dtype=like.dtype, device=like.device)
 
 
 class Sweep:
@@ -69,6 +74,8 @@ class Sweep:
         entries = len(examples) if "example" in resolution.keep else 1
         self.accounts: Accounts = empty(resolution, self.layout, measures.count, entries, self.values)
         self.costates: list[Costate] = []
+        self._mean = self.values.new_zeros(measures.count, self.layout.params)  # ḡ of the step at hand
+        self._pull = torch.empty_like(self._mean)  # a of the step at hand
 
     def _values(self) -> Tensor:
         """h_q before every step and at the end: [state, measure]."""
@@ -97,9 +104,9 @@ class Sweep:
         return self.accounts
 
     def _step(self, item: Rebuilt) -> None:
-        step, s = item.step, item.step.index
-        segment = Segment(step.theta, step.delta, self.change[s], self.scale)
-        mean, path, self.accounts.nodes[s] = average(self.rule, self.measures, segment)
+        step, s, f = item.step, item.step.index, item.step.filter
+        segment, mean = Segment(step.theta, step.delta, self.change[s], self.scale), self._mean
+        path, self.accounts.nodes[s] = average(self.rule, self.measures, segment, mean)
         self._book_checks(item, mean, path)
         if self.correct:
             mean = discrete_gradient(mean, path, step.delta)
@@ -107,14 +114,14 @@ class Sweep:
         entry = self.resolution.entry(s)
         self.accounts.path[entry] += path
         self.accounts.arithmetic[entry] += self._fine(mean, item.error)
-        self.accounts.decay[entry] -= self._fine(mean, step.filter.R * step.theta)
+        self.accounts.decay[entry] -= self._fine(mean, f.R * step.theta)
         source = self._source(entry)
-        source.mu += step.filter.C * mean
+        source.mu.addcmul_(_as(f.C, mean), mean)
         source.memory = 1.0
         self._book_sources(item, source, mean)
-        memory = float(torch.as_tensor(step.filter.M).abs().max())
+        memory = float(torch.as_tensor(f.M).abs().max())
         for costate in self.costates:
-            costate.mu *= step.filter.M
+            costate.mu *= f.M
             costate.memory *= memory
         if self.resolution.view == "applied":
             self.costates = [c for c in self.costates if c.memory > FADED or c is source]
@@ -123,33 +130,38 @@ class Sweep:
         """The costate that the step's ḡ feeds."""
         own = entry if self.resolution.view == "applied" else None
         if not self.costates or self.costates[-1].entry != own:
-            self.costates.append(Costate(self.values.new_zeros(self.measures.count, self.layout.params), own))
+            self.costates.append(Costate(torch.zeros_like(self._mean), own))
         return self.costates[-1]
+
+    def _pulls(self, f: Filter, source: Costate, mean: Tensor) -> tuple[Tensor, float]:
+        """a of all living costates, one below the other, and a factor on them: where a is a multiple of μ nothing is copied."""
+        if self.costates == [source]:
+            if isinstance(f.N, float) and isinstance(f.E, float) and f.E == 0.0:
+                return source.mu, f.N
+            torch.mul(source.mu, _as(f.N, mean), out=self._pull)
+            return self._pull.addcmul_(_as(f.E, mean), mean), 1.0
+        pulls = [torch.addcmul(f.N * c.mu, _as(f.E, mean), mean) if c is source else f.N * c.mu for c in self.costates]
+        return torch.cat(pulls), 1.0
 
     def _book_sources(self, item: Rebuilt, source: Costate, mean: Tensor) -> None:
         """Credit the step's gradients and coupled decay through every living costate."""
-        step, f = item.step, item.step.filter
+        step, f, count = item.step, item.step.filter, self.measures.count
         here = self.resolution.entry(step.index)
         entries = [here if c.entry is None else c.entry for c in self.costates]
-        pulls = [
-            torch.addcmul(f.N * c.mu, torch.as_tensor(f.E, dtype=mean.dtype, device=mean.device), mean) if c is source else f.N * c.mu
-            for c in self.costates
-        ]
-        a = pulls[0] if len(pulls) == 1 else torch.cat(pulls)
-        count = self.measures.count
-        pull = f.kappa * step.theta
+        a, factor = self._pulls(f, source, mean)
+        pull = factor * f.kappa * step.theta
         for row, entry in enumerate(entries):
             self.accounts.decay[entry] -= self._fine(a[row * count : (row + 1) * count], pull)
         if "example" not in self.resolution.keep:
             for row, entry in enumerate(entries):
-                self.accounts.data[entry, :, :, 0] -= self._fine(a[row * count : (row + 1) * count], f.sign * item.gradient)
+                self.accounts.data[entry, :, :, 0] -= self._fine(a[row * count : (row + 1) * count], factor * f.sign * item.gradient)
             return
         self.losses.set_mode(step.mode)
         signed = a if isinstance(f.sign, float) and f.sign == 1.0 else f.sign * a
         for part in step.parts:
             index = torch.from_numpy(np.searchsorted(self.examples, part.ids)).to(a.device)
             for span, dots in self.products(step.theta, part, signed):
-                credit = dots * -part.weights[span]
+                credit = dots * (-factor * part.weights[span])
                 for row, entry in enumerate(entries):
                     self.accounts.data[entry].index_add_(2, index[span], credit[:, row * count : (row + 1) * count])
 

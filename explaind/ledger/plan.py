@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from explaind.errors import RequestError
+from explaind.kernel.gradients import take
 from explaind.kernel.layout import Layout
-from explaind.kernel.measures import Measures, take
+from explaind.kernel.measures import Measures
 from explaind.kernel.resolution import Resolution, check_budget, resolution
 from explaind.ledger.ledger import ordered
 from explaind.replay.batches import count

@@ -1,0 +1,166 @@
+"""Gradients of a linear map's weight, kept as factors until they are summed.
+
+For y = W x + b the gradient of a measure is Σ_position δ ⊗ x, with δ the measure's gradient at y. Averaged over the nodes of a path
+rule it is one matrix product, (δ of all nodes)ᵀ (x of all nodes), written once, where adding up the nodes' gradients would write and
+read [measure, param] numbers for each of them. An embedding is the same with one-hot x. Only calls of torch.nn.functional.linear and
+embedding (which nn.Linear and nn.Embedding make) are taken apart; parameters that are used in any other way are differentiated as usual.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import jacrev, vmap
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from explaind.kernel.layout import Layout
+
+FEW = 4
+"""Up to this many positions, adding outer products one by one beats small matrix products."""
+Single = Callable[[Mapping[str, Tensor], Any], Tensor]
+"""(parameters, query) -> Tensor[output]."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One call of a linear map or of an embedding: its parameters by name, and the shape of y for a single query."""
+
+    weight: str
+    bias: str | None
+    shape: torch.Size
+    lookup: bool = False
+    """Whether x are indices of rows of the weight."""
+
+
+class Rearranged(Exception):
+    """The function made other calls than those that were found when it was first taken apart."""
+
+
+@dataclass
+class _Taps(TorchFunctionMode):
+    """Holds W and b still in every linear call or lookup, adds a probe to y, and remembers x: the gradient of the probe is δ."""
+
+    parameters: Mapping[str, Tensor]
+    probes: tuple[Tensor, ...] | None = None
+    sites: list[Site] = field(default_factory=list)
+    inputs: list[Tensor] = field(default_factory=list)
+    rest: set[str] = field(default_factory=set)
+    """Parameters that were used in any other way."""
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self._names = {id(tensor): name for name, tensor in self.parameters.items()}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.linear:
+            return self._linear(*args, **kwargs)
+        if func is F.embedding:
+            return self._embedding(*args, **kwargs)
+        self._note(args, kwargs)
+        return func(*args, **kwargs)
+
+    def _note(self, *used: Any) -> None:
+        self.rest.update(self._names[id(leaf)] for leaf in tree_leaves(used) if id(leaf) in self._names)
+
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if id(weight) not in self._names or (bias is not None and id(bias) not in self._names):
+            self._note(input, weight, bias)
+            return F.linear(input, weight, bias)
+        y = F.linear(input, weight.detach(), None if bias is None else bias.detach())
+        return self._probed(Site(self._names[id(weight)], None if bias is None else self._names[id(bias)], y.shape), input, y)
+
+    def _embedding(self, input: Tensor, weight: Tensor, *positional: Any, **options: Any) -> Tensor:
+        # The functional passes its options on by position; -1 stands for no padding index, False for the others.
+        plain = all(value in (None, False, -1) for value in (*positional, *options.values()))
+        if id(weight) not in self._names or not plain:
+            self._note(weight)
+            return F.embedding(input, weight, *positional, **options)
+        y = F.embedding(input, weight.detach())
+        return self._probed(Site(self._names[id(weight)], None, y.shape, lookup=True), input, y)
+
+    def _probed(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
+        self._note(x)
+        self.sites.append(site)
+        self.inputs.append(x)
+        if self.probes is not None and len(self.sites) > len(self.probes):
+            raise Rearranged
+        return y if self.probes is None else y + self.probes[len(self.sites) - 1]
+
+
+class Factored:
+    """∇h of every query and output of a function, with the weights of linear maps as factors."""
+
+    def __init__(self, function: Single, layout: Layout, parameters: Mapping[str, Tensor], query: Any) -> None:
+        """parameters and query (one, without its batch dimension) serve to find the linear calls."""
+        self._function, self._layout = function, layout
+        with torch.no_grad(), _Taps(parameters) as taps:
+            function(parameters, query)
+        self.sites, self._rest = tuple(taps.sites), frozenset(taps.rest)
+
+    @property
+    def size(self) -> int:
+        """Numbers that one measure's gradient takes at one node, as factors."""
+        rest = sum(size for name, size in zip(self._layout.names, self._layout.sizes, strict=True) if name in self._rest)
+        return rest + sum(site.shape.numel() for site in self.sites)
+
+    @property
+    def widest(self) -> int:
+        """Numbers of the largest weight among the sites."""
+        return max(self._layout.sizes[self._layout.names.index(site.weight)] for site in self.sites)
+
+    def add(self, into: Tensor, points: Sequence[tuple[Mapping[str, Tensor], float]], queries: Any, axes: Any) -> None:
+        """into[query · output, param] += Σ weight · ∇h(parameters) over points (parameters, weight); axes: vmap's in_dims of queries.
+
+        Raises Rearranged, with nothing added, where the function's calls are not those that were found.
+        """
+        found = [vmap(self._one_query, (None, axes))(parameters, queries) for parameters, _ in points]
+        weights = [weight for _, weight in points]
+        for (rest, _, _), weight in zip(found, weights, strict=True):
+            self._layout.add(into, {name: t.flatten(0, 1) for name, t in rest.items()}, weight)
+        for i, site in enumerate(self.sites):
+            # [query, output, position, out] and [query, position(, in)], the positions of all nodes one after the other
+            delta = torch.cat([weight * probes[i].flatten(2, -2) for (_, probes, _), weight in zip(found, weights, strict=True)], dim=2)
+            x = torch.cat([xs[i].flatten(1, -1 if site.lookup else -2) for _, _, xs in found], dim=1)
+            (self._add_lookup if site.lookup else self._add_linear)(into, site, delta, x)
+
+    def _one_query(self, parameters: Mapping[str, Tensor], query: Any) -> tuple[dict[str, Tensor], tuple[Tensor, ...], list[Tensor]]:
+        """(∇h by the other parameters, δ of every site, x of every site), the first two [output, …]."""
+
+        def tapped(rest: dict[str, Tensor], probes: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
+            together = {**parameters, **rest}
+            with _Taps(together, probes) as taps:
+                values = self._function(together, query).reshape(-1)
+            if tuple(taps.sites) != self.sites or taps.rest != self._rest:
+                raise Rearranged
+            return values, taps.inputs
+
+        like = next(iter(parameters.values()))
+        probes = tuple(like.new_zeros(site.shape) for site in self.sites)
+        (by_rest, by_probes), inputs = jacrev(tapped, argnums=(0, 1), has_aux=True)({n: parameters[n] for n in sorted(self._rest)}, probes)
+        return by_rest, by_probes, inputs
+
+    def _view(self, into: Tensor, name: str, queries: int) -> Tensor:
+        """The columns of one layer: [query, output, *shape], as a view of into."""
+        layer = self._layout.names.index(name)
+        return into[:, self._layout.slices[layer]].unflatten(0, (queries, -1)).unflatten(-1, self._layout.shapes[layer])
+
+    def _add_linear(self, into: Tensor, site: Site, delta: Tensor, x: Tensor) -> None:
+        weight = self._view(into, site.weight, len(delta))
+        if x.shape[1] <= FEW:
+            for k in range(x.shape[1]):
+                weight.addcmul_(delta[:, :, k, :, None], x[:, None, k, None, :])
+        else:
+            for one, d, entered in zip(weight, delta, x, strict=True):  # one query: [output, out, in]
+                one.baddbmm_(d.mT, entered.expand(len(d), -1, -1))
+        if site.bias is not None:
+            self._view(into, site.bias, len(delta)).add_(delta.sum(2))
+
+    def _add_lookup(self, into: Tensor, site: Site, delta: Tensor, x: Tensor) -> None:
+        weight = self._view(into, site.weight, len(delta))  # [query, output, row, width]
+        query, output = (torch.arange(n, device=x.device) for n in delta.shape[:2])
+        weight.index_put_((query[:, None, None], output[:, None], x[:, None, :]), delta, accumulate=True)

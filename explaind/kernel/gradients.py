@@ -1,0 +1,118 @@
+"""Functions of a batch taken row by row: whether that is the same function, and the gradient of every row."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import grad, jacrev, vmap
+from torch.utils._pytree import tree_map
+
+from explaind.kernel.factored import Factored, Rearranged
+from explaind.kernel.layout import Layout
+
+Function = Callable[[Mapping[str, Tensor], Any], Tensor]
+"""(parameters, batch) -> Tensor[query] or Tensor[query, output] (a measure), or Tensor[batch] (losses)."""
+Point = tuple[Tensor, float]
+"""(θ [param], weight): a node of a path rule."""
+
+CHUNK_BYTES = 256 << 20
+"""Size of the gradients that one call of vmap may build."""
+
+
+def take(batch: Any, rows: slice) -> Any:
+    """Some rows of a batch."""
+    return tree_map(lambda leaf: leaf[rows] if isinstance(leaf, Tensor) and leaf.ndim else leaf, batch)
+
+
+def batch_axes(batch: Any) -> Any:
+    """vmap's in_dims for a batch: its tensors run along dimension 0, anything else is shared."""
+    return tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) and leaf.ndim else None, batch)
+
+
+def one(function: Function) -> Function:
+    """The function of a single example or query: a batch of one goes in, its only row comes out."""
+
+    def single(parameters: Mapping[str, Tensor], item: Any) -> Tensor:
+        return function(parameters, tree_map(lambda leaf: leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf, item))[0]
+
+    return single
+
+
+def alike(one_way: Tensor, other: Tensor) -> bool:
+    """Equal but for rounding: whether two ways to compute something compute the same."""
+    close = 1e-9 if other.dtype == torch.float64 else 1e-3
+    return bool((one_way - other).abs().max() <= close * (1.0 + other.abs().max()))
+
+
+def separable(function: Function, parameters: Mapping[str, Tensor], batch: Any) -> bool:
+    """Whether each row of function(batch) depends on its own row of the batch alone, so that vmap gives the same function."""
+    whole = function(parameters, batch)
+    try:
+        alone = vmap(one(function), (None, batch_axes(batch)))(parameters, batch)
+    except (RuntimeError, NotImplementedError, IndexError, ValueError):  # an operation that vmap lacks, or another number of rows
+        return False
+    return alone.shape == whole.shape and alike(alone, whole)
+
+
+class RowGradients:
+    """∇ of every row of a separable function, or of every (row, output): [row · output, param].
+
+    Weights of linear maps and embeddings are kept as factors (see ``Factored``) where that is smaller and, on the first row of the
+    batch that is given here, yields the same numbers as differentiating them directly.
+    """
+
+    def __init__(self, single: Function, outputs: int | None, layout: Layout, theta: Tensor, batch: Any) -> None:
+        """single: (parameters, row) -> scalar (outputs None) or Tensor[output]."""
+        self._single, self._outputs, self._layout = single, outputs, layout
+        self._factored = self._taken_apart(theta, take(batch, slice(0, 1)))
+
+    def add(self, into: Tensor, points: Sequence[Point], batch: Any, rows: int) -> None:
+        """into[row · output, param] += Σ weight · ∇ over the points, for a batch of so many rows."""
+        apart = self._factored
+        for some, block in self._some(batch, rows, self._layout.params if apart is None else max(apart.size, apart.widest), into):
+            at_once = len(points) if apart is None else max(1, CHUNK_BYTES // (len(block) * apart.size * into.element_size()))
+            for start in range(0, len(points), at_once):
+                split = [(self._layout.split(theta), weight) for theta, weight in points[start : start + at_once]]
+                self._add(block, split, some)
+
+    def _add(self, into: Tensor, points: Sequence[tuple[Mapping[str, Tensor], float]], batch: Any) -> None:
+        try:
+            if self._factored is not None:
+                return self._factored.add(into, points, batch, batch_axes(batch))
+        except Rearranged:  # such as a branch that this batch takes and the first did not
+            pass
+        self._add_direct(into, points, batch)
+
+    def _some(self, batch: Any, rows: int, numbers: int, into: Tensor) -> Iterator[tuple[Any, Tensor]]:
+        """Some rows of the batch at a time, with their part of `into`, when each gradient takes so many numbers."""
+        outputs = self._outputs or 1
+        width = max(1, CHUNK_BYTES // (outputs * numbers * into.element_size()))
+        for start in range(0, rows, width):
+            yield take(batch, slice(start, min(start + width, rows))), into[start * outputs : (start + width) * outputs]
+
+    def _add_direct(self, into: Tensor, points: Sequence[tuple[Mapping[str, Tensor], float]], batch: Any) -> None:
+        derivative = (grad if self._outputs is None else jacrev)(self._single)
+        for parameters, weight in points:
+            parts = vmap(derivative, (None, batch_axes(batch)))(parameters, batch)
+            lead = 1 if self._outputs is None else 2
+            self._layout.add(into, {name: t.reshape(len(into), *t.shape[lead:]) for name, t in parts.items()}, weight)
+
+    def _taken_apart(self, theta: Tensor, first: Any) -> Factored | None:
+        parameters = self._layout.split(theta)
+        alone = tree_map(lambda leaf: leaf[0] if isinstance(leaf, Tensor) and leaf.ndim else leaf, first)
+        try:
+            factored = Factored(self._single, self._layout, parameters, alone)
+            if not factored.sites or factored.size >= self._layout.params:
+                return None
+            plain, apart = theta.new_zeros(2, self._outputs or 1, self._layout.params)
+            self._add_direct(plain, [(parameters, 1.0)], first)
+            factored.add(apart, [(parameters, 1.0)], first, batch_axes(first))
+        except (
+            RuntimeError,
+            NotImplementedError,
+            ValueError,
+            Rearranged,
+        ):  # the model does what these transforms cannot: the direct way then
+            return None
+        return factored if alike(plain, apart) else None
