@@ -46,6 +46,8 @@ class _Taps(TorchFunctionMode):
 
     parameters: Mapping[str, Tensor]
     probes: tuple[Tensor, ...] | None = None
+    expected: tuple[Site, ...] = ()
+    """What the probes are for, in the order of the calls."""
     sites: list[Site] = field(default_factory=list)
     inputs: list[Tensor] = field(default_factory=list)
     rest: set[str] = field(default_factory=set)
@@ -74,12 +76,19 @@ class _Taps(TorchFunctionMode):
         y = F.linear(input, weight.detach(), None if bias is None else bias.detach())
         return self._probed(Site(self._names[id(weight)], None if bias is None else self._names[id(bias)], y.shape), input, y)
 
-    def _embedding(self, input: Tensor, weight: Tensor, *positional: Any, **options: Any) -> Tensor:
-        # The functional passes its options on by position; -1 stands for no padding index, False for the others.
-        plain = all(value in (None, False, -1) for value in (*positional, *options.values()))
-        if id(weight) not in self._names or not plain:
+    def _embedding(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+    ) -> Tensor:
+        if id(weight) not in self._names or padding_idx is not None or max_norm is not None or scale_grad_by_freq:
             self._note(weight)
-            return F.embedding(input, weight, *positional, **options)
+            return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
         y = F.embedding(input, weight.detach())
         return self._probed(Site(self._names[id(weight)], None, y.shape, lookup=True), input, y)
 
@@ -87,9 +96,11 @@ class _Taps(TorchFunctionMode):
         self._note(x)
         self.sites.append(site)
         self.inputs.append(x)
-        if self.probes is not None and len(self.sites) > len(self.probes):
+        if self.probes is None:
+            return y
+        if self.sites != list(self.expected[: len(self.sites)]):
             raise Rearranged
-        return y if self.probes is None else y + self.probes[len(self.sites) - 1]
+        return y + self.probes[len(self.sites) - 1]
 
 
 class Factored:
@@ -133,7 +144,7 @@ class Factored:
 
         def tapped(rest: dict[str, Tensor], probes: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
             together = {**parameters, **rest}
-            with _Taps(together, probes) as taps:
+            with _Taps(together, probes, self.sites) as taps:
                 values = self._function(together, query).reshape(-1)
             if tuple(taps.sites) != self.sites or taps.rest != self._rest:
                 raise Rearranged
