@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
+from torch.utils.data import TensorDataset
 
 import explaind
 from explaind.cli import main
+from explaind.ledger.by_name import task_of
 
 SMALL = Path(__file__).parent / "small.toml"
 
@@ -213,6 +215,23 @@ def test_verify_names_other_data_another_model_and_a_removed_step(copied, finish
     status, text = asked(capsys, "verify", shorter)
     assert status == 1
     assert "a step was removed" in text
+
+
+def test_verify_names_a_changed_label_in_the_data_that_was_given(copied, capsys):
+    run = explaind.open(copied)
+    task = task_of(run)
+    tokens, answers = task.data("train").tensors
+    answers = answers.clone()
+    answers[4] = (answers[4] + 1) % 7
+    data, queries, measure = TensorDataset(tokens, answers), list(task.data("val").tensors), task.measures()["loss"]
+    explaind.decompose(
+        run, task.model(), data=data, losses=task.losses, queries=queries, measure=measure, save=copied / "ledgers" / "wrong"
+    )
+    for path in (copied / "ledgers" / "wrong", copied):
+        status, text = asked(capsys, "verify", path)
+        assert status == 1
+        assert "the data is not the data of the training: 1 of 22 examples differ (input or label): 4" in text
+        assert "replay differs from the record" in text
 
 
 def test_a_users_own_task_is_found_where_they_stand(tmp_path, monkeypatch, capsys):
