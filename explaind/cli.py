@@ -47,7 +47,7 @@ Overwrite = Annotated[bool, Parameter(negative="", help="Replace a run, or a led
 
 
 @app.command
-def run(config: Path, *overrides: Overrides, out: Path | None = None, overwrite: Overwrite = False, json: Json = False) -> int:
+def run(config: Path, /, *overrides: Overrides, out: Path | None = None, overwrite: Overwrite = False, json: Json = False) -> int:
     """Record, decompose, verify and report: CONFIG [--out RUN] [--table.key value …]."""
     settings = read(config, overrides)
     folder = out or Path("runs") / config.stem
@@ -63,7 +63,7 @@ def run(config: Path, *overrides: Overrides, out: Path | None = None, overwrite:
 
 
 @app.command
-def record(config: Path, *overrides: Overrides, out: Path | None = None, overwrite: Overwrite = False, json: Json = False) -> int:
+def record(config: Path, /, *overrides: Overrides, out: Path | None = None, overwrite: Overwrite = False, json: Json = False) -> int:
     """Train as CONFIG says and record every step: CONFIG --out RUN [--table.key value …]."""
     settings = read(config, overrides)
     folder = out or Path("runs") / config.stem
@@ -79,6 +79,7 @@ def record(config: Path, *overrides: Overrides, out: Path | None = None, overwri
 @app.command
 def decompose(
     run: Path,
+    /,
     *,
     queries: str | None = None,
     measure: str | None = None,
@@ -110,8 +111,18 @@ def decompose(
         auto, gauss:N or midpoint:N.
     tol
         Largest miss of the path rule, relative to each measure's movement.
+    dtype
+        float64 or float32, of the decomposition.
+    device
+        Where it is computed, such as cpu or cuda.
+    view
+        seen: a step is the one at which an example's gradient was computed; applied: the one at which its momentum moved the parameters.
     windows
         Steps per entry of the step axis.
+    products
+        How example gradients meet costates: auto, materialise or jvp.
+    closure
+        none, or discrete-gradient to fold the path row into the others.
     budget
         GiB that the result may take.
     name
@@ -143,7 +154,7 @@ def decompose(
 
 
 @app.command
-def verify(path: Path, *, json: Json = False) -> int:
+def verify(path: Path, /, *, json: Json = False) -> int:
     """Check a RUN (stored bytes, data, a replay of every step; its ledgers too) or a LEDGER (its sum and its rest rows)."""
     if schema.kind_of(path) == "ledger":
         facts: dict[str, Any] = {"ledger": str(path), **ledger_facts(open_ledger(path))}
@@ -167,7 +178,7 @@ def verify(path: Path, *, json: Json = False) -> int:
 
 
 @app.command
-def info(path: Path, *, json: Json = False) -> int:
+def info(path: Path, /, *, json: Json = False) -> int:
     """Say what a RUN or a LEDGER holds."""
     if schema.kind_of(path) == "ledger":
         _print({"ledger": str(path), **ledger_facts(open_ledger(path))}, json, ledger_lines)
@@ -178,7 +189,7 @@ def info(path: Path, *, json: Json = False) -> int:
 
 
 @app.command
-def report(run: Path, *, json: Json = False) -> int:
+def report(run: Path, /, *, json: Json = False) -> int:
     """Draw the figures of a RUN and each of its ledgers into RUN/report."""
     recorded = open_run(run)
     paths = _ledgers(run)
