@@ -25,7 +25,7 @@ class Accounts:
     path_absolute: Tensor  # Σ_step |path| [measure]
     arithmetic_absolute: Tensor  # Σ_step Σ_layer |arithmetic| [measure]
     by_step: Tensor  # Σ_measure of |δ|, |path| and |arithmetic|, [step, 3]
-    replay_error: Tensor  # |Δ recorded − Δ rebuilt| / |Δ recorded|, [step, layer]
+    replay_error: Tensor  # of every rebuilt update, [step, layer]
     nodes: list[int] = field(default_factory=list)
 
 

@@ -34,10 +34,23 @@ class Rebuilt:
     """Δ recorded − Δ rebuilt [param]."""
 
     def relative_error(self, layout: Layout) -> Tensor:
-        """|Δ recorded − Δ rebuilt| / |Δ recorded| of each layer; |error| itself where a layer did not move: float64 [layer]."""
-        sizes = torch.stack([self.step.delta[cut].norm() for cut in layout.slices]).double()
-        errors = torch.stack([self.error[cut].norm() for cut in layout.slices]).double()
-        return torch.where(sizes > 0, errors / sizes, errors)
+        """How far the rebuilt update is from the recorded one, layer by layer: float64 [layer].
+
+        The smaller of two readings: |error| / |Δ|, both of the layer, and the gradient that would make up for the error over the
+        whole gradient. A parameter whose gradient is nothing but rounding (the bias of attention's keys) moves as far under Adam as any
+        other; the first reading alone would take that for a fault.
+        """
+        f = self.step.filter
+        reach = torch.as_tensor(f.C * f.N + f.E, dtype=self.error.dtype, device=self.error.device).abs()
+        needed = torch.where(self.error == 0, 0.0, self.error / reach)  # infinite where no gradient could
+        whole = f.consumed(self.gradient, self.step.theta).norm().double()
+        rows = []
+        for cut in layout.slices:
+            size, error, gradient = (v[cut].norm().double() for v in (self.step.delta, self.error, needed))
+            rows.append(
+                torch.minimum(error / size if size > 0 else error, gradient / whole if whole > 0 else torch.full_like(error, torch.inf))
+            )
+        return torch.stack(rows)
 
 
 def rebuild(stretch: Segment, layout: Layout, losses: Losses) -> tuple[list[Rebuilt], Tensor | None]:

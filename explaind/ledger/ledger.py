@@ -64,7 +64,7 @@ class Checks:
     by_step: np.ndarray
     """|δ|, |path| and |arithmetic| of every single step, summed over measures: [step, 3]."""
     replay_error: np.ndarray
-    """|Δ recorded − Δ rebuilt| / |Δ recorded|: [step, layer], for every single step."""
+    """How far each rebuilt update is from the recorded one, see ``Rebuilt.relative_error``: [step, layer], for every single step."""
     nodes: np.ndarray
     """Gradient evaluations of the path rule: [step]."""
     layers: tuple[str, ...]

@@ -13,7 +13,7 @@ CLOSURE = {"float64": 1e-9, "float32": 1e-3}
 """Largest miss of the sum, relative to the size of the numbers in it: rounding of the kernel's dtype over many steps."""
 EXPLAINED = 0.99
 """Least share of a measure's movement that must not be in the rest rows."""
-REPLAY = 1e-2
+REPLAY = 2e-3
 """Largest relative error of a rebuilt update. Rounding of float32 training stays well below, a wrong example well above."""
 STANDS_OUT = 30.0
 """A step whose replay error is this many times the median of its run is named even below REPLAY."""
@@ -94,9 +94,11 @@ def replay_words(error: np.ndarray, layers: Sequence[str]) -> list[str]:
     layer = layers[int(np.argmax(error[s]))]
     where = f"{len(bad)} of {len(worst)} steps (worst: step {s}, {layer}, off by {worst[s]:.2g} of its update)"
     if np.median(worst) > 0.1:
-        cause = "the replayed gradients do not give the recorded updates: another model, loss, reduction or data than were trained with"
+        cause = (
+            "the replayed gradients do not give the recorded updates: another model, loss, reduction, precision or data than in training"
+        )
     elif len(bad) <= 2:
         cause = "an update does not follow from the state before it: a state was changed, or a step removed, after the recording"
     else:
-        cause = "the examples of these steps are not all the ones that were trained on (a label or an input differs), or the loss differs"
+        cause = "some of their examples are not the ones that were trained on (a label or an input), or the loss or its precision differs"
     return [f"replay differs from the record at {where}: {cause}"]

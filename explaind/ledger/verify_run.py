@@ -28,7 +28,7 @@ class RunVerdict:
     ok: bool
     reasons: tuple[str, ...]
     replay_error: np.ndarray
-    """|Δ recorded − Δ rebuilt| / |Δ recorded|: [step, layer]; no rows where nothing could be replayed."""
+    """How far each rebuilt update is from the recorded one (``Rebuilt.relative_error``): [step, layer]; no rows without a replay."""
 
     @staticmethod
     def of_bytes(run: Run) -> "RunVerdict":
