@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import explaind
 from explaind.config import Config, Decompose, Report, checked, read
 from explaind.errors import ExplaindError, StoreError
-from explaind.ledger.by_name import config_of, decompose_by_name, ledger_name, selection, task_of
+from explaind.ledger.by_name import check_asked, config_of, decompose_by_name, ledger_name, task_of
 from explaind.ledger.ledger import Ledger
 from explaind.ledger.saving import open_ledger, save
 from explaind.ledger.verify_run import RunVerdict, verify_run
@@ -51,7 +51,7 @@ def run(config: Path, /, *overrides: Overrides, out: Path | None = None, overwri
     """Record, decompose, verify and report: CONFIG [--out RUN] [--table.key value …]."""
     settings = read(config, overrides)
     folder = out or Path("runs") / config.stem
-    _check_asked(settings)
+    check_asked(settings)
     _record(settings, folder, overwrite)
     recorded = open_run(folder)
     path = _decompose(recorded, settings.decompose, None, overwrite)
@@ -198,11 +198,6 @@ def report(run: Path, /, *, json: Json = False) -> int:
     facts = {"reports": [{"ledger": str(path), **_report(recorded, path)} for path in paths]}
     _print(facts, json, lambda f: [line for entry in f["reports"] for line in report_lines(entry)])
     return FINE
-
-
-def _check_asked(settings: Config) -> None:
-    """Refuse queries that are not there before the training rather than after it."""
-    selection(load(settings.task.name, settings.task.options), settings.decompose.queries)
 
 
 def _record(settings: Config, folder: Path, overwrite: bool) -> None:

@@ -8,8 +8,11 @@ from torch.utils.data import default_collate
 
 from explaind.config import Config, Decompose, nearest, resolved
 from explaind.errors import RequestError
+from explaind.kernel.path import path_rule
+from explaind.kernel.resolution import resolution
 from explaind.ledger.decompose import Progress, decompose
 from explaind.ledger.ledger import Ledger
+from explaind.record.device import placed
 from explaind.store.reader import Run
 from explaind.tasks import Task, load
 from explaind.tasks.task import Measure
@@ -75,6 +78,16 @@ def measure_named(task: Task, name: str) -> tuple[str, Measure]:
             "the task has no such measure", expected=nearest(chosen, measures), got=repr(chosen), do="name one of the task's measures"
         )
     return chosen, measures[chosen]
+
+
+def check_asked(config: Config) -> None:
+    """Refuse a decomposition that cannot be, before the training rather than after it; what depends on sizes is checked later."""
+    task, asked = load(config.task.name, config.task.options), config.decompose
+    selection(task, asked.queries)
+    measure_named(task, asked.measure)
+    path_rule(asked.rule, float(asked.tol))
+    resolution(asked.keep, config.train.steps, asked.view, asked.windows)
+    placed(asked.device)
 
 
 def ledger_name(task: Task, asked: Decompose) -> str:
