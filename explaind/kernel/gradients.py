@@ -17,7 +17,7 @@ Point = tuple[Tensor, float]
 """(θ [param], weight): a node of a path rule."""
 
 CHUNK_BYTES = 256 << 20
-"""Size of the gradients that one call of vmap may build."""
+"""Size of the gradients that one call of vmap may build, unless told otherwise."""
 
 
 def take(batch: Any, rows: slice) -> Any:
@@ -62,16 +62,16 @@ class RowGradients:
     batch that is given here, yields the same numbers as differentiating them directly.
     """
 
-    def __init__(self, single: Function, outputs: int | None, layout: Layout, theta: Tensor, batch: Any) -> None:
-        """single: (parameters, row) -> scalar (outputs None) or Tensor[output]."""
-        self._single, self._outputs, self._layout = single, outputs, layout
+    def __init__(self, single: Function, outputs: int | None, layout: Layout, theta: Tensor, batch: Any, chunk: int = CHUNK_BYTES) -> None:
+        """single: (parameters, row) -> scalar (outputs None) or Tensor[output]; chunk: bytes that one call of vmap may build."""
+        self._single, self._outputs, self._layout, self._chunk = single, outputs, layout, chunk
         self._factored = self._taken_apart(theta, take(batch, slice(0, 1)))
 
     def add(self, into: Tensor, points: Sequence[Point], batch: Any, rows: int) -> None:
         """into[row · output, param] += Σ weight · ∇ over the points, for a batch of so many rows."""
         apart = self._factored
         for some, block in self._some(batch, rows, self._layout.params if apart is None else max(apart.size, apart.widest), into):
-            at_once = len(points) if apart is None else max(1, CHUNK_BYTES // (len(block) * apart.size * into.element_size()))
+            at_once = len(points) if apart is None else max(1, self._chunk // (len(block) * apart.size * into.element_size()))
             for start in range(0, len(points), at_once):
                 split = [(self._layout.split(theta), weight) for theta, weight in points[start : start + at_once]]
                 self._add(block, split, some)
@@ -87,7 +87,7 @@ class RowGradients:
     def _some(self, batch: Any, rows: int, numbers: int, into: Tensor) -> Iterator[tuple[Any, Tensor]]:
         """Some rows of the batch at a time, with their part of `into`, when each gradient takes so many numbers."""
         outputs = self._outputs or 1
-        width = max(1, CHUNK_BYTES // (outputs * numbers * into.element_size()))
+        width = max(1, self._chunk // (outputs * numbers * into.element_size()))
         for start in range(0, rows, width):
             yield take(batch, slice(start, min(start + width, rows))), into[start * outputs : (start + width) * outputs]
 

@@ -19,8 +19,11 @@ class Measures:
     shape   (query, output) as far as they are kept; R = product = number of measures, row-major
     """
 
-    def __init__(self, function: Function, queries: Any, layout: Layout, keep: frozenset[str], theta: Tensor) -> None:
-        self.layout, self._function, self._queries = layout, function, queries
+    def __init__(
+        self, function: Function, queries: Any, layout: Layout, keep: frozenset[str], theta: Tensor, chunk: int = CHUNK_BYTES
+    ) -> None:
+        """chunk: bytes of gradients that may be built at once, beside the result."""
+        self.layout, self._function, self._queries, self._chunk = layout, function, queries, chunk
         probe = function(layout.split(theta), queries)
         if probe.ndim not in (1, 2) or not probe.is_floating_point():
             raise RequestError(
@@ -43,7 +46,7 @@ class Measures:
         self.count = max(1, int(torch.tensor(self.shape).prod())) if self.shape else 1
         self.by_query = "query" in keep and separable(function, layout.split(theta), queries)
         outputs = self.shape[1] if len(self.shape) == 2 else None
-        self._gradients = RowGradients(self._one, outputs, layout, theta, queries) if self.by_query else None
+        self._gradients = RowGradients(self._one, outputs, layout, theta, queries, chunk) if self.by_query else None
 
     def _reduced(self, parameters: Mapping[str, Tensor]) -> Tensor:
         values = self._function(parameters, self._queries)
@@ -66,7 +69,7 @@ class Measures:
             return
         for theta, weight in points:
             if self.shape:
-                rows = max(1, CHUNK_BYTES // (self.layout.params * into.element_size()))
+                rows = max(1, self._chunk // (self.layout.params * into.element_size()))
                 parts = jacrev(lambda p: self._reduced(p).reshape(-1), chunk_size=rows)(self.layout.split(theta))
                 self.layout.add(into, parts, weight)
             else:

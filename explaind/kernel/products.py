@@ -41,6 +41,8 @@ class Products:
     layout: Layout
     finest: Finest
     route: str = "auto"
+    chunk: int = CHUNK_BYTES
+    """Bytes of example gradients that may be built at once."""
     _separable: bool | None = None
     _gradients: RowGradients | None = None
 
@@ -78,9 +80,9 @@ class Products:
     def _materialise(self, theta: Tensor, part: Part, a: Tensor) -> Iterator[tuple[slice, Tensor]]:
         count = len(part.ids)
         if self._gradients is None:
-            self._gradients = RowGradients(one(self.losses), None, self.layout, theta, part.batch)
+            self._gradients = RowGradients(one(self.losses), None, self.layout, theta, part.batch, self.chunk)
         width = self.layout.params * a.element_size() * (len(a) if self.finest == "param" else 1)
-        rows = max(1, min(count, CHUNK_BYTES // width))
+        rows = max(1, min(count, self.chunk // width))
         gradients = a.new_empty(rows, self.layout.params)  # fresh memory for every chunk would cost more than the sums
         for start in range(0, count, rows):
             span = slice(start, min(start + rows, count))
