@@ -40,7 +40,7 @@ def test_first_steps_of_mod113(tmp_path):
         ["--task.p", "11", "--task.train_examples", "40", "--task.val_examples", "12", "--task.width", "16", "--task.mlp", "32"],
     )
     found = study.decompose(tmp_path / "run", "midpoint:20", 1e-3, "float64", "cpu")
-    assert found["nodes"] == [20, 20]
+    assert found["recipes"] == ["midpoint:20", "midpoint:20"]
     assert found["closure"] <= 1e-10
     assert found["path_share"] <= 0.05
     assert found["peak_mb"] > 0

@@ -6,10 +6,10 @@ from torch import nn
 from torch.func import functional_call, jacrev, vmap
 from torch.nn import functional as F
 
-from explaind.kernel import gradients as room
 from explaind.kernel.factored import Factored
 from explaind.kernel.gradients import RowGradients
 from explaind.kernel.layout import Layout
+from explaind.kernel.points import Point
 from explaind.store.manifest import Layer
 from tests import closeness
 
@@ -74,14 +74,14 @@ def problem(forward):
     def single(parameters, tokens):
         return functional_call(net, dict(parameters), (tokens.unsqueeze(0),))[0]
 
-    return single, Layout(layers), [(theta, 0.25), (theta + 0.1 * torch.randn_like(theta), 0.75)]
+    return single, Layout(layers), [Point(single, theta, 0.25), Point(single, theta + 0.1 * torch.randn_like(theta), 0.75)]
 
 
-def direct(single, layout, points):
+def direct(layout, points):
     total = 0
-    for theta, weight in points:
-        parts = vmap(jacrev(single), (None, 0))(layout.split(theta), TOKENS)
-        total = total + weight * torch.cat([parts[name].flatten(2) for name in layout.names], 2).flatten(0, 1)
+    for point in points:
+        parts = vmap(jacrev(point.function), (None, 0))(layout.split(point.theta), TOKENS)
+        total = total + point.weight * torch.cat([parts[name].flatten(2) for name in layout.names], 2).flatten(0, 1)
     return total
 
 
@@ -89,34 +89,33 @@ def direct(single, layout, points):
 @pytest.mark.parametrize("few", [0, 4], ids=["matrix products", "outer products"])
 @pytest.mark.parametrize("forward", WAYS)
 def test_factors_give_the_gradients_of_plain_differentiation(forward, few, chunk, monkeypatch):
-    monkeypatch.setattr(room, "CHUNK_BYTES", chunk)
     monkeypatch.setattr("explaind.kernel.factored.FEW", few)
     single, layout, points = problem(forward)
     into = torch.ones(12, layout.params, dtype=torch.float64)
-    Factored(single, layout, layout.split(points[0][0]), TOKENS[0]).add(into, [(layout.split(t), w) for t, w in points], TOKENS, 0)
-    closeness.algebra(into - 1, direct(single, layout, points), scale=1.0)
-    gradients = RowGradients(single, 3, layout, points[0][0], TOKENS)
+    Factored(single, layout, layout.split(points[0].theta), TOKENS[0]).add(into, points, TOKENS, 0)
+    closeness.algebra(into - 1, direct(layout, points), scale=1.0)
+    gradients = RowGradients(points[0], 3, layout, TOKENS, chunk)
     into = torch.ones(12, layout.params, dtype=torch.float64)
     gradients.add(into, points, TOKENS, 4)
-    closeness.algebra(into - 1, direct(single, layout, points), scale=1.0)
+    closeness.algebra(into - 1, direct(layout, points), scale=1.0)
 
 
 def test_what_is_taken_apart_and_what_is_not():
     single, layout, points = problem(tied)
-    found = Factored(single, layout, layout.split(points[0][0]), TOKENS[0])
+    found = Factored(single, layout, layout.split(points[0].theta), TOKENS[0])
     assert [site.weight for site in found.sites] == ["table.weight", "table.weight", "first.weight", "second.weight"]
     assert found._rest == {"first.weight"}
     single, layout, points = problem(no_linear)
-    assert RowGradients(single, 3, layout, points[0][0], TOKENS)._factored is None
+    assert RowGradients(points[0], 3, layout, TOKENS)._factored is None
 
 
 def test_a_function_that_changes_its_calls_is_differentiated_directly():
     state = {"forward": plain}
-    single, layout, points = problem(lambda net, tokens: state["forward"](net, tokens))
-    gradients = RowGradients(single, 3, layout, points[0][0], TOKENS)
+    _, layout, points = problem(lambda net, tokens: state["forward"](net, tokens))
+    gradients = RowGradients(points[0], 3, layout, TOKENS)
     assert gradients._factored is not None
     for forward in (plain, twice, tied, no_linear, plain):
         state["forward"] = forward
         into = torch.zeros(12, layout.params, dtype=torch.float64)
         gradients.add(into, points, TOKENS, 4)
-        closeness.algebra(into, direct(single, layout, points), scale=1.0)
+        closeness.algebra(into, direct(layout, points), scale=1.0)

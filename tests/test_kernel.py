@@ -8,10 +8,10 @@ import torch
 from torch.nn import functional as F
 
 from explaind.errors import ExplaindError, RequestError
-from explaind.kernel import products as room
+from explaind.kernel.choosing import path_rule
 from explaind.kernel.layout import Layout
 from explaind.kernel.measures import Measures
-from explaind.kernel.path import Segment, average, discrete_gradient, path_rule
+from explaind.kernel.path import Segment, average, discrete_gradient
 from explaind.kernel.products import Products, batch_gradient
 from explaind.kernel.resolution import check_budget, resolution
 from explaind.replay.steps import Part
@@ -52,9 +52,9 @@ def summed(values, finest):
     return torch.stack([values[..., cut].sum(-1) for cut in parts])
 
 
-def products(losses, finest, route):
+def products(losses, finest, route, chunk=1 << 20):
     """[fine, row, example]"""
-    pieces = list(Products(losses, LAYOUT, finest, route)(THETA, PART, COSTATES))
+    pieces = list(Products(losses, LAYOUT, finest, route, chunk)(THETA, PART, COSTATES))
     assert [i for span, _ in pieces for i in range(span.start, span.stop)] == list(range(5))
     return torch.cat([dots for _, dots in pieces], dim=-1)
 
@@ -72,10 +72,9 @@ def products(losses, finest, route):
         ("param", "auto"),
     ],
 )
-def test_both_routes_give_the_dot_products_of_plain_autograd(finest, route, chunk, monkeypatch):
-    monkeypatch.setattr(room, "CHUNK_BYTES", chunk)
+def test_both_routes_give_the_dot_products_of_plain_autograd(finest, route, chunk):
     want = summed(torch.einsum("rp,ep->rep", COSTATES, example_gradients(separate)), finest)
-    algebra(products(separate, finest, route), want)
+    algebra(products(separate, finest, route, chunk), want)
 
 
 @pytest.mark.parametrize("finest", ["none", "layer"])
@@ -140,7 +139,7 @@ def test_measures_are_summed_over_what_is_not_kept_before_they_are_differentiate
     algebra(measures.values(THETA), values.detach())
     algebra(measures.slopes(THETA, COSTATES[0]), gradients @ COSTATES[0], scale=1.0)
     found = torch.zeros_like(gradients)
-    measures.add_gradients(found, [(THETA, 0.5)])
+    measures.add_gradients(found, [measures.node(THETA, 0.5)])
     algebra(found, 0.5 * gradients, scale=1.0)
 
 
@@ -150,13 +149,14 @@ def step(size):
     delta = size * normal(24, seed=11)
     start = THETA - delta / 2
     change = measures.values(start + delta) - measures.values(start)
-    return measures, Segment(start, delta, change, torch.zeros_like(change))
+    return measures, Segment(start, start + delta, change, torch.zeros_like(change))
 
 
 def averaged(rule, measures, segment):
-    """(ḡ, path, nodes)"""
+    """(ḡ, path, number of nodes or parts)"""
     mean = torch.full((measures.count, len(segment.theta)), torch.nan, dtype=segment.theta.dtype)  # whatever stood there before
-    return (mean, *average(rule, measures, segment, mean))
+    path, recipe = average(rule, measures, segment, mean)
+    return mean, path, recipe.count
 
 
 def miss(spec, size):
@@ -188,9 +188,9 @@ def test_the_adaptive_rule_meets_its_tolerance_and_a_looser_one_costs_less(size)
 
 def test_the_adaptive_rule_forgives_a_measure_that_hardly_moves():
     measures, segment = step(1.0)
-    forgiving = Segment(segment.theta, segment.delta, segment.change, torch.full_like(segment.change, 100.0))
-    _, path, nodes = averaged(path_rule("auto", 1e-3), measures, forgiving)
-    assert nodes < averaged(path_rule("auto", 1e-3), measures, segment)[2]
+    forgiving = Segment(segment.theta, segment.after, segment.change, torch.full_like(segment.change, 100.0))
+    _, path, nodes = averaged(path_rule("adaptive", 1e-3), measures, forgiving)
+    assert nodes < averaged(path_rule("adaptive", 1e-3), measures, segment)[2]
     assert path.abs().max() <= 1e-3 * 100.0
 
 
@@ -201,7 +201,7 @@ def test_the_discrete_gradient_closes_every_step_exactly(size):
     algebra(discrete_gradient(mean, path, segment.delta) @ segment.delta, segment.change, scale=1.0)
 
 
-@pytest.mark.parametrize("spec", ["gauss", "gauss:0", "gauss:-1", "gauss:x", "simpson:3", "secant:"])
+@pytest.mark.parametrize("spec", ["gauss", "gauss:0", "gauss:-1", "gauss:x", "simpson:3", "secant:", "secant:0", "auto:3"])
 def test_an_unknown_path_rule_is_refused_by_name(spec):
     with pytest.raises(RequestError, match=f"unknown path rule.*'{spec}'"):
         path_rule(spec, 1e-3)

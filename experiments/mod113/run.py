@@ -25,7 +25,8 @@ start = time.perf_counter()
 ledger = decompose_by_name(run, asked)
 seconds = time.perf_counter() - start
 maxima = ledger.verify().maxima
-print(json.dumps({"rule": rule, "dtype": dtype, "device": device, "s_per_step": seconds / run.steps, "nodes": ledger.checks.nodes.tolist(),
+print(json.dumps({"rule": rule, "dtype": dtype, "device": device, "s_per_step": seconds / run.steps,
+                  "recipes": ledger.checks.recipes[:, 0].tolist(),
                   "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "threads": torch.get_num_threads(), **maxima}))
 """
 

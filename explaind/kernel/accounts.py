@@ -26,7 +26,8 @@ class Accounts:
     arithmetic_absolute: Tensor  # Σ_step Σ_layer |arithmetic| [measure]
     by_step: Tensor  # Σ_measure of |δ|, |path| and |arithmetic|, [step, 3]
     replay_error: Tensor  # of every rebuilt update, [step, layer]
-    nodes: list[int] = field(default_factory=list)
+    recipes: list[str] = field(default_factory=list)
+    """What the path rule did: [step]."""
 
 
 def empty(resolution: Resolution, layout: Layout, measures: int, examples: int, like: Tensor) -> Accounts:
@@ -48,5 +49,5 @@ def empty(resolution: Resolution, layout: Layout, measures: int, examples: int, 
         arithmetic_absolute=zeros(measures),
         by_step=zeros(resolution.steps, 3),
         replay_error=zeros(resolution.steps, len(layout.names)),
-        nodes=[0] * resolution.steps,
+        recipes=[""] * resolution.steps,
     )

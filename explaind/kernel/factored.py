@@ -6,8 +6,9 @@ read [measure, param] numbers for each of them. An embedding is the same with on
 embedding (which nn.Linear and nn.Embedding make) are taken apart; parameters that are used in any other way are differentiated as usual.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,11 +19,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from explaind.kernel.layout import Layout
+from explaind.kernel.points import Function, Point
 
 FEW = 4
 """Up to this many positions, adding outer products one by one beats small matrix products."""
-Single = Callable[[Mapping[str, Tensor], Any], Tensor]
-"""(parameters, query) -> Tensor[output]."""
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,9 @@ class _Taps(TorchFunctionMode):
 class Factored:
     """∇h of every query and output of a function, with the weights of linear maps as factors."""
 
-    def __init__(self, function: Single, layout: Layout, parameters: Mapping[str, Tensor], query: Any) -> None:
+    def __init__(self, function: Function, layout: Layout, parameters: Mapping[str, Tensor], query: Any) -> None:
         """parameters and query (one, without its batch dimension) serve to find the linear calls."""
-        self._function, self._layout = function, layout
+        self._layout = layout
         with torch.no_grad(), _Taps(parameters) as taps:
             function(parameters, query)
         self.sites, self._rest = tuple(taps.sites), frozenset(taps.rest)
@@ -124,13 +124,13 @@ class Factored:
         """Numbers of the largest weight among the sites."""
         return max(self._layout.sizes[self._layout.names.index(site.weight)] for site in self.sites)
 
-    def add(self, into: Tensor, points: Sequence[tuple[Mapping[str, Tensor], float]], queries: Any, axes: Any) -> None:
-        """into[query · output, param] += Σ weight · ∇h(parameters) over points (parameters, weight); axes: vmap's in_dims of queries.
+    def add(self, into: Tensor, points: Sequence[Point], queries: Any, axes: Any) -> None:
+        """into[query · output, param] += Σ weight · ∇h over the points; axes: vmap's in_dims of queries.
 
         Raises Rearranged, with nothing added, where the function's calls are not those that were found.
         """
-        found = [vmap(self._one_query, (None, axes))(parameters, queries) for parameters, _ in points]
-        weights = [weight for _, weight in points]
+        found = [vmap(partial(self._one_query, p.function), (None, axes))(self._layout.split(p.theta), queries) for p in points]
+        weights = [p.weight for p in points]
         for (rest, _, _), weight in zip(found, weights, strict=True):
             self._layout.add(into, {name: t.flatten(0, 1) for name, t in rest.items()}, weight)
         for i, site in enumerate(self.sites):
@@ -139,13 +139,15 @@ class Factored:
             x = torch.cat([xs[i].flatten(1, -1 if site.lookup else -2) for _, _, xs in found], dim=1)
             (self._add_lookup if site.lookup else self._add_linear)(into, site, delta, x)
 
-    def _one_query(self, parameters: Mapping[str, Tensor], query: Any) -> tuple[dict[str, Tensor], tuple[Tensor, ...], list[Tensor]]:
+    def _one_query(
+        self, function: Function, parameters: Mapping[str, Tensor], query: Any
+    ) -> tuple[dict[str, Tensor], tuple[Tensor, ...], list[Tensor]]:
         """(∇h by the other parameters, δ of every site, x of every site), the first two [output, …]."""
 
         def tapped(rest: dict[str, Tensor], probes: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
             together = {**parameters, **rest}
             with _Taps(together, probes, self.sites) as taps:
-                values = self._function(together, query).reshape(-1)
+                values = function(together, query).reshape(-1)
             if tuple(taps.sites) != self.sites or taps.rest != self._rest:
                 raise Rearranged
             return values, taps.inputs

@@ -1,6 +1,6 @@
 """Functions of a batch taken row by row: whether that is the same function, and the gradient of every row."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,11 +10,7 @@ from torch.utils._pytree import tree_map
 
 from explaind.kernel.factored import Factored, Rearranged
 from explaind.kernel.layout import Layout
-
-Function = Callable[[Mapping[str, Tensor], Any], Tensor]
-"""(parameters, batch) -> Tensor[query] or Tensor[query, output] (a measure), or Tensor[batch] (losses)."""
-Point = tuple[Tensor, float]
-"""(θ [param], weight): a node of a path rule."""
+from explaind.kernel.points import Function, Point
 
 CHUNK_BYTES = 256 << 20
 """Size of the gradients that one call of vmap may build, unless told otherwise."""
@@ -23,6 +19,11 @@ CHUNK_BYTES = 256 << 20
 def take(batch: Any, rows: slice) -> Any:
     """Some rows of a batch."""
     return tree_map(lambda leaf: leaf[rows] if isinstance(leaf, Tensor) and leaf.ndim else leaf, batch)
+
+
+def row(batch: Any) -> Any:
+    """The first row of a batch, without its dimension 0: what ``one`` takes."""
+    return tree_map(lambda leaf: leaf[0] if isinstance(leaf, Tensor) and leaf.ndim else leaf, batch)
 
 
 def batch_axes(batch: Any) -> Any:
@@ -62,10 +63,13 @@ class RowGradients:
     batch that is given here, yields the same numbers as differentiating them directly.
     """
 
-    def __init__(self, single: Function, outputs: int | None, layout: Layout, theta: Tensor, batch: Any, chunk: int = CHUNK_BYTES) -> None:
-        """single: (parameters, row) -> scalar (outputs None) or Tensor[output]; chunk: bytes that one call of vmap may build."""
-        self._single, self._outputs, self._layout, self._chunk = single, outputs, layout, chunk
-        self._factored = self._taken_apart(theta, take(batch, slice(0, 1)))
+    def __init__(self, point: Point, outputs: int | None, layout: Layout, batch: Any, chunk: int = CHUNK_BYTES) -> None:
+        """point.function: (parameters, row) -> scalar (outputs None) or Tensor[output]; chunk: bytes that one call of vmap may build.
+
+        All points that will be given must make the same calls of linear maps and embeddings.
+        """
+        self._outputs, self._layout, self._chunk = outputs, layout, chunk
+        self._factored = self._taken_apart(point, take(batch, slice(0, 1)))
 
     def add(self, into: Tensor, points: Sequence[Point], batch: Any, rows: int) -> None:
         """into[row · output, param] += Σ weight · ∇ over the points, for a batch of so many rows."""
@@ -73,10 +77,9 @@ class RowGradients:
         for some, block in self._some(batch, rows, self._layout.params if apart is None else max(apart.size, apart.widest), into):
             at_once = len(points) if apart is None else max(1, self._chunk // (len(block) * apart.size * into.element_size()))
             for start in range(0, len(points), at_once):
-                split = [(self._layout.split(theta), weight) for theta, weight in points[start : start + at_once]]
-                self._add(block, split, some)
+                self._add(block, points[start : start + at_once], some)
 
-    def _add(self, into: Tensor, points: Sequence[tuple[Mapping[str, Tensor], float]], batch: Any) -> None:
+    def _add(self, into: Tensor, points: Sequence[Point], batch: Any) -> None:
         try:
             if self._factored is not None:
                 return self._factored.add(into, points, batch, batch_axes(batch))
@@ -91,23 +94,21 @@ class RowGradients:
         for start in range(0, rows, width):
             yield take(batch, slice(start, min(start + width, rows))), into[start * outputs : (start + width) * outputs]
 
-    def _add_direct(self, into: Tensor, points: Sequence[tuple[Mapping[str, Tensor], float]], batch: Any) -> None:
-        derivative = (grad if self._outputs is None else jacrev)(self._single)
-        for parameters, weight in points:
-            parts = vmap(derivative, (None, batch_axes(batch)))(parameters, batch)
+    def _add_direct(self, into: Tensor, points: Sequence[Point], batch: Any) -> None:
+        for point in points:
+            derivative = (grad if self._outputs is None else jacrev)(point.function)
+            parts = vmap(derivative, (None, batch_axes(batch)))(self._layout.split(point.theta), batch)
             lead = 1 if self._outputs is None else 2
-            self._layout.add(into, {name: t.reshape(len(into), *t.shape[lead:]) for name, t in parts.items()}, weight)
+            self._layout.add(into, {name: t.reshape(len(into), *t.shape[lead:]) for name, t in parts.items()}, point.weight)
 
-    def _taken_apart(self, theta: Tensor, first: Any) -> Factored | None:
-        parameters = self._layout.split(theta)
-        alone = tree_map(lambda leaf: leaf[0] if isinstance(leaf, Tensor) and leaf.ndim else leaf, first)
+    def _taken_apart(self, point: Point, first: Any) -> Factored | None:
         try:
-            factored = Factored(self._single, self._layout, parameters, alone)
+            factored = Factored(point.function, self._layout, self._layout.split(point.theta), row(first))
             if not factored.sites or factored.size >= self._layout.params:
                 return None
-            plain, apart = theta.new_zeros(2, self._outputs or 1, self._layout.params)
-            self._add_direct(plain, [(parameters, 1.0)], first)
-            factored.add(apart, [(parameters, 1.0)], first, batch_axes(first))
+            plain, apart = point.theta.new_zeros(2, self._outputs or 1, self._layout.params)
+            self._add_direct(plain, [point], first)
+            factored.add(apart, [point], first, batch_axes(first))
         except (
             RuntimeError,
             NotImplementedError,

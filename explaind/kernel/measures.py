@@ -1,16 +1,19 @@
 """The measures of a set of queries as functions of the flat parameters: values, directional derivatives, gradients."""
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.func import grad, jacrev, jvp
+from torch.func import grad, jacrev, jvp, vmap
 
 from explaind.errors import RequestError
-from explaind.kernel.gradients import CHUNK_BYTES, Function, Point, RowGradients, one, separable
+from explaind.kernel.gradients import CHUNK_BYTES, RowGradients, batch_axes, one, row, separable
 from explaind.kernel.layout import Layout
+from explaind.kernel.points import Function, Point
+from explaind.kernel.secant import Secant
 
 
 class Measures:
@@ -23,7 +26,7 @@ class Measures:
         self, function: Function, queries: Any, layout: Layout, keep: frozenset[str], theta: Tensor, chunk: int = CHUNK_BYTES
     ) -> None:
         """chunk: bytes of gradients that may be built at once, beside the result."""
-        self.layout, self._function, self._queries, self._chunk = layout, function, queries, chunk
+        self.layout, self._function, self._queries, self._chunk, self._start = layout, function, queries, chunk, theta
         probe = function(layout.split(theta), queries)
         if probe.ndim not in (1, 2) or not probe.is_floating_point():
             raise RequestError(
@@ -45,37 +48,78 @@ class Measures:
         self.shape = tuple(n for d, n in enumerate(probe.shape) if d not in self._sum)
         self.count = max(1, int(torch.tensor(self.shape).prod())) if self.shape else 1
         self.by_query = "query" in keep and separable(function, layout.split(theta), queries)
-        outputs = self.shape[1] if len(self.shape) == 2 else None
-        self._gradients = RowGradients(self._one, outputs, layout, theta, queries, chunk) if self.by_query else None
+        self._outputs = self.shape[1] if len(self.shape) == 2 else None
+        self._rows: dict[bool, RowGradients] = {}
 
-    def _reduced(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        values = self._function(parameters, self._queries)
+    def _reduced(self, parameters: Mapping[str, Tensor], queries: Any) -> Tensor:
+        values = self._function(parameters, queries)
         return values.sum(self._sum) if self._sum else values
-
-    def values(self, theta: Float[Tensor, " param"]) -> Float[Tensor, " measure"]:
-        """h_q(θ) of every measure."""
-        with torch.no_grad():
-            return self._reduced(self.layout.split(theta)).reshape(-1)
-
-    def slopes(self, theta: Float[Tensor, " param"], delta: Float[Tensor, " param"]) -> Float[Tensor, " measure"]:
-        """<∇h_q(θ), Δ> of every measure at once: one forward-mode pass."""
-        with torch.no_grad():
-            return jvp(self._reduced, (self.layout.split(theta),), (self.layout.split(delta),))[1].reshape(-1)
-
-    def add_gradients(self, into: Float[Tensor, "measure param"], points: Sequence[Point]) -> None:
-        """into += Σ weight · ∇h_q(θ) over the points (θ, weight), for every measure."""
-        if self._gradients is not None:
-            self._gradients.add(into, points, self._queries, self.shape[0])
-            return
-        for theta, weight in points:
-            if self.shape:
-                rows = max(1, self._chunk // (self.layout.params * into.element_size()))
-                parts = jacrev(lambda p: self._reduced(p).reshape(-1), chunk_size=rows)(self.layout.split(theta))
-                self.layout.add(into, parts, weight)
-            else:
-                self.layout.add(into[0], grad(self._reduced)(self.layout.split(theta)), weight)
 
     def _one(self, parameters: Mapping[str, Tensor], query: Any) -> Tensor:
         """The measures of one query: Tensor[output], or a scalar where outputs are summed."""
         values = one(self._function)(parameters, query)
         return values.sum() if len(self.shape) == 1 else values
+
+    @cached_property
+    def _secant(self) -> Secant:
+        first = row(self._queries) if self.by_query else self._queries
+        return Secant(self._one if self.by_query else self._reduced, self.layout.split(self._start), first)
+
+    def values(self, theta: Float[Tensor, " param"]) -> Float[Tensor, " measure"]:
+        """h_q(θ) of every measure."""
+        with torch.no_grad():
+            return self._reduced(self.layout.split(theta), self._queries).reshape(-1)
+
+    def slopes(self, theta: Float[Tensor, " param"], delta: Float[Tensor, " param"]) -> Float[Tensor, " measure"]:
+        """<∇h_q(θ), Δ> of every measure at once: one forward-mode pass."""
+        with torch.no_grad():
+            at = partial(self._reduced, queries=self._queries)
+            return jvp(at, (self.layout.split(theta),), (self.layout.split(delta),))[1].reshape(-1)
+
+    def secants(
+        self, start: Float[Tensor, " param"], end: Float[Tensor, " param"], along: Float[Tensor, "tangent param"]
+    ) -> Float[Tensor, "tangent measure"]:
+        """<ḡ_q, tangent> of the secant between start and end, for every measure and tangent: forward passes alone. Raises NoSecant."""
+        a, b, tangents = (self.layout.split(v) for v in (start, end, along))
+        secant = self._secant  # traced here, outside of vmap
+
+        def changes(query: Any) -> Tensor:
+            return vmap(lambda t: secant(a, b, t, query))(tangents)
+
+        with torch.no_grad():
+            if self.by_query:
+                return vmap(changes, (batch_axes(self._queries),), out_dims=1)(self._queries).reshape(len(along), -1)
+            return changes(self._queries).reshape(len(along), -1)
+
+    def node(self, theta: Tensor, weight: float) -> Point:
+        """∇h at theta."""
+        return Point(self._one if self.by_query else self._reduced, theta, weight)
+
+    def between(self, start: Tensor, end: Tensor, weight: float) -> Point:
+        """ḡ of the secant between start and end. Raises NoSecant."""
+        a, b, secant = self.layout.split(start), self.layout.split(end), self._secant
+        return Point(lambda change, query: secant(a, b, change, query), end - start, weight)
+
+    def add_gradients(self, into: Float[Tensor, "measure param"], points: Sequence[Point], secant: bool = False) -> None:
+        """into += Σ weight · ∇ over the points, which are all nodes or all secants, for every measure."""
+        if self.by_query:
+            if secant not in self._rows:
+                self._rows[secant] = RowGradients(points[0], self._outputs, self.layout, self._queries, self._chunk)
+            self._rows[secant].add(into, points, self._queries, self.shape[0])
+            return
+        for point in points:
+            self._add_whole(into, point)
+
+    def _add_whole(self, into: Tensor, point: Point) -> None:
+        """Of measures that depend on all queries."""
+        parameters, at = self.layout.split(point.theta), partial(_called, point.function, self._queries)
+        if self.shape:
+            rows = max(1, self._chunk // (self.layout.params * into.element_size()))
+            parts = jacrev(lambda p: at(p).reshape(-1), chunk_size=rows)(parameters)
+            self.layout.add(into, parts, point.weight)
+        else:
+            self.layout.add(into[0], grad(at)(parameters), point.weight)
+
+
+def _called(function: Function, queries: Any, parameters: Mapping[str, Tensor]) -> Tensor:
+    return function(parameters, queries)

@@ -6,7 +6,8 @@
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import pairwise
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -15,9 +16,11 @@ from torch import Tensor
 
 from explaind.errors import RequestError
 from explaind.kernel.measures import Measures
+from explaind.kernel.points import Point
 
 LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Numbers of Gauss nodes that the adaptive rule tries."""
+Kind = Literal["gauss", "midpoint", "secant"]
 
 
 @dataclass(frozen=True)
@@ -25,24 +28,32 @@ class Segment:
     """One step of the parameters, with what every measure did on it."""
 
     theta: Float[Tensor, " param"]
-    delta: Float[Tensor, " param"]
+    after: Float[Tensor, " param"]
     change: Float[Tensor, " measure"]
     """δ, exactly."""
     scale: Float[Tensor, " measure"]
     """Mean |δ| of each measure over the steps of the run: below it a relative error means nothing."""
-
-
-class PathRule(Protocol):
-    """Chooses the nodes t in [0, 1] and their weights for a segment."""
+    index: int = 0
+    """The step's number."""
 
     @property
-    def name(self) -> str:
-        """The rule's own name, with its numbers."""
-        ...
+    def delta(self) -> Float[Tensor, " param"]:
+        """Δ."""
+        return self.after - self.theta
 
-    def nodes(self, measures: Measures, segment: Segment) -> tuple[np.ndarray, np.ndarray]:
-        """(nodes, weights), each [node]."""
-        ...
+    def at(self, t: float) -> Float[Tensor, " param"]:
+        """θ + tΔ; the very ends for t = 0 and 1."""
+        return self.after if t == 1.0 else self.theta + t * self.delta
+
+    def parts(self, count: int) -> list[tuple[Tensor, Tensor]]:
+        """The ends of so many equal parts."""
+        ends = [self.at(j / count) for j in range(count + 1)]
+        return list(pairwise(ends))
+
+    def excess(self, miss: Float[Tensor, "*tangent measure"], tol: float) -> float:
+        """The largest miss, in units of what tol allows: tol · max(|δ|, scale)."""
+        allowed = tol * torch.maximum(self.change.abs(), self.scale)
+        return float((miss.abs() / allowed.clamp_min(torch.finfo(allowed.dtype).tiny)).max())
 
 
 def gauss(n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -57,15 +68,59 @@ def midpoint(n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @dataclass(frozen=True)
-class Quadrature:
-    """The same nodes on every step."""
+class Recipe:
+    """How ḡ of one step is made: so many nodes of a quadrature, or secants of so many equal parts."""
+
+    kind: Kind
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.count}"
+
+    def points(self, measures: Measures, s: Segment) -> list[Point]:
+        """What is differentiated; raises NoSecant."""
+        if self.kind == "secant":
+            return [measures.between(start, end, 1.0 / self.count) for start, end in s.parts(self.count)]
+        nodes, weights = (gauss if self.kind == "gauss" else midpoint)(self.count)
+        return [measures.node(s.at(float(t)), float(w)) for t, w in zip(nodes, weights, strict=True)]
+
+
+class PathRule(Protocol):
+    """Chooses a recipe for every step."""
+
+    @property
+    def name(self) -> str:
+        """The rule's own name, with its numbers."""
+        ...
+
+    def choose(self, measures: Measures, segment: Segment) -> Recipe:
+        """The recipe for a step; raises NoSecant."""
+        ...
+
+    def state(self) -> list[int]:
+        """What the rule remembers of the steps before, so that a sweep can be taken up again."""
+        ...
+
+    def restore(self, state: list[int]) -> None:
+        """Remember what ``state`` gave."""
+        ...
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """The same recipe on every step."""
 
     name: str
-    points: np.ndarray
-    weights: np.ndarray
+    recipe: Recipe
 
-    def nodes(self, measures: Measures, segment: Segment) -> tuple[np.ndarray, np.ndarray]:
-        return self.points, self.weights
+    def choose(self, measures: Measures, segment: Segment) -> Recipe:
+        return self.recipe
+
+    def state(self) -> list[int]:
+        return []
+
+    def restore(self, state: list[int]) -> None:
+        pass
 
 
 class Adaptive:
@@ -83,14 +138,14 @@ class Adaptive:
 
     def _miss(self, measures: Measures, s: Segment, rung: int) -> float:
         points, weights = gauss(LADDER[rung])
-        total = torch.zeros_like(s.change)
+        total, delta = torch.zeros_like(s.change), s.delta
         for t, w in zip(points, weights, strict=True):
-            total += w * measures.slopes(s.theta + float(t) * s.delta, s.delta)
-        allowed = self._tol * torch.maximum(s.change.abs(), s.scale)
-        return float(((s.change - total).abs() / allowed.clamp_min(torch.finfo(allowed.dtype).tiny)).max())
+            total += w * measures.slopes(s.at(float(t)), delta)
+        return s.excess(s.change - total, self._tol)
 
-    def nodes(self, measures: Measures, segment: Segment) -> tuple[np.ndarray, np.ndarray]:
-        rung = self._rung
+    def choose(self, measures: Measures, segment: Segment, most: float = float("inf")) -> Recipe:
+        """As ``PathRule.choose``; the search gives up beyond `most` nodes, with a recipe of more than those."""
+        rung = min(self._rung, max((r for r, n in enumerate(LADDER) if n <= most), default=0))
         miss = self._miss(measures, segment, rung)
         if miss <= 1:
             # A Gauss rule gains orders of magnitude a rung: only when there is room is the rung below worth a look.
@@ -99,34 +154,30 @@ class Adaptive:
         else:
             while miss > 1 and rung + 1 < len(LADDER):
                 rung += 1
+                if LADDER[rung] > most:
+                    break
                 miss = self._miss(measures, segment, rung)
         self._rung = rung
-        return gauss(LADDER[rung])
+        return Recipe("gauss", LADDER[rung])
+
+    def state(self) -> list[int]:
+        return [self._rung]
+
+    def restore(self, state: list[int]) -> None:
+        (self._rung,) = state
 
 
 def average(
     rule: PathRule, measures: Measures, segment: Segment, mean: Float[Tensor, "measure param"]
-) -> tuple[Float[Tensor, " measure"], int]:
-    """Puts ḡ of a segment into `mean`; (path, number of nodes)."""
-    points, weights = rule.nodes(measures, segment)
+) -> tuple[Float[Tensor, " measure"], Recipe]:
+    """Puts ḡ of a segment into `mean`; (path, how)."""
+    recipe = rule.choose(measures, segment)
     mean.zero_()
-    at = [(segment.theta + float(t) * segment.delta, float(w)) for t, w in zip(points, weights, strict=True)]
-    measures.add_gradients(mean, at)
-    return segment.change - mean @ segment.delta, len(points)
+    measures.add_gradients(mean, recipe.points(measures, segment), secant=recipe.kind == "secant")
+    return segment.change - mean @ segment.delta, recipe
 
 
 def discrete_gradient(mean: Float[Tensor, "measure param"], path: Float[Tensor, " measure"], delta: Float[Tensor, " param"]) -> Tensor:
     """ḡ + path · Δ / ‖Δ‖², whose product with Δ is δ exactly (Gonzalez 1996)."""
     square = delta @ delta
     return mean if square == 0 else mean + torch.outer(path / square, delta)
-
-
-def path_rule(spec: str, tol: float) -> PathRule:
-    """The rule that a name such as "auto", "adaptive", "gauss:4" or "midpoint:100" stands for."""
-    if spec in ("auto", "adaptive"):
-        return Adaptive(tol)
-    kind, _, number = spec.partition(":")
-    make = {"gauss": gauss, "midpoint": midpoint}.get(kind)
-    if make is None or not number.isdigit() or int(number) < 1:
-        raise RequestError("unknown path rule", expected="auto, adaptive, gauss:N or midpoint:N", got=repr(spec), do="choose one of these")
-    return Quadrature(spec, *make(int(number)))

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.func import grad, jvp
 
 from explaind.errors import RequestError
-from explaind.kernel.gradients import CHUNK_BYTES, Function, RowGradients, one, separable, take
+from explaind.kernel.gradients import CHUNK_BYTES, RowGradients, one, separable, take
 from explaind.kernel.layout import Layout
+from explaind.kernel.points import Function, Point
 from explaind.replay.steps import Part
 
 Finest = Literal["none", "layer", "param"]
@@ -45,6 +46,9 @@ class Products:
     """Bytes of example gradients that may be built at once."""
     _separable: bool | None = None
     _gradients: RowGradients | None = None
+
+    def __post_init__(self) -> None:
+        self._one = one(self.losses)
 
     def __call__(self, theta: Tensor, part: Part, a: Float[Tensor, "row param"]) -> Iterator[tuple[slice, Tensor]]:
         """Yields (some examples of the part, products [fine, row, example]); fine is 1, layer or param."""
@@ -80,14 +84,14 @@ class Products:
     def _materialise(self, theta: Tensor, part: Part, a: Tensor) -> Iterator[tuple[slice, Tensor]]:
         count = len(part.ids)
         if self._gradients is None:
-            self._gradients = RowGradients(one(self.losses), None, self.layout, theta, part.batch, self.chunk)
+            self._gradients = RowGradients(Point(self._one, theta), None, self.layout, part.batch, self.chunk)
         width = self.layout.params * a.element_size() * (len(a) if self.finest == "param" else 1)
         rows = max(1, min(count, self.chunk // width))
         gradients = a.new_empty(rows, self.layout.params)  # fresh memory for every chunk would cost more than the sums
         for start in range(0, count, rows):
             span = slice(start, min(start + rows, count))
             some = gradients[: span.stop - start].zero_()
-            self._gradients.add(some, [(theta, 1.0)], take(part.batch, span), len(some))
+            self._gradients.add(some, [Point(self._one, theta)], take(part.batch, span), len(some))
             yield span, self._contract(some, a)
 
     def _contract(self, gradients: Float[Tensor, "example param"], a: Float[Tensor, "row param"]) -> Float[Tensor, "fine row example"]:

@@ -105,8 +105,9 @@ class Sweep:
 
     def _step(self, item: Rebuilt) -> None:
         step, s, f = item.step, item.step.index, item.step.filter
-        segment, mean = Segment(step.theta, step.delta, self.change[s], self.scale), self._mean
-        path, self.accounts.nodes[s] = average(self.rule, self.measures, segment, mean)
+        segment, mean = Segment(step.theta, step.after, self.change[s], self.scale, s), self._mean
+        path, recipe = average(self.rule, self.measures, segment, mean)
+        self.accounts.recipes[s] = str(recipe)
         self._book_checks(item, mean, path)
         if self.correct:
             mean = discrete_gradient(mean, path, step.delta)

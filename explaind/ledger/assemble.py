@@ -57,7 +57,7 @@ def assembled(
         movement.dims,
         np.sum([a.by_step.cpu().numpy() for a, _ in accounts], axis=0),
         first.replay_error.cpu().numpy(),
-        np.max([a.nodes for a, _ in accounts], axis=0),
+        np.array([a.recipes for a, _ in accounts]).T,
         layout.names,
         doubts,
     )

@@ -8,7 +8,7 @@ from torch.utils.data import default_collate
 
 from explaind.config import Config, Decompose, nearest, resolved
 from explaind.errors import RequestError
-from explaind.kernel.path import path_rule
+from explaind.kernel.choosing import path_rule
 from explaind.kernel.resolution import resolution
 from explaind.ledger.decompose import Progress, decompose
 from explaind.ledger.ledger import Ledger

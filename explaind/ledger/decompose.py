@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from explaind.errors import RequestError
+from explaind.kernel.choosing import path_rule
 from explaind.kernel.layout import Layout
 from explaind.kernel.measures import Measures
-from explaind.kernel.path import path_rule
 from explaind.kernel.products import ROUTES, Products
 from explaind.kernel.sweep import Sweep
 from explaind.ledger.assemble import assembled
@@ -65,8 +65,9 @@ def decompose(
     measure   (model, queries) -> Tensor[query] or Tensor[query, output]; called in eval mode
     keep      axes of the result, out of query, output, example, layer or param, step; others are summed before the work
               (default: query, output where there is one, example and layer)
-    rule      "auto" or "adaptive" (fewest Gauss nodes within `tol`), "gauss:N", "midpoint:N"
-    tol       largest miss of the path rule, relative to each measure's movement
+    rule      "auto" (on every step the cheaper of the two next ones), "secant:K" (closes exactly; K equal parts), "gauss:N", "midpoint:N"
+              nodes, or "adaptive" (the fewest Gauss nodes within `tol`)
+    tol       largest error of the path rule, relative to each measure's movement, where the rule chooses
     view      "seen": the step axis says when an example's gradient was computed; "applied": when its momentum moved θ
     windows   steps per entry of the step axis
     products  "auto", "materialise" or "jvp"
@@ -98,12 +99,14 @@ def decompose(
             measures = Measures(asking, part, layout, plan.wanted.keep, theta)
             dots = Products(training, layout, plan.wanted.finest, products)
             correct = closure == "discrete-gradient"
-            sweep = Sweep(steps, measures, training, path_rule(rule, tol), dots, plan.wanted, run.examples, correct)
+            chosen = path_rule(rule, tol)
+            sweep = Sweep(steps, measures, training, chosen, dots, plan.wanted, run.examples, correct)
             accounts.append((sweep.run(tick), sweep.values))
     settings = {
         "run": str(run.path),
         "keep": list(ordered(plan.wanted.keep)),
-        "rule": path_rule(rule, tol).name,
+        "rule": chosen.name,
+        "rule_note": getattr(chosen, "note", ""),
         "tol": tol,
         "dtype": str(dtype).removeprefix("torch."),
         "device": str(target),

@@ -65,8 +65,8 @@ class Checks:
     """|δ|, |path| and |arithmetic| of every single step, summed over measures: [step, 3]."""
     replay_error: np.ndarray
     """How far each rebuilt update is from the recorded one, see ``Rebuilt.relative_error``: [step, layer], for every single step."""
-    nodes: np.ndarray
-    """Gradient evaluations of the path rule: [step]."""
+    recipes: np.ndarray
+    """What the path rule did, such as "gauss:4" or "secant:1": [step, block of queries]."""
     layers: tuple[str, ...]
     doubts: tuple[str, ...]
     """What was wrong with the run or the data before a number was computed, in words."""

@@ -47,7 +47,7 @@ def _check_arrays(checks: Checks) -> Mapping[str, tuple[np.ndarray, tuple[str, .
         "arithmetic": (checks.arithmetic, checks.dims),
         "by_step": (checks.by_step, ("every_step", "rest")),
         "replay_error": (checks.replay_error, ("every_step", "every_layer")),
-        "nodes": (checks.nodes, ("every_step",)),
+        "recipes": (checks.recipes.astype(_fixed(checks.recipes)), ("every_step", "every_block")),
     }
 
 
@@ -77,7 +77,7 @@ def open_ledger(path: str | os.PathLike[str]) -> Ledger:
         axes = {axis for row in rows.values() for axis in row.dims}
         coords = {axis: _plain(np.asarray(_array(group, axis)[...])) for axis in axes}
         names = [f.name for f in fields(Checks) if f.name not in ("dims", "layers", "doubts")]
-        arrays = {name: np.asarray(_array(group, f"check/{name}")[...]) for name in names}
+        arrays = {name: _plain(np.asarray(_array(group, f"check/{name}")[...])) for name in names}
         checks = Checks(
             **arrays, dims=tuple(attributes["check_dims"]), layers=tuple(attributes["layers"]), doubts=tuple(attributes["doubts"])
         )

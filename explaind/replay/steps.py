@@ -20,10 +20,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Step:
-    """Step ``index``: from theta [param] by delta [param], through a filter of the gradients of its parts."""
+    """Step ``index``: from theta [param] by delta = after − theta, through a filter of the gradients of its parts."""
 
     index: int
     theta: Tensor
+    after: Tensor
     delta: Tensor
     filter: Filter
     parts: tuple[Part, ...]

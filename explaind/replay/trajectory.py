@@ -41,7 +41,7 @@ class Trajectory:
 
     def _step(self, index: int, row: StepRow, theta: Tensor, after: Tensor) -> Step:
         parts = tuple(self._part(row, part) for part in np.unique(row.part).tolist())
-        return Step(index, theta, after - theta, self._filter(row, theta), parts, row.mode)
+        return Step(index, theta, after, after - theta, self._filter(row, theta), parts, row.mode)
 
     def _part(self, row: StepRow, part: int) -> Part:
         mine = row.part == part

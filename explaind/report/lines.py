@@ -9,7 +9,7 @@ def ledger_lines(facts: dict[str, Any]) -> list[str]:
     maxima, asked = facts["maxima"], facts["settings"]
     return [
         f"ledger {facts['ledger']}: {' × '.join(f'{n} {axis}' for axis, n in facts['axes'].items())}",
-        f"  rule        {asked['rule']}, {facts['nodes_mean']:.3g} nodes a step; {asked['dtype']}, {asked['device']}; view {asked['view']}",
+        f"  rule        {asked['rule']}{_recipes(facts['recipes'])}; {asked['dtype']}, {asked['device']}; view {asked['view']}",
         f"  path        {maxima['path']:.3g} at most, {100 * maxima['path_share']:.2g} % of the movement of its measure",
         f"  arithmetic  {maxima['arithmetic']:.3g} at most, {100 * maxima['arithmetic_share']:.2g} % of the movement of its measure",
         f"  replay      an update was off by {maxima['replay_error']:.2g} of its size at most",
@@ -17,6 +17,13 @@ def ledger_lines(facts: dict[str, Any]) -> list[str]:
         f"  explained   {facts['explained_min']:.6f} at least",
         *_judged(facts),
     ]
+
+
+def _recipes(counts: dict[str, int]) -> str:
+    """What the rule did, the most frequent first; nothing where its name says all."""
+    whole = sum(counts.values())
+    some = [f"{name} on {100 * count / whole:.0f} % of the steps" for name, count in list(counts.items())[:3]]
+    return "" if len(counts) == 1 and not whole else f" ({', '.join(some)}{', …' if len(counts) > 3 else ''})"
 
 
 def _judged(facts: dict[str, Any]) -> list[str]:

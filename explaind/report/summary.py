@@ -1,5 +1,6 @@
 """A ledger in a few plain numbers and words, for ledger.json, tables and figures."""
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,7 +104,7 @@ def ledger_facts(ledger: Ledger) -> dict[str, Any]:
         "reasons": list(verdict.reasons),
         "maxima": dict(verdict.maxima),
         "explained_min": float(np.min(verdict.explained, initial=1.0)),
-        "nodes_mean": float(ledger.checks.nodes.mean()),
+        "recipes": dict(Counter(ledger.checks.recipes.reshape(-1).tolist()).most_common()),
     }
 
 

@@ -1,0 +1,104 @@
+"""Linear operations, most of which only move numbers about: each is its own secant."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from explaind.kernel.secant.pair import Pair, at
+from explaind.kernel.secant.rules import refuse, rule
+
+aten = torch.ops.aten
+
+
+def _change(value: Any) -> Any:
+    """Arguments of a linear operation for the change: constants that stand beside pairs in a list do not change."""
+    if isinstance(value, Pair):
+        return value.d
+    if isinstance(value, (list, tuple)) and any(isinstance(v, Pair) for v in value):
+        return [v.d if isinstance(v, Pair) else torch.zeros_like(v) for v in value]
+    return value
+
+
+@rule(
+    "view reshape _unsafe_view view_copy permute permute_copy transpose transpose_copy t t_copy expand expand_copy squeeze squeeze_copy",
+    "unsqueeze unsqueeze_copy slice slice_copy select select_copy alias alias_copy clone contiguous detach lift_fresh_copy cat stack",
+    "_to_copy to sum mean neg flip roll repeat gather index index_select take_along_dim diagonal diagonal_copy diag_embed tril triu",
+    "split split_copy split_with_sizes split_with_sizes_copy unbind unbind_copy unfold unfold_copy as_strided as_strided_copy",
+    "cumsum narrow_copy im2col col2im reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d pixel_shuffle",
+    "avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d upsample_nearest1d upsample_nearest2d",
+    "upsample_bilinear2d upsample_bicubic2d upsample_linear1d",
+)
+def linear(op: Any, *args: Any, **kwargs: Any) -> Any:
+    a, b, d = (op(*(pick(v) for v in args), **kwargs) for pick in (lambda v: at(v, "a"), lambda v: at(v, "b"), _change))
+    if not isinstance(a, Tensor):
+        return tuple(Pair(*parts) for parts in zip(a, b, d, strict=True))
+    if not a.is_floating_point():
+        raise refuse(op, "it rounds to whole numbers")
+    return Pair(a, b, d)
+
+
+@rule("embedding")
+def embedding(op: Any, weight: Pair, index: Tensor, *_: Any) -> Pair:
+    # padding_idx, scale_grad_by_freq and sparse only change torch's own backward pass
+    return weight.linear(lambda t: torch.nn.functional.embedding(index, t))
+
+
+@rule("add")
+def add(op: Any, x: Any, y: Any, alpha: float = 1) -> Any:
+    return _sum(x, y * alpha if alpha != 1 else y)
+
+
+@rule("sub")
+def sub(op: Any, x: Any, y: Any, alpha: float = 1) -> Any:
+    return _sum(x, y * -alpha)
+
+
+@rule("rsub")
+def rsub(op: Any, x: Any, y: Any, alpha: float = 1) -> Any:
+    return _sum(y, x * -alpha)
+
+
+def _sum(x: Any, y: Any) -> Pair:
+    pair: Pair = x + y if isinstance(x, Pair) else y + x
+    return pair
+
+
+@rule("constant_pad_nd")
+def pad(op: Any, x: Pair, widths: Any, value: float = 0) -> Pair:
+    return Pair(op(x.a, widths, value), op(x.b, widths, value), op(x.d, widths, 0.0))
+
+
+@rule("where")
+def where(op: Any, condition: Any, x: Any, y: Any) -> Pair:
+    if isinstance(condition, Pair):
+        raise refuse(op, "its condition depends on the parameters")
+    a, b = (torch.where(condition, at(x, side), at(y, side)) for side in "ab")
+    of_x, of_y = (v.d if isinstance(v, Pair) else a.new_zeros(()) for v in (x, y))
+    return Pair(a, b, torch.where(condition, of_x, of_y).expand(a.shape))
+
+
+@rule("masked_fill")
+def masked_fill(op: Any, x: Any, mask: Any, value: Any) -> Pair:
+    return where(aten.where.self, mask, value if isinstance(value, (Pair, Tensor)) else torch.full_like(at(x, "a"), value), x)
+
+
+@rule("select_scatter slice_scatter scatter scatter_add index_put index_add diagonal_scatter masked_scatter")
+def written(op: Any, into: Any, *args: Any, **kwargs: Any) -> Pair:
+    """Writing values into a tensor, where both may be pairs: linear in the two together."""
+    if not any(isinstance(v, Pair) for v in args):  # constants are written: they do not change
+        args_d = [torch.zeros_like(v) if isinstance(v, Tensor) and v.is_floating_point() else v for v in args]
+        if op is aten.scatter.value:
+            args_d[2] = 0.0
+    else:
+        args_d = [_change(v) for v in args]
+    still = into.d if isinstance(into, Pair) else torch.zeros_like(into)
+    a, b = (op(at(into, side), *(at(v, side) for v in args), **kwargs) for side in "ab")
+    return Pair(a, b, op(still, *args_d, **kwargs))
+
+
+@rule("native_dropout dropout")
+def dropout(op: Any, x: Pair, p: float, train: bool | None) -> Any:
+    if train and p > 0:
+        raise refuse(op, "dropout is on")
+    return (x, None) if op is aten.native_dropout.default else x
