@@ -97,6 +97,12 @@ def written(op: Any, into: Any, *args: Any, **kwargs: Any) -> Pair:
     return Pair(a, b, op(still, *args_d, **kwargs))
 
 
+@rule("copy")
+def copy(op: Any, into: Any, x: Pair, *_: Any) -> Pair:
+    shape = at(into, "a").shape
+    return x.linear(lambda t: t.expand(shape)) if isinstance(x, Pair) else into * 0.0 + x
+
+
 @rule("native_dropout dropout")
 def dropout(op: Any, x: Pair, p: float, train: bool | None) -> Any:
     if train and p > 0:
