@@ -44,6 +44,14 @@ class PathRule(Protocol):
         """(nodes, weights), each [node]."""
         ...
 
+    def state(self) -> list[int]:
+        """What the rule carries from step to step: ``restore`` takes it in a rule of the same name."""
+        ...
+
+    def restore(self, state: list[int]) -> None:
+        """Go on as the rule did whose state this was."""
+        ...
+
 
 def gauss(n: int) -> tuple[np.ndarray, np.ndarray]:
     """n Gauss–Legendre nodes and weights on [0, 1]."""
@@ -66,6 +74,12 @@ class Quadrature:
 
     def nodes(self, measures: Measures, segment: Segment) -> tuple[np.ndarray, np.ndarray]:
         return self.points, self.weights
+
+    def state(self) -> list[int]:
+        return []
+
+    def restore(self, state: list[int]) -> None:
+        pass
 
 
 class Adaptive:
@@ -102,6 +116,12 @@ class Adaptive:
                 miss = self._miss(measures, segment, rung)
         self._rung = rung
         return gauss(LADDER[rung])
+
+    def state(self) -> list[int]:
+        return [self._rung]
+
+    def restore(self, state: list[int]) -> None:
+        (self._rung,) = state
 
 
 def average(

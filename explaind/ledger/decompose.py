@@ -2,32 +2,37 @@
 
 import os
 from collections.abc import Callable, Collection, Mapping
-from itertools import count
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from explaind.errors import RequestError
+from explaind.kernel.gradients import take
 from explaind.kernel.layout import Layout
 from explaind.kernel.measures import Measures
 from explaind.kernel.path import path_rule
 from explaind.kernel.products import ROUTES, Products
 from explaind.kernel.sweep import Sweep
 from explaind.ledger.assemble import assembled
+from explaind.ledger.key import digest, digest_of_data, values_of_losses, values_of_measure, versions
 from explaind.ledger.ledger import Ledger, ordered
-from explaind.ledger.plan import blocks, planned, probed
-from explaind.ledger.saving import save as save_ledger
+from explaind.ledger.parts import Parts, check_free
+from explaind.ledger.plan import WORK_BYTES, Shard, blocks, chunk_bytes, planned, probed, shard_named
+from explaind.ledger.sweeping import read, swept
 from explaind.record.device import placed
 from explaind.record.watched import model_name
 from explaind.replay.batches import Batches, Collate, Readable, changed_examples, moved
 from explaind.replay.functional import Functional, Readout, differentiable_attention, fitted
 from explaind.replay.trajectory import Trajectory
-from explaind.store import schema
 from explaind.store.reader import Run
 
 GIB = 1 << 30
+PLACES = ("run", "device", "memory", "model", "recorded_model", "config")
+"""Settings that may differ between two processes that work on one ledger; what matters of them is told otherwise."""
 Progress = Callable[[int, int], None]
 """(steps done, steps in all) over all blocks."""
 
@@ -50,8 +55,11 @@ def decompose(
     products: str = "auto",
     closure: str = "none",
     budget: int = 4 * GIB,
+    memory: int | None = None,
     collate: Collate | None = None,
     save: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    shard: str | None = None,
     config: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Ledger:
@@ -72,16 +80,21 @@ def decompose(
     products  "auto", "materialise" or "jvp"
     closure   "discrete-gradient" folds the path row into the data and decay rows; its size is reported all the same
     budget    bytes that the result may take
-    save      a new folder for the ledger
+    memory    bytes to work in: queries are swept in blocks that fit (default: 2 GiB, or what a single query takes)
+    save      a new folder for the ledger; a decomposition that was stopped goes on when it is asked again in the same way
+    overwrite replace a ledger in that folder, once the new one is complete, and what was begun there with other arguments
+    shard     "I/N": only the I-th of N parts of the queries, for N processes with the same `save`; what is returned is the ledger of
+              these queries, and whoever finishes last saves the whole one (``explaind.shards_left`` says who has not finished)
     config    optional: a JSON-able mapping that is kept in ``ledger.settings``
 
     Raises RequestError for what cannot be asked, ReplayError for a model or data that do not fit, StoreError for the disk.
     """
     _check_choices(products, closure, dtype, run)
+    share = _share(shard, save)
     path_rule(rule, tol)  # refuse a rule that does not exist before any work
     target = placed(device)
     if save is not None:
-        schema.check_new(Path(save))
+        check_free(Path(save), overwrite)
     layout = Layout(run.manifest.layers)
     own = fitted(model, run.manifest.layers, run.constants)
     training, asking = Functional(own, losses, target, dtype), Functional(own, measure, target, dtype)
@@ -91,35 +104,60 @@ def decompose(
         plan = planned(run, layout, probed(asking, layout, theta, batch), keep, view, windows, dtype, budget)
         doubts = tuple(run.damage() + changed_examples(run, data, run.examples))
         steps = Trajectory(run, Batches(data, run.examples, collate, target, dtype), target, dtype)
-        parts = list(blocks(plan, layout, asking, batch, theta))
-        tick = _ticker(progress, len(parts) * run.steps)
-        accounts = []
-        for part in parts:
-            measures = Measures(asking, part, layout, plan.wanted.keep, theta)
-            dots = Products(training, layout, plan.wanted.finest, products)
+        settings = {
+            "run": str(run.path),
+            "keep": list(ordered(plan.wanted.keep)),
+            "rule": path_rule(rule, tol).name,
+            "tol": tol,
+            "dtype": str(dtype).removeprefix("torch."),
+            "device": str(target),
+            "view": view,
+            "windows": windows,
+            "products": products,
+            "closure": closure,
+            "memory": WORK_BYTES if memory is None else memory,
+            "steps": run.steps,
+            "model": model_name(model),
+            "recorded_model": run.manifest.model,
+            "config": None if config is None else dict(config),
+        }
+        bounds, chunk = blocks(plan, layout, asking, batch, theta, memory, share), chunk_bytes(memory)
+
+        def sweep(rows: slice) -> Sweep:
+            some = batch if len(bounds) == 1 else take(batch, rows)
+            measures = Measures(asking, some, layout, plan.wanted.keep, theta, chunk)
+            dots = Products(training, layout, plan.wanted.finest, products, chunk)
             correct = closure == "discrete-gradient"
-            sweep = Sweep(steps, measures, training, path_rule(rule, tol), dots, plan.wanted, run.examples, correct)
-            accounts.append((sweep.run(tick), sweep.values))
-    settings = {
-        "run": str(run.path),
-        "keep": list(ordered(plan.wanted.keep)),
-        "rule": path_rule(rule, tol).name,
-        "tol": tol,
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": str(target),
-        "view": view,
-        "windows": windows,
-        "products": products,
-        "closure": closure,
-        "steps": run.steps,
-        "model": model_name(model),
-        "recorded_model": run.manifest.model,
-        "config": None if config is None else dict(config),
-    }
-    ledger = assembled(accounts, plan, layout, settings, doubts)
-    if save is not None:
-        save_ledger(ledger, save)
-    return ledger
+            return Sweep(steps, measures, training, path_rule(rule, tol), dots, plan.wanted, run.examples, correct)
+
+        parts = None
+        if save is not None:
+            key = {
+                **{name: value for name, value in settings.items() if name not in PLACES},
+                "versions": versions(),
+                "recording": run.identity,
+                "doubts": doubts,
+                "data": digest_of_data(data, run.examples),
+                "queries": digest(batch),
+                "measure": values_of_measure(asking, layout, theta, batch),
+                "losses": values_of_losses(training, layout, steps),
+                "blocks": [[rows.start, rows.stop] for rows in bounds],
+            }
+            parts = Parts(Path(save), key, len(bounds), overwrite)
+        tick = _Ticker(progress, run.steps * sum(map(share.owns, range(len(bounds)))))
+        done = {i: swept(partial(sweep, rows), run.steps, tick, parts, i, target) for i, rows in enumerate(bounds) if share.owns(i)}
+    if shard is None:
+        ledger = assembled(list(done.values()), plan, layout, settings, doubts)
+        if parts is not None:
+            parts.finish(ledger)
+        return ledger
+    if parts is not None and not parts.missing():
+        every = [done.get(i) or read(parts, i, target) for i in range(len(bounds))]
+        found = [block for block in every if block is not None]
+        if len(found) == len(every):
+            parts.finish(assembled(found, plan, layout, settings, doubts))
+    rows = np.concatenate([np.arange(bounds[i].start, bounds[i].stop) for i in done])
+    return assembled(list(done.values()), plan.of_queries(rows), layout, {**settings, "shard": str(share)}, doubts)
 
 
 def _check_choices(products: str, closure: str, dtype: torch.dtype, run: Run) -> None:
@@ -136,7 +174,19 @@ def _check_choices(products: str, closure: str, dtype: torch.dtype, run: Run) ->
         raise RequestError("the run has no complete step", where=run.path, do="record a training first")
 
 
-def _ticker(progress: Progress | None, total: int) -> Callable[[], None]:
-    """Counts calls, and tells `progress`."""
-    done = count(1)
-    return (lambda: None) if progress is None else lambda: progress(next(done), total)
+def _share(shard: str | None, save: str | os.PathLike[str] | None) -> Shard:
+    if shard is not None and save is None:
+        raise RequestError("a shard needs a place where the others find it", expected="save=", got=f"shard {shard}", do="name the ledger")
+    return shard_named(shard)
+
+
+class _Ticker:
+    """Counts steps, and tells `progress`."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress, self._total, self._done = progress, total, 0
+
+    def __call__(self, steps: int = 1) -> None:
+        self._done += steps
+        if self._progress is not None:
+            self._progress(self._done, self._total)
