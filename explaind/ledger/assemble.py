@@ -1,6 +1,6 @@
 """From what the sweeps booked to a ledger: blocks are joined along the measures, and every array gets its named axes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,10 @@ from explaind.ledger.sweeping import Swept
 
 
 def assembled(
-    blocks: list[Swept],
+    blocks: Sequence[Swept],
     plan: Plan,
     layout: Layout,
-    settings: dict[str, Any],
+    settings: Mapping[str, Any],
     doubts: tuple[str, ...],
 ) -> Ledger:
     """Join the blocks along the measures and give every array its named axes."""

@@ -6,23 +6,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from explaind.errors import RequestError
-from explaind.kernel.gradients import take
 from explaind.kernel.layout import Layout
-from explaind.kernel.measures import Measures
 from explaind.kernel.path import path_rule
-from explaind.kernel.products import ROUTES, Products
-from explaind.kernel.sweep import Sweep
-from explaind.ledger.assemble import assembled
-from explaind.ledger.key import digest, digest_of_data, values_of_losses, values_of_measure, versions
+from explaind.kernel.products import ROUTES
 from explaind.ledger.ledger import Ledger, ordered
 from explaind.ledger.parts import Parts, check_free
-from explaind.ledger.plan import WORK_BYTES, Shard, blocks, chunk_bytes, planned, probed, shard_named
-from explaind.ledger.sweeping import read, swept
+from explaind.ledger.plan import Shard, blocks, chunk_bytes, planned, probed, shard_named, work_bytes
+from explaind.ledger.prepared import Prepared
+from explaind.ledger.sweeping import Swept, read, swept
 from explaind.record.device import placed
 from explaind.record.watched import model_name
 from explaind.replay.batches import Batches, Collate, Readable, changed_examples, moved
@@ -31,8 +26,6 @@ from explaind.replay.trajectory import Trajectory
 from explaind.store.reader import Run
 
 GIB = 1 << 30
-PLACES = ("run", "device", "memory", "model", "recorded_model", "config")
-"""Settings that may differ between two processes that work on one ledger; what matters of them is told otherwise."""
 Progress = Callable[[int, int], None]
 """(steps done, steps in all) over all blocks."""
 
@@ -115,49 +108,36 @@ def decompose(
             "windows": windows,
             "products": products,
             "closure": closure,
-            "memory": WORK_BYTES if memory is None else memory,
+            "memory": work_bytes(memory),
             "steps": run.steps,
             "model": model_name(model),
             "recorded_model": run.manifest.model,
             "config": None if config is None else dict(config),
         }
-        bounds, chunk = blocks(plan, layout, asking, batch, theta, memory, share), chunk_bytes(memory)
-
-        def sweep(rows: slice) -> Sweep:
-            some = batch if len(bounds) == 1 else take(batch, rows)
-            measures = Measures(asking, some, layout, plan.wanted.keep, theta, chunk)
-            dots = Products(training, layout, plan.wanted.finest, products, chunk)
-            correct = closure == "discrete-gradient"
-            return Sweep(steps, measures, training, path_rule(rule, tol), dots, plan.wanted, run.examples, correct)
-
-        parts = None
-        if save is not None:
-            key = {
-                **{name: value for name, value in settings.items() if name not in PLACES},
-                "versions": versions(),
-                "recording": run.identity,
-                "doubts": doubts,
-                "data": digest_of_data(data, run.examples),
-                "queries": digest(batch),
-                "measure": values_of_measure(asking, layout, theta, batch),
-                "losses": values_of_losses(training, layout, steps),
-                "blocks": [[rows.start, rows.stop] for rows in bounds],
-            }
-            parts = Parts(Path(save), key, len(bounds), overwrite)
-        tick = _Ticker(progress, run.steps * sum(map(share.owns, range(len(bounds)))))
-        done = {i: swept(partial(sweep, rows), run.steps, tick, parts, i, target) for i, rows in enumerate(bounds) if share.owns(i)}
-    if shard is None:
-        ledger = assembled(list(done.values()), plan, layout, settings, doubts)
+        bounds = blocks(plan, layout, asking, batch, theta, memory, share)
+        chunk, make = chunk_bytes(memory), partial(path_rule, rule, tol)
+        ready = Prepared(steps, data, training, asking, layout, make, theta, batch, plan, bounds, chunk, settings, doubts)
+        parts = None if save is None else Parts(Path(save), ready.key(), len(bounds), overwrite)
+        mine = [i for i in range(len(bounds)) if share.owns(i)]
+        tick = _Ticker(progress, run.steps * len(mine))
+        done = {i: swept(partial(ready.sweep, i), run.steps, tick, parts, i, target) for i in mine}
+    if parts is None or shard is None:
+        ledger = ready.ledger(list(done.values()))
         if parts is not None:
             parts.finish(ledger)
         return ledger
-    if parts is not None and not parts.missing():
-        every = [done.get(i) or read(parts, i, target) for i in range(len(bounds))]
-        found = [block for block in every if block is not None]
-        if len(found) == len(every):
-            parts.finish(assembled(found, plan, layout, settings, doubts))
-    rows = np.concatenate([np.arange(bounds[i].start, bounds[i].stop) for i in done])
-    return assembled(list(done.values()), plan.of_queries(rows), layout, {**settings, "shard": str(share)}, doubts)
+    _finish(ready, parts, done, target)
+    return ready.ledger_of(done, shard)
+
+
+def _finish(ready: Prepared, parts: Parts, done: Mapping[int, Swept], device: torch.device) -> None:
+    """Put the whole ledger in its place if all other shards are done too."""
+    if parts.missing():
+        return
+    blocks = [done.get(i) or read(parts, i, device) for i in range(parts.blocks)]
+    found = [block for block in blocks if block is not None]
+    if len(found) == parts.blocks:  # else a part was damaged, which is missing now, or another shard has just finished
+        parts.finish(ready.ledger(found))
 
 
 def _check_choices(products: str, closure: str, dtype: torch.dtype, run: Run) -> None:

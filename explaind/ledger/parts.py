@@ -143,8 +143,13 @@ class Parts:
                 raise schema.unwritable(path, error) from error
 
 
+def is_begun(save: str | os.PathLike[str]) -> bool:
+    """Whether there is work on the ledger to be saved there that is not finished."""
+    return _folder(Path(save)).exists()
+
+
 def shards_left(save: str | os.PathLike[str], of: int) -> list[int]:
-    """Which of so many shards have not done all of their part of the ledger to be saved there; none where there is nothing begun."""
+    """Which of so many shards still have blocks to do for the ledger to be saved there; none where it is there."""
     folder = _folder(Path(save))
     blocks = len(_read_key(folder / "key.json").get("blocks", ()))
     return sorted({block % of for block in range(blocks) if not (folder / f"block-{block}").exists()})

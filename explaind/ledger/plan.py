@@ -112,9 +112,14 @@ def probed(asking: Functional, layout: Layout, theta: Tensor, batch: Any) -> tup
     return tuple(values.shape)
 
 
+def work_bytes(memory: int | None) -> int:
+    """Bytes to work in, where None leaves that open."""
+    return WORK_BYTES if memory is None else memory
+
+
 def chunk_bytes(memory: int | None) -> int:
     """Bytes of example gradients that may be built at once."""
-    return min(CHUNK_BYTES, (WORK_BYTES if memory is None else memory) // CHUNK_SHARE)
+    return min(CHUNK_BYTES, work_bytes(memory) // CHUNK_SHARE)
 
 
 def blocks(plan: Plan, layout: Layout, asking: Functional, batch: Any, theta: Tensor, memory: int | None, shard: Shard) -> list[slice]:
@@ -147,7 +152,7 @@ def blocks(plan: Plan, layout: Layout, asking: Functional, batch: Any, theta: Te
         )
     if not apart:
         return [slice(0, queries)]
-    rows = max(1, (WORK_BYTES if memory is None else memory) // least)
+    rows = max(1, work_bytes(memory) // least)
     parts = max(shard.of, -(-queries // rows))
     return [slice(i * queries // parts, (i + 1) * queries // parts) for i in range(parts)]
 

@@ -23,6 +23,13 @@ def _judged(facts: dict[str, Any]) -> list[str]:
     return ["  ok"] if facts["ok"] else [f"  FAILED: {reason}" for reason in facts["reasons"]]
 
 
+def shard_lines(facts: dict[str, Any]) -> list[str]:
+    """What is left to do when a shard is done."""
+    index, of = facts["shard"].split("/")
+    left = ", ".join(map(str, facts["left"])) or "another one is just assembling the ledger"
+    return [f"shard {index} of {of} done; {len(facts['left'])} left: {left}"]
+
+
 def verify_lines(facts: dict[str, Any]) -> list[str]:
     """What ``verify`` found of a run and its ledgers."""
     state = "complete" if facts["complete"] else "the recording was cut off; these steps are whole"
