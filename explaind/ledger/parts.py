@@ -177,5 +177,5 @@ def _read_key(file: Path) -> dict[str, Any]:
 def _words(name: str, key: Mapping[str, Any]) -> str:
     """An entry of a key for people, who cannot tell hashes apart."""
     value = key.get(name, "nothing")
-    text = f"{name} {', '.join(map(str, value)) if isinstance(value, list) else value}"
-    return text if len(text) <= 80 else f"other {name}"
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return f"{name} {text[:60]}{' …' if len(text) > 60 else ''}"
