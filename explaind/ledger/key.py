@@ -38,9 +38,10 @@ def digest(batch: Any) -> str:
     return whole.hexdigest()
 
 
-def digest_of_data(data: Any, ids: np.ndarray) -> str:
-    """Hash of the examples with these ids."""
-    return hashlib.sha256(np.array([fingerprint(data[int(i)]) for i in ids], dtype=np.uint32).tobytes()).hexdigest()
+def digest_of_data(data: Any, ids: np.ndarray, recorded: np.ndarray | None) -> str:
+    """Hash of the examples with these ids; recorded: all fingerprints of the data, where they are known to hold."""
+    found = [fingerprint(data[int(i)]) for i in ids] if recorded is None else recorded[ids]
+    return hashlib.sha256(np.array(found, dtype=np.uint32).tobytes()).hexdigest()
 
 
 def values_of_measure(asking: Functional, layout: Layout, theta: Tensor, batch: Any) -> list[float]:

@@ -11,6 +11,7 @@ written beside and renamed, which only one can do, and then the folder goes at o
 
 import json
 import os
+import re
 import secrets
 import shutil
 import time
@@ -38,7 +39,7 @@ class Parts:
 
     def __init__(self, path: Path, key: Mapping[str, Any], blocks: int, overwrite: bool) -> None:
         """path: of the ledger-to-be; overwrite: clear the folder where it is of another decomposition."""
-        self.path, self.blocks, self._overwrite = path, blocks, overwrite
+        self.path, self.blocks, self._overwrite = Path(os.path.abspath(path)), blocks, overwrite
         self.folder = _folder(path)
         self._last, self._took = time.monotonic(), 0.0
         try:
@@ -106,7 +107,7 @@ class Parts:
             beside.rename(self.path)
             gone = beside.with_suffix(".gone")
             self.folder.rename(gone)  # out of sight in one move
-            shutil.rmtree(gone, ignore_errors=True)
+            self._clear()
         except OSError as error:
             if not self.is_over():
                 raise schema.unwritable(self.path, error) from error
@@ -115,6 +116,13 @@ class Parts:
                 raise
         finally:
             shutil.rmtree(beside, ignore_errors=True)
+
+    def _clear(self) -> None:
+        """Remove what this process, killed ones, and those that are too late have left beside the ledger."""
+        left = re.compile(rf"\.{re.escape(self.path.name)}\.[0-9a-f]{{8}}\.(partial|gone)")
+        for path in self.path.parent.iterdir():
+            if left.fullmatch(path.name):
+                shutil.rmtree(path, ignore_errors=True)
 
     def is_over(self) -> bool:
         """Whether a process has put the ledger in its place: none was there at the beginning, unless it was to be replaced."""
@@ -164,7 +172,8 @@ def check_free(path: Path, overwrite: bool) -> None:
 
 
 def _folder(path: Path) -> Path:
-    return path.with_name(f".{path.name}.parts")
+    whole = Path(os.path.abspath(path))
+    return whole.with_name(f".{whole.name}.parts")
 
 
 def _read_key(file: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from explaind.replay.batches import Readable
 from explaind.replay.functional import Functional
 from explaind.replay.trajectory import Trajectory
 
-PLACES = ("run", "device", "memory", "model", "recorded_model", "config")
+PLACES = ("run", "device", "model", "recorded_model", "config")
 """Settings that may differ between two processes that work on one ledger; what matters of them is told otherwise."""
 
 
@@ -64,7 +64,7 @@ class Prepared:
             "versions": versions(),
             "recording": run.identity,
             "doubts": self.doubts,
-            "data": digest_of_data(self.data, run.examples),
+            "data": digest_of_data(self.data, run.examples, None if self.doubts else run.fingerprint),
             "queries": digest(self.batch),
             "measure": values_of_measure(self.asking, self.layout, self.theta, self.batch),
             "losses": values_of_losses(self.training, self.layout, self.steps),
