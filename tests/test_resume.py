@@ -11,6 +11,7 @@ import torch
 
 import explaind
 from explaind.kernel.path import Adaptive
+from explaind.kernel.products import Products
 from explaind.store.sealed import read_sealed
 from tests import cases
 from tests.stopped import ONE_QUERY, Killed, kill_at, nothing_but, recorded, same_ledger, save_at_every_segment, steps_swept
@@ -83,6 +84,22 @@ def test_the_adaptive_rule_goes_on_where_it_was(run, tmp_path, monkeypatch):
     assert given == [begun["rule"].tolist()] != [Adaptive(1e-10).state()]
 
 
+@pytest.mark.parametrize("view", ["seen", "applied"])
+def test_products_choose_their_way_again_where_they_first_chose_it(view, run, tmp_path, monkeypatch):
+    asked, calls, call = {"view": view, "windows": 2}, [], Products.__call__
+    monkeypatch.setattr(
+        Products, "__call__", lambda self, theta, part, a: calls.append((len(a), float(theta[0]))) or call(self, theta, part, a)
+    )
+    cases.decomposed(run, **asked)
+    first = dict(reversed(calls))  # of each number of rows
+    with pytest.raises(Killed):
+        cases.decomposed(run, save=tmp_path / "val", progress=kill_at(5), **asked)
+    del calls[:]
+    cases.decomposed(run, save=tmp_path / "val", **asked)
+    assert dict(reversed(calls)) == first
+    assert len(first) == {"seen": 1, "applied": 4}[view]
+
+
 def test_momentum_from_before_the_recording_survives_a_kill(tmp_path):
     run = cases.recorded(tmp_path / "run", case=cases.optimizer_named("sgd momentum"), warm=True)
     want = cases.decomposed(run)
@@ -95,7 +112,6 @@ SCRIPT = """
 import os, signal, sys
 from pathlib import Path
 import explaind
-from explaind.ledger import parts
 from tests import cases
 
 parts.SECONDS = parts.PATIENCE = 0.0
