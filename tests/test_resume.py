@@ -112,6 +112,7 @@ SCRIPT = """
 import os, signal, sys
 from pathlib import Path
 import explaind
+from explaind.ledger import parts
 from tests import cases
 
 parts.SECONDS = parts.PATIENCE = 0.0

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,8 +22,11 @@ def packed(accounts: Accounts) -> dict[str, np.ndarray]:
 
 def unpacked(arrays: Mapping[str, np.ndarray], device: torch.device) -> Accounts:
     """Back from ``packed``."""
-    tensors = {f.name: tensor(arrays[f.name], device) for f in fields(Accounts) if f.name != "nodes"}
-    return Accounts(**tensors, nodes=arrays["nodes"].tolist())
+    lists = {f.name for f in fields(Accounts) if f.default_factory is list}
+    values: dict[str, Any] = {
+        f.name: arrays[f.name].tolist() if f.name in lists else tensor(arrays[f.name], device) for f in fields(Accounts)
+    }
+    return Accounts(**values)
 
 
 def packed_snapshot(at: Snapshot) -> dict[str, np.ndarray]:
@@ -59,4 +63,4 @@ def tensor(values: np.ndarray, device: torch.device) -> Tensor:
 
 
 def _numbers(values: Tensor | list[int]) -> np.ndarray:
-    return values.cpu().numpy() if isinstance(values, Tensor) else np.array(values, dtype=np.int64)
+    return values.cpu().numpy() if isinstance(values, Tensor) else np.array(values)
