@@ -5,6 +5,7 @@ from importlib.metadata import version
 from explaind.errors import ExplaindError
 from explaind.ledger.decompose import decompose
 from explaind.ledger.ledger import Ledger
+from explaind.ledger.parts import shards_left
 from explaind.ledger.saving import open_ledger
 from explaind.record.examples import indexed
 from explaind.record.recorder import Recorder, record
@@ -13,4 +14,16 @@ from explaind.store.reader import open_run as open
 
 __version__ = version("explaind-ledger")
 
-__all__ = ["ExplaindError", "Ledger", "Recorder", "Run", "__version__", "decompose", "indexed", "open", "open_ledger", "record"]
+__all__ = [
+    "ExplaindError",
+    "Ledger",
+    "Recorder",
+    "Run",
+    "__version__",
+    "decompose",
+    "indexed",
+    "open",
+    "open_ledger",
+    "record",
+    "shards_left",
+]

@@ -4,7 +4,6 @@ Exit status: 0 fine, 1 a check failed, 2 bad input, with one line that says why.
 """
 
 import json
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,10 +20,12 @@ from explaind.config import Config, Decompose, Report, checked, read
 from explaind.errors import ExplaindError, StoreError
 from explaind.ledger.by_name import check_asked, config_of, decompose_by_name, ledger_name, task_of
 from explaind.ledger.ledger import Ledger
-from explaind.ledger.saving import open_ledger, save
+from explaind.ledger.parts import is_begun, shards_left
+from explaind.ledger.plan import shard_named
+from explaind.ledger.saving import open_ledger
 from explaind.ledger.verify_run import RunVerdict, verify_run
 from explaind.report import report as draw
-from explaind.report.lines import info_lines, ledger_lines, report_lines, run_lines, verify_lines
+from explaind.report.lines import info_lines, ledger_lines, report_lines, run_lines, shard_lines, verify_lines
 from explaind.report.report import run_facts
 from explaind.report.summary import ledger_facts
 from explaind.store import schema
@@ -93,6 +94,8 @@ def decompose(
     products: str | None = None,
     closure: str | None = None,
     budget: float | None = None,
+    memory: str | None = None,
+    shard: str | None = None,
     name: str | None = None,
     overwrite: Overwrite = False,
     json: Json = False,
@@ -125,6 +128,11 @@ def decompose(
         none, or discrete-gradient to fold the path row into the others.
     budget
         GiB that the result may take.
+    memory
+        To work in, such as 512MiB, 2GiB or 1.5GB; queries are decomposed in blocks that fit. A decomposition that was stopped goes on
+        when it is asked for again in the same way.
+    shard
+        I/N, such as 0/4: only the I-th of N parts of the queries, for N processes that share RUN; the last one assembles the ledger.
     name
         Of the ledger, in RUN/ledgers; by default the queries and the measure.
     """
@@ -141,13 +149,18 @@ def decompose(
         "products": products,
         "closure": closure,
         "budget": budget,
+        "memory": memory,
     }
     recorded = open_run(run)
     changed = checked(Decompose, {k: v for k, v in given.items() if v is not None}, "decompose")
     asked = replace(config_of(recorded).decompose, **{k: getattr(changed, k) for k, v in given.items() if v is not None})
     if windows is None and "step" not in asked.keep:
         asked = replace(asked, windows=1)  # the run's own windows group an axis that is not asked for
-    path = _decompose(recorded, asked, name, overwrite)
+    path = _decompose(recorded, asked, name, overwrite, shard)
+    if shard is not None and is_begun(path):
+        left = shards_left(path, shard_named(shard).of)
+        _print({"ledger": str(path), "shard": shard, "left": left}, json, shard_lines)
+        return FINE
     facts = {"ledger": str(path), **ledger_facts(open_ledger(path))}
     _print(facts, json, ledger_lines)
     return FINE if facts["ok"] else FAILED
@@ -205,24 +218,11 @@ def _record(settings: Config, folder: Path, overwrite: bool) -> None:
         train(load(settings.task.name, settings.task.options), settings, folder, overwrite, show)
 
 
-def _decompose(recorded: Run, asked: Decompose, name: str | None, overwrite: bool) -> Path:
+def _decompose(recorded: Run, asked: Decompose, name: str | None, overwrite: bool, shard: str | None = None) -> Path:
     """Decompose and save in the run's folder; an older ledger of that name stays until the new one is complete."""
     path = recorded.path / "ledgers" / (name or ledger_name(task_of(recorded), asked))
-    partial = path.with_name(f".{path.name}.partial")
-    if not overwrite:
-        schema.check_new(path)
     with _progress("decomposing") as show:
-        ledger = decompose_by_name(recorded, asked, show)
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        save(ledger, partial)
-    except StoreError:
-        shutil.rmtree(partial, ignore_errors=True)  # half a ledger is of no use, and the disk may be full
-        raise
-    if path.exists():
-        schema.open_group(path, "ledger")  # only ever remove what is a ledger
-        shutil.rmtree(path)
-    partial.rename(path)
+        decompose_by_name(recorded, asked, show, save=path, overwrite=overwrite, shard=shard)
     return path
 
 
@@ -279,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _refused(f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else ""))
     except KeyboardInterrupt:
-        return _refused("stopped; what was recorded so far stays readable")
+        return _refused("stopped; what was recorded so far stays readable, and decompose goes on where it was")
 
 
 def _refused(reason: str) -> int:

@@ -6,6 +6,7 @@ keys and wrong types raise a ConfigError that names the place, the key and the n
 
 import difflib
 import os
+import re
 import tomllib
 import types
 import typing
@@ -17,6 +18,8 @@ from typing import Any, Literal, TypeVar
 from explaind.errors import ConfigError
 
 T = TypeVar("T")
+UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+"""Of amounts of memory, in bytes."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Decompose:
     queries    SPLIT, SPLIT:INDEX or SPLIT:START:STOP, such as val:0:16
     measure    one of the task's measures; "": its first
     budget     GiB that the result may take
+    memory     to work in, such as 512MiB, 2GiB, 1.5GB or a number of bytes; "": 2GiB, or what a single query takes
     """
 
     queries: str = "val"
@@ -70,6 +74,7 @@ class Decompose:
     products: Literal["auto", "materialise", "jvp"] = "auto"
     closure: Literal["none", "discrete-gradient"] = "none"
     budget: float = 4.0
+    memory: str | int = ""
 
 
 @dataclass(frozen=True)
@@ -164,6 +169,17 @@ def literal(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+
+
+def bytes_of(amount: str | int, where: str) -> int:
+    """An amount of memory, as a number of bytes or with a unit."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(amount).strip())
+    number, unit = found.groups() if found else ("0", "")
+    size = float(number) * UNITS.get(unit or "B", 0)
+    if size < 1:
+        units = ", ".join(UNITS)
+        raise ConfigError("not an amount of memory", where=where, expected=f"a number and one of {units}, such as 2GiB", got=repr(amount))
+    return int(size)
 
 
 def checked(kind: type[T], table: Mapping[str, Any], where: str) -> T:

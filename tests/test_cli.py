@@ -99,7 +99,7 @@ def test_decompose_takes_its_options_and_refuses_to_overwrite(copied, capsys):
     facts = json.loads(text)
     assert status == 0
     assert list(facts["axes"]) == ["output", "example", "layer"]
-    assert facts["settings"]["rule"] == "adaptive:0.0001"
+    assert facts["settings"]["rule"] == "auto:0.0001"
     ledger = explaind.open_ledger(copied / "ledgers" / "val-0-2.logits")
     assert ledger.axes == ("output", "example", "layer")
     assert "something here already" in refused(capsys, "decompose", copied, *options)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from explaind.config import Config, Decompose, literal, read, resolved
+from explaind.config import Config, Decompose, bytes_of, literal, read, resolved
 from explaind.errors import ConfigError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
@@ -104,3 +104,24 @@ def test_a_config_is_a_value():
     assert isinstance(config, Config)
     with pytest.raises(AttributeError):
         config.train = None
+
+
+@pytest.mark.parametrize(
+    ("amount", "size"),
+    [("512MiB", 512 << 20), ("2GiB", 2 << 30), ("1.5GB", 1_500_000_000), ("2 GiB", 2 << 30), ("4096", 4096), (4096, 4096), ("3kB", 3000)],
+)
+def test_amounts_of_memory_are_read(amount, size):
+    assert bytes_of(amount, "here") == size
+
+
+@pytest.mark.parametrize("amount", ["", "much", "2 Gib", "-1GiB", "0", "1e9", "GiB", "1.5.2GB", -5, "0.5B"])
+def test_what_is_no_amount_of_memory_is_refused(amount):
+    with pytest.raises(ConfigError, match=r"not an amount of memory \(here\).*such as 2GiB"):
+        bytes_of(amount, "here")
+
+
+def test_memory_may_be_a_number_or_a_text(file):
+    assert read(file, ["--decompose.memory", "4096"]).decompose.memory == 4096
+    assert read(file, ["--decompose.memory", "2GiB"]).decompose.memory == "2GiB"
+    with pytest.raises(ConfigError, match=r"expected str \| int"):
+        read(file, ["--decompose.memory", "true"])

@@ -26,6 +26,8 @@ class Accounts:
     arithmetic_absolute: Tensor  # Σ_step Σ_layer |arithmetic| [measure]
     by_step: Tensor  # Σ_measure of |δ|, |path| and |arithmetic|, [step, 3]
     replay_error: Tensor  # of every rebuilt update, [step, layer]
+    notes: list[str] = field(default_factory=list)
+    """What the path rule has to say of its choices."""
     recipes: list[str] = field(default_factory=list)
     """What the path rule did: [step]."""
 

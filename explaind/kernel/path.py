@@ -93,6 +93,11 @@ class PathRule(Protocol):
         """The rule's own name, with its numbers."""
         ...
 
+    @property
+    def note(self) -> str:
+        """What a reader of the result should know of the rule's choices, such as why it could not use the secant; often nothing."""
+        ...
+
     def choose(self, measures: Measures, segment: Segment) -> Recipe:
         """The recipe for a step; raises NoSecant."""
         ...
@@ -112,6 +117,7 @@ class Fixed:
 
     name: str
     recipe: Recipe
+    note: str = ""
 
     def choose(self, measures: Measures, segment: Segment) -> Recipe:
         return self.recipe
@@ -130,6 +136,8 @@ class Adaptive:
     The search starts where the last step's ended, since neighbouring steps are alike; it never returns a rule that it has not
     checked, unless even the longest misses, which the path row then shows.
     """
+
+    note = ""
 
     def __init__(self, tol: float) -> None:
         if not tol > 0:

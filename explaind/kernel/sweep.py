@@ -14,10 +14,12 @@ With a costate μ per measure (theory.md section 4; it starts at 0), for s = N�
 momentum ẑ meets the next one's anchor z, the difference is rounding of the recorded training; it is booked as
 arithmetic, −<μ, z − ẑ>, so that the sum closes exactly and an error stays at the step at which it arose.
 
+A sweep that was stopped between two segments goes on from a Snapshot, and books bitwise what it would have booked.
+
 In the applied view every window of steps has a costate of its own, fed only by its own ḡ; it lives until its memory has faded.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,6 +49,19 @@ class Costate:
     """Bound on what is left of its newest source."""
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """A sweep between two segments: all that it carries from one to the next. It shares the sweep's memory."""
+
+    done: int
+    """This step and all after it are booked."""
+    accounts: Accounts
+    costates: tuple[Costate, ...]
+    rule: list[int]
+    asked: Mapping[int, int]
+    """For each number of rows of a: the step at which products with so many were first taken."""
+
+
 def _as(coefficient: Coefficient, like: Tensor) -> Tensor:
     return torch.as_tensor(coefficient, dtype=like.dtype, device=like.device)
 
@@ -74,6 +89,8 @@ class Sweep:
         entries = len(examples) if "example" in resolution.keep else 1
         self.accounts: Accounts = empty(resolution, self.layout, measures.count, entries, self.values)
         self.costates: list[Costate] = []
+        self._done = steps.steps
+        self._asked: dict[int, int] = {}
         self._mean = self.values.new_zeros(measures.count, self.layout.params)  # ḡ of the step at hand
         self._pull = torch.empty_like(self._mean)  # a of the step at hand
 
@@ -86,10 +103,10 @@ class Sweep:
             rows += [self.measures.values(theta) for theta in self.steps.states(bounds[i], bounds[i + 1] + last)]
         return torch.stack(rows)
 
-    def run(self, progress: Callable[[], None] = lambda: None) -> Accounts:
-        """Sweep all segments, last first; `progress` is called after every step."""
-        following: Tensor | None = None  # the anchor at which the segment after this one began
-        for start in reversed(self.steps.starts):
+    def run(self, progress: Callable[[], None] = lambda: None, between: Callable[[], None] = lambda: None) -> Accounts:
+        """Sweep all segments, last first; `progress` is called after every step, `between` after every segment but the last."""
+        following = self._anchor(self._done)
+        for start in reversed([start for start in self.steps.starts if start < self._done]):
             stretch = self.steps.segment(start)
             rebuilt, momentum = rebuild(stretch, self.layout, self.losses)
             if following is not None and momentum is not None:
@@ -97,11 +114,37 @@ class Sweep:
             for item in reversed(rebuilt):
                 self._step(item)
                 progress()
-            following = stretch.momentum
+            following, self._done = stretch.momentum, start
+            if start:
+                between()
         if following is not None:
             for costate in self.costates:
                 self.accounts.momentum0 -= self._fine(costate.mu, following)
+        self.accounts.notes = [self.rule.note] if self.rule.note else []
         return self.accounts
+
+    def snapshot(self) -> Snapshot:
+        """The sweep as it stands; to be taken between two segments."""
+        return Snapshot(self._done, self.accounts, tuple(self.costates), self.rule.state(), self._asked)
+
+    def restore(self, at: Snapshot) -> None:
+        """Go on where a sweep with the same arguments stood."""
+        self._done, self.accounts, self.costates = at.done, at.accounts, list(at.costates)
+        self.rule.restore(at.rule)
+        for rows, step in at.asked.items():
+            self._ask_again(rows, step)
+
+    def _anchor(self, start: int) -> Tensor | None:
+        """The momentum with which the segment from here on began; None where none begins."""
+        return self.steps.segment(start).momentum if start < self.steps.steps else None
+
+    def _ask_again(self, rows: int, index: int) -> None:
+        """Products choose their way when they are first asked: let them choose at the same step as then, by the same numbers."""
+        start = max(start for start in self.steps.starts if start <= index)
+        step = self.steps.segment(start).steps[index - start]
+        self.losses.set_mode(step.mode)
+        next(iter(self.products(step.theta, step.parts[0], step.theta.new_zeros(rows, self.layout.params))))
+        self._asked[rows] = index
 
     def _step(self, item: Rebuilt) -> None:
         step, s, f = item.step, item.step.index, item.step.filter
@@ -158,6 +201,7 @@ class Sweep:
                 self.accounts.data[entry, :, :, 0] -= self._fine(a[row * count : (row + 1) * count], factor * f.sign * item.gradient)
             return
         self.losses.set_mode(step.mode)
+        self._asked.setdefault(len(a), step.index)
         signed = a if isinstance(f.sign, float) and f.sign == 1.0 else f.sign * a
         for part in step.parts:
             index = torch.from_numpy(np.searchsorted(self.examples, part.ids)).to(a.device)

@@ -1,6 +1,6 @@
 """From what the sweeps booked to a ledger: blocks are joined along the measures, and every array gets its named axes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,21 +10,23 @@ from explaind.kernel.accounts import Accounts
 from explaind.kernel.layout import Layout
 from explaind.ledger.ledger import Checks, Ledger, Row, ordered
 from explaind.ledger.plan import Plan
+from explaind.ledger.sweeping import Swept
 
 
 def assembled(
-    accounts: list[tuple[Accounts, Tensor]],
+    blocks: Sequence[Swept],
     plan: Plan,
     layout: Layout,
-    settings: dict[str, Any],
+    settings: Mapping[str, Any],
     doubts: tuple[str, ...],
 ) -> Ledger:
     """Join the blocks along the measures and give every array its named axes."""
+    accounts = [block.accounts for block in blocks]
     fine = "param" if plan.wanted.finest == "param" else "layer"
     measure_shape = tuple(plan.sizes[axis] for axis in plan.measure_axes)
 
     def joined(pick: Callable[[Accounts], Tensor], dims: tuple[str, ...]) -> Row:
-        whole = np.concatenate([pick(a).cpu().numpy() for a, _ in accounts], axis=dims.index("measure"))
+        whole = np.concatenate([pick(a).cpu().numpy() for a in accounts], axis=dims.index("measure"))
         return named(whole, dims)
 
     def named(whole: np.ndarray, dims: tuple[str, ...]) -> Row:
@@ -37,7 +39,7 @@ def assembled(
         order = ordered(dims)
         return Row(order, np.asarray(whole.transpose([dims.index(axis) for axis in order]), order="C"))
 
-    ends = np.concatenate([values[[0, -1]].double().cpu().numpy() for _, values in accounts], axis=1)
+    ends = np.concatenate([block.ends.double().cpu().numpy() for block in blocks], axis=1)
     rows = {
         "initial": named(ends[0], ("measure",)),
         "data": joined(lambda a: a.data, ("step", fine, "measure", "example")),
@@ -46,7 +48,7 @@ def assembled(
         "arithmetic": joined(lambda a: a.arithmetic, ("step", fine, "measure")),
         "path": joined(lambda a: a.path, ("step", "measure")),
     }
-    first = accounts[0][0]
+    first = accounts[0]
     movement, path, arithmetic = (
         joined(pick, ("measure",)) for pick in (lambda a: a.movement, lambda a: a.path_absolute, lambda a: a.arithmetic_absolute)
     )
@@ -55,10 +57,11 @@ def assembled(
         path.array,
         arithmetic.array,
         movement.dims,
-        np.sum([a.by_step.cpu().numpy() for a, _ in accounts], axis=0),
+        np.sum([a.by_step.cpu().numpy() for a in accounts], axis=0),
         first.replay_error.cpu().numpy(),
-        np.array([a.recipes for a, _ in accounts]).T,
+        np.array([a.recipes for a in accounts]).T,
         layout.names,
         doubts,
     )
-    return Ledger(rows, plan.coords, named(ends[1], ("measure",)), settings, checks)
+    notes = "; ".join(dict.fromkeys(note for a in accounts for note in a.notes))
+    return Ledger(rows, plan.coords, named(ends[1], ("measure",)), {**settings, "rule_note": notes}, checks)

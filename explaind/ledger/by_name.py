@@ -1,12 +1,13 @@
 """Asking by name: a run that was recorded from a configuration knows its own task, so that queries and measures are words."""
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import default_collate
 
-from explaind.config import Config, Decompose, nearest, resolved
+from explaind.config import Config, Decompose, bytes_of, nearest, resolved
 from explaind.errors import RequestError
 from explaind.kernel.choosing import path_rule
 from explaind.kernel.resolution import resolution
@@ -88,6 +89,7 @@ def check_asked(config: Config) -> None:
     path_rule(asked.rule, float(asked.tol))
     resolution(asked.keep, config.train.steps, asked.view, asked.windows)
     placed(asked.device)
+    memory_of(asked)
 
 
 def ledger_name(task: Task, asked: Decompose) -> str:
@@ -95,7 +97,20 @@ def ledger_name(task: Task, asked: Decompose) -> str:
     return f"{asked.queries.replace(':', '-')}.{measure_named(task, asked.measure)[0]}"
 
 
-def decompose_by_name(run: Run, asked: Decompose, progress: Progress | None = None) -> Ledger:
+def memory_of(asked: Decompose) -> int | None:
+    """Bytes to work in; None where that is left open."""
+    return None if asked.memory == "" else bytes_of(asked.memory, "decompose.memory")
+
+
+def decompose_by_name(
+    run: Run,
+    asked: Decompose,
+    progress: Progress | None = None,
+    *,
+    save: Path | None = None,
+    overwrite: bool = False,
+    shard: str | None = None,
+) -> Ledger:
     """``explaind.decompose`` with everything taken from the run's own task."""
     task = task_of(run)
     name, measure = measure_named(task, asked.measure)
@@ -117,6 +132,10 @@ def decompose_by_name(run: Run, asked: Decompose, progress: Progress | None = No
         products=asked.products,
         closure=asked.closure,
         budget=int(asked.budget * (1 << 30)),
+        memory=memory_of(asked),
+        save=save,
+        overwrite=overwrite,
+        shard=shard,
         progress=progress,
         config={**asdict(asked), "measure": name, "keep": list(asked.keep)},
     )

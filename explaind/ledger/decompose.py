@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Collection, Mapping
-from itertools import count
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +12,17 @@ from torch import nn
 from explaind.errors import RequestError
 from explaind.kernel.choosing import path_rule
 from explaind.kernel.layout import Layout
-from explaind.kernel.measures import Measures
-from explaind.kernel.products import ROUTES, Products
-from explaind.kernel.sweep import Sweep
-from explaind.ledger.assemble import assembled
+from explaind.kernel.products import ROUTES
 from explaind.ledger.ledger import Ledger, ordered
-from explaind.ledger.plan import blocks, planned, probed
-from explaind.ledger.saving import save as save_ledger
+from explaind.ledger.parts import Parts, check_free
+from explaind.ledger.plan import Shard, blocks, chunk_bytes, planned, probed, shard_named, work_bytes
+from explaind.ledger.prepared import Prepared
+from explaind.ledger.sweeping import Swept, read, swept
 from explaind.record.device import placed
 from explaind.record.watched import model_name
 from explaind.replay.batches import Batches, Collate, Readable, changed_examples, moved
 from explaind.replay.functional import Functional, Readout, differentiable_attention, fitted
 from explaind.replay.trajectory import Trajectory
-from explaind.store import schema
 from explaind.store.reader import Run
 
 GIB = 1 << 30
@@ -50,8 +48,11 @@ def decompose(
     products: str = "auto",
     closure: str = "none",
     budget: int = 4 * GIB,
+    memory: int | None = None,
     collate: Collate | None = None,
     save: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    shard: str | None = None,
     config: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Ledger:
@@ -73,16 +74,21 @@ def decompose(
     products  "auto", "materialise" or "jvp"
     closure   "discrete-gradient" folds the path row into the data and decay rows; its size is reported all the same
     budget    bytes that the result may take
-    save      a new folder for the ledger
+    memory    bytes to work in: queries are swept in blocks that fit (default: 2 GiB, or what a single query takes)
+    save      a new folder for the ledger; a decomposition that was stopped goes on when it is asked again in the same way
+    overwrite replace a ledger in that folder, once the new one is complete, and what was begun there with other arguments
+    shard     "I/N": only the I-th of N parts of the queries, for N processes with the same `save`; what is returned is the ledger of
+              these queries, and whoever finishes last saves the whole one (``explaind.shards_left`` says who has not finished)
     config    optional: a JSON-able mapping that is kept in ``ledger.settings``
 
     Raises RequestError for what cannot be asked, ReplayError for a model or data that do not fit, StoreError for the disk.
     """
     _check_choices(products, closure, dtype, run)
+    share = _share(shard, save)
     path_rule(rule, tol)  # refuse a rule that does not exist before any work
     target = placed(device)
     if save is not None:
-        schema.check_new(Path(save))
+        check_free(Path(save), overwrite)
     layout = Layout(run.manifest.layers)
     own = fitted(model, run.manifest.layers, run.constants)
     training, asking = Functional(own, losses, target, dtype), Functional(own, measure, target, dtype)
@@ -92,37 +98,47 @@ def decompose(
         plan = planned(run, layout, probed(asking, layout, theta, batch), keep, view, windows, dtype, budget)
         doubts = tuple(run.damage() + changed_examples(run, data, run.examples))
         steps = Trajectory(run, Batches(data, run.examples, collate, target, dtype), target, dtype)
-        parts = list(blocks(plan, layout, asking, batch, theta))
-        tick = _ticker(progress, len(parts) * run.steps)
-        accounts = []
-        for part in parts:
-            measures = Measures(asking, part, layout, plan.wanted.keep, theta)
-            dots = Products(training, layout, plan.wanted.finest, products)
-            correct = closure == "discrete-gradient"
-            chosen = path_rule(rule, tol)
-            sweep = Sweep(steps, measures, training, chosen, dots, plan.wanted, run.examples, correct)
-            accounts.append((sweep.run(tick), sweep.values))
-    settings = {
-        "run": str(run.path),
-        "keep": list(ordered(plan.wanted.keep)),
-        "rule": chosen.name,
-        "rule_note": getattr(chosen, "note", ""),
-        "tol": tol,
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": str(target),
-        "view": view,
-        "windows": windows,
-        "products": products,
-        "closure": closure,
-        "steps": run.steps,
-        "model": model_name(model),
-        "recorded_model": run.manifest.model,
-        "config": None if config is None else dict(config),
-    }
-    ledger = assembled(accounts, plan, layout, settings, doubts)
-    if save is not None:
-        save_ledger(ledger, save)
-    return ledger
+        settings = {
+            "run": str(run.path),
+            "keep": list(ordered(plan.wanted.keep)),
+            "rule": path_rule(rule, tol).name,
+            "tol": tol,
+            "dtype": str(dtype).removeprefix("torch."),
+            "device": str(target),
+            "view": view,
+            "windows": windows,
+            "products": products,
+            "closure": closure,
+            "memory": work_bytes(memory),
+            "steps": run.steps,
+            "model": model_name(model),
+            "recorded_model": run.manifest.model,
+            "config": None if config is None else dict(config),
+        }
+        bounds = blocks(plan, layout, asking, batch, theta, memory, share)
+        chunk, make = chunk_bytes(memory), partial(path_rule, rule, tol)
+        ready = Prepared(steps, data, training, asking, layout, make, theta, batch, plan, bounds, chunk, settings, doubts)
+        parts = None if save is None else Parts(Path(save), ready.key(), len(bounds), overwrite)
+        mine = [i for i in range(len(bounds)) if share.owns(i)]
+        tick = _Ticker(progress, run.steps * len(mine))
+        done = {i: swept(partial(ready.sweep, i), run.steps, tick, parts, i, target) for i in mine}
+    if parts is None or shard is None:
+        ledger = ready.ledger(list(done.values()))
+        if parts is not None:
+            parts.finish(ledger)
+        return ledger
+    _finish(ready, parts, done, target)
+    return ready.ledger_of(done, shard)
+
+
+def _finish(ready: Prepared, parts: Parts, done: Mapping[int, Swept], device: torch.device) -> None:
+    """Put the whole ledger in its place if all other shards are done too."""
+    if parts.missing():
+        return
+    blocks = [done.get(i) or read(parts, i, device) for i in range(parts.blocks)]
+    found = [block for block in blocks if block is not None]
+    if len(found) == parts.blocks:  # else a part was damaged, which is missing now, or another shard has just finished
+        parts.finish(ready.ledger(found))
 
 
 def _check_choices(products: str, closure: str, dtype: torch.dtype, run: Run) -> None:
@@ -139,7 +155,19 @@ def _check_choices(products: str, closure: str, dtype: torch.dtype, run: Run) ->
         raise RequestError("the run has no complete step", where=run.path, do="record a training first")
 
 
-def _ticker(progress: Progress | None, total: int) -> Callable[[], None]:
-    """Counts calls, and tells `progress`."""
-    done = count(1)
-    return (lambda: None) if progress is None else lambda: progress(next(done), total)
+def _share(shard: str | None, save: str | os.PathLike[str] | None) -> Shard:
+    if shard is not None and save is None:
+        raise RequestError("a shard needs a place where the others find it", expected="save=", got=f"shard {shard}", do="name the ledger")
+    return shard_named(shard)
+
+
+class _Ticker:
+    """Counts steps, and tells `progress`."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress, self._total, self._done = progress, total, 0
+
+    def __call__(self, steps: int = 1) -> None:
+        self._done += steps
+        if self._progress is not None:
+            self._progress(self._done, self._total)

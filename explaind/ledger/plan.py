@@ -1,7 +1,7 @@
 """What a decomposition will make, known before any work: the axes with their sizes, whether the result fits, blocks of queries."""
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -9,17 +9,44 @@ import torch
 from torch import Tensor
 
 from explaind.errors import RequestError
-from explaind.kernel.gradients import take
+from explaind.kernel.gradients import CHUNK_BYTES
 from explaind.kernel.layout import Layout
 from explaind.kernel.measures import Measures
-from explaind.kernel.resolution import Resolution, check_budget, resolution
+from explaind.kernel.resolution import Resolution, check_budget, resolution, words
 from explaind.ledger.ledger import ordered
 from explaind.replay.batches import count
 from explaind.replay.functional import Functional
 from explaind.store.reader import Run
 
 WORK_BYTES = 2 << 30
-"""Memory for costates and gradients of one block of queries; more queries are swept block by block."""
+"""Memory for costates and gradients of one block of queries, unless told otherwise; more queries are swept block by block."""
+CHUNK_SHARE = 8
+"""At most one part in so many of it is for the example gradients that are built at once."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Every so many-th block of queries, for one of several processes."""
+
+    index: int
+    of: int
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.of}"
+
+    def owns(self, block: int) -> bool:
+        """Whether a block is this shard's."""
+        return block % self.of == self.index
+
+
+def shard_named(text: str | None) -> Shard:
+    """I/N; None is all there is. RequestError where it is no shard."""
+    index, _, of = ("0/1" if text is None else text).partition("/")
+    if not (index.isdecimal() and of.isdecimal() and int(index) < int(of)):
+        raise RequestError(
+            "unknown shard", expected="I/N with 0 <= I < N, such as 0/4", got=repr(text), do="number the processes from 0 to N − 1"
+        )
+    return Shard(int(index), int(of))
 
 
 @dataclass(frozen=True)
@@ -36,6 +63,10 @@ class Plan:
     def examples(self) -> int:
         """Length of the example axis: 1 where it is summed."""
         return self.sizes["example"] if "example" in self.wanted.keep else 1
+
+    def of_queries(self, queries: np.ndarray) -> "Plan":
+        """The plan for some of the queries."""
+        return replace(self, sizes={**self.sizes, "query": len(queries)}, coords={**self.coords, "query": queries})
 
 
 def planned(
@@ -81,16 +112,54 @@ def probed(asking: Functional, layout: Layout, theta: Tensor, batch: Any) -> tup
     return tuple(values.shape)
 
 
-def blocks(plan: Plan, layout: Layout, asking: Functional, batch: Any, theta: Tensor) -> Iterator[Any]:
-    """The queries in blocks whose costates fit in WORK_BYTES; one block where queries are summed or depend on each other."""
-    if "query" not in plan.wanted.keep or not Measures(asking, batch, layout, plan.wanted.keep, theta).by_query:
-        yield batch
-        return
-    per_query = plan.sizes["output"] if "output" in plan.wanted.keep else 1
+def work_bytes(memory: int | None) -> int:
+    """Bytes to work in, where None leaves that open."""
+    return WORK_BYTES if memory is None else memory
+
+
+def chunk_bytes(memory: int | None) -> int:
+    """Bytes of example gradients that may be built at once."""
+    return min(CHUNK_BYTES, work_bytes(memory) // CHUNK_SHARE)
+
+
+def blocks(plan: Plan, layout: Layout, asking: Functional, batch: Any, theta: Tensor, memory: int | None, shard: Shard) -> list[slice]:
+    """The queries in blocks of even size whose costates fit in memory, at least one a shard.
+
+    There is one block alone where queries are summed or depend on each other. RequestError where the memory given is too small for the
+    smallest block, or where there are fewer queries than shards.
+    """
+    queries = plan.sizes["query"]
+    least = _least(plan, layout)
+    apart = "query" in plan.wanted.keep and Measures(asking, batch, layout, plan.wanted.keep, theta).by_query
+    if not apart and "query" in plan.wanted.keep:
+        least *= queries
+    if memory is not None and memory < least:
+        raise RequestError(
+            "the memory is too small to work in",
+            where="one query" if apart else "queries that are summed or depend on each other",
+            expected=f"at least {words(least)} ({least} bytes)",
+            got=words(memory),
+            do="raise memory, or keep fewer outputs or examples",
+        )
+    if shard.of > (queries if apart else 1):
+        raise RequestError(
+            "there are more shards than queries"
+            if apart
+            else "queries that are summed or depend on each other cannot be split into shards",
+            expected=f"at most {queries} shards" if apart else "no shard",
+            got=str(shard),
+            do="ask for fewer shards" if apart else "decompose them in one process",
+        )
+    if not apart:
+        return [slice(0, queries)]
+    rows = max(1, work_bytes(memory) // least)
+    parts = max(shard.of, -(-queries // rows))
+    return [slice(i * queries // parts, (i + 1) * queries // parts) for i in range(parts)]
+
+
+def _least(plan: Plan, layout: Layout) -> int:
+    """Bytes for costates, their gradients and products of one query."""
+    measures = plan.sizes["output"] if "output" in plan.wanted.keep else 1
     fine = {"none": 1, "layer": len(layout.names), "param": 1}[plan.wanted.finest]
-    working = per_query * plan.itemsize * (6 * layout.params + (fine * plan.sizes["example"] if "example" in plan.wanted.keep else 0))
-    rows = max(1, WORK_BYTES // working)
-    parts = -(-plan.sizes["query"] // rows)
-    rows = -(-plan.sizes["query"] // parts)  # blocks of even size
-    for start in range(0, plan.sizes["query"], rows):
-        yield take(batch, slice(start, min(start + rows, plan.sizes["query"])))
+    examples = fine * plan.sizes["example"] if "example" in plan.wanted.keep else 0
+    return measures * plan.itemsize * (6 * layout.params + examples)

@@ -15,6 +15,7 @@ def ledger_lines(facts: dict[str, Any]) -> list[str]:
         f"  replay      an update was off by {maxima['replay_error']:.2g} of its size at most",
         f"  closure     {maxima['closure']:.2g} at most",
         f"  explained   {facts['explained_min']:.6f} at least",
+        *([f"  note        {asked['rule_note']}"] if asked.get("rule_note") else []),
         *_judged(facts),
     ]
 
@@ -28,6 +29,13 @@ def _recipes(counts: dict[str, int]) -> str:
 
 def _judged(facts: dict[str, Any]) -> list[str]:
     return ["  ok"] if facts["ok"] else [f"  FAILED: {reason}" for reason in facts["reasons"]]
+
+
+def shard_lines(facts: dict[str, Any]) -> list[str]:
+    """What is left to do when a shard is done."""
+    index, of = facts["shard"].split("/")
+    left = ", ".join(map(str, facts["left"])) or "another one is just assembling the ledger"
+    return [f"shard {index} of {of} done; {len(facts['left'])} left: {left}"]
 
 
 def verify_lines(facts: dict[str, Any]) -> list[str]:

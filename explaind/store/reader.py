@@ -1,5 +1,6 @@
 """Reading a run: everything is clamped to what the commit marker vouches for."""
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -117,6 +118,14 @@ class Run:
         for start in range(0, self.steps, self.manifest.block):
             seen.update(np.unique(self._read("batch", slice(start, min(start + self.manifest.block, self.steps)))).tolist())
         return np.array(sorted(seen - {-1}), dtype=np.int64)
+
+    @cached_property
+    def identity(self) -> str:
+        """Hash of what was recorded: the manifest, and the last checksums, which are chained to all before them."""
+        whole = hashlib.sha256(f"{json.dumps(self.manifest.to_json(), sort_keys=True)} {self.steps}".encode())
+        whole.update(self._read("checksum_theta", slice(self.steps, self.steps + 1)).tobytes())
+        whole.update(self._read("checksum_step", slice(max(0, self.steps - 1), self.steps)).tobytes())
+        return whole.hexdigest()
 
     def anchor(self, step: int) -> np.ndarray | None:
         """Momentum [param] before the first step of a block; None for an optimizer without."""

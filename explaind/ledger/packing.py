@@ -1,0 +1,66 @@
+"""Accounts and snapshots of a sweep as named arrays, for the disk, and back: bitwise."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from explaind.kernel.accounts import Accounts
+from explaind.kernel.sweep import Costate, Snapshot
+
+NOWHERE = -1
+"""Stands for the entry of a costate that has none."""
+
+
+def packed(accounts: Accounts) -> dict[str, np.ndarray]:
+    """One array a field."""
+    return {f.name: _numbers(getattr(accounts, f.name)) for f in fields(Accounts)}
+
+
+def unpacked(arrays: Mapping[str, np.ndarray], device: torch.device) -> Accounts:
+    """Back from ``packed``."""
+    lists = {f.name for f in fields(Accounts) if f.default_factory is list}
+    values: dict[str, Any] = {
+        f.name: arrays[f.name].tolist() if f.name in lists else tensor(arrays[f.name], device) for f in fields(Accounts)
+    }
+    return Accounts(**values)
+
+
+def packed_snapshot(at: Snapshot) -> dict[str, np.ndarray]:
+    """The accounts, and beside them what the sweep carries from segment to segment."""
+    return {
+        **packed(at.accounts),
+        "done": np.array(at.done),
+        "rule": np.array(at.rule, dtype=np.int64),
+        "asked": np.array(list(at.asked.items()), dtype=np.int64).reshape(-1, 2),
+        "entry": np.array([NOWHERE if c.entry is None else c.entry for c in at.costates], dtype=np.int64),
+        "memory": np.array([c.memory for c in at.costates], dtype=np.float64),
+        **{f"mu.{i}": _numbers(c.mu) for i, c in enumerate(at.costates)},
+    }
+
+
+def unpacked_snapshot(arrays: Mapping[str, np.ndarray], device: torch.device) -> Snapshot:
+    """Back from ``packed_snapshot``."""
+    places = zip(arrays["entry"].tolist(), arrays["memory"].tolist(), strict=True)
+    return Snapshot(
+        int(arrays["done"]),
+        unpacked(arrays, device),
+        tuple(
+            Costate(tensor(arrays[f"mu.{i}"], device), None if entry == NOWHERE else entry, memory)
+            for i, (entry, memory) in enumerate(places)
+        ),
+        arrays["rule"].tolist(),
+        dict(arrays["asked"].tolist()),
+    )
+
+
+def tensor(values: np.ndarray, device: torch.device) -> Tensor:
+    """A copy in torch's own memory: numpy aligns its memory otherwise, which may change the order of sums."""
+    return torch.tensor(values, device=device)
+
+
+def _numbers(values: Tensor | list[int]) -> np.ndarray:
+    return values.cpu().numpy() if isinstance(values, Tensor) else np.array(values)

@@ -1,0 +1,190 @@
+"""A decomposition on its way: a folder beside the ledger-to-be with one file a finished block, and one a block that was begun.
+
+.<ledger>.parts/
+  key.json             what is decomposed (key.py); the folder of another decomposition is refused
+  block-<i>            accounts of block i, complete
+  block-<i>.begun      snapshot of its sweep between two segments
+
+Every file is whole or not there. Several processes may work here: parts of one block are the same whoever makes them, the ledger is
+written beside and renamed, which only one can do, and then the folder goes at once. Who comes later finds the ledger.
+"""
+
+import json
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from explaind.errors import StoreError
+from explaind.ledger.key import difference
+from explaind.ledger.ledger import Ledger
+from explaind.ledger.saving import save
+from explaind.store import schema
+from explaind.store.sealed import read_sealed, write_sealed, write_whole
+
+SECONDS = 60.0
+"""A block is saved on its way at most this often …"""
+PATIENCE = 20.0
+"""… and saving takes at most one part in so many of the time."""
+
+
+class Parts:
+    """The working folder of one decomposition."""
+
+    def __init__(self, path: Path, key: Mapping[str, Any], blocks: int, overwrite: bool) -> None:
+        """path: of the ledger-to-be; overwrite: clear the folder where it is of another decomposition."""
+        self.path, self.blocks, self._overwrite = Path(os.path.abspath(path)), blocks, overwrite
+        self.folder = _folder(path)
+        self._last, self._took = time.monotonic(), 0.0
+        try:
+            self._enter(json.loads(json.dumps(key)))
+        except OSError as error:
+            raise schema.unwritable(self.folder, error) from error
+
+    def _enter(self, key: dict[str, Any]) -> None:
+        file = self.folder / "key.json"
+        if self._overwrite and self._is_taken(file) and difference(key, _read_key(file)) is not None:
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self._is_taken(file):
+            write_whole(file, lambda f: f.write(json.dumps(key, indent=1).encode()))
+        found = _read_key(file)
+        name = difference(key, found)
+        if name is not None:
+            raise StoreError(
+                "a decomposition with other arguments was begun here",
+                where=self.folder,
+                expected=_words(name, key),
+                got=_words(name, found),
+                do="finish that one with its own arguments, choose another name, or overwrite to begin anew",
+            )
+
+    def _is_taken(self, key: Path) -> bool:
+        return key.exists() or any(self.folder.glob("block-*"))
+
+    def read(self, block: int) -> dict[str, np.ndarray] | None:
+        """The accounts of a block; None where they are not there, or damaged and therefore removed."""
+        return self._read(self._file(block))
+
+    def write(self, block: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """The accounts of a block are complete."""
+        self._write(self._file(block), arrays)
+        self._begun(block).unlink(missing_ok=True)
+        self._last = time.monotonic()
+
+    def read_begun(self, block: int) -> dict[str, np.ndarray] | None:
+        """Where the sweep of a block stood; None where it is to begin."""
+        return self._read(self._begun(block))
+
+    def is_due(self) -> bool:
+        """Whether it is time to save a block on its way."""
+        return time.monotonic() - self._last >= max(SECONDS, PATIENCE * self._took)
+
+    def write_begun(self, block: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """How far the sweep of a block is."""
+        start = time.monotonic()
+        self._write(self._begun(block), arrays)
+        self._last = time.monotonic()
+        self._took = self._last - start
+
+    def missing(self) -> list[int]:
+        """Blocks that have no accounts yet; none once the ledger is there."""
+        return [] if self.is_over() else [block for block in range(self.blocks) if not self._file(block).exists()]
+
+    def finish(self, ledger: Ledger) -> None:
+        """Put the ledger in its place and remove the folder; where another process was faster, its ledger stays."""
+        beside = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.partial")
+        try:
+            save(ledger, beside)
+            if self._overwrite and self.path.exists():
+                self.path.rename(self.folder / f"older.{secrets.token_hex(4)}")
+            beside.rename(self.path)
+            gone = beside.with_suffix(".gone")
+            self.folder.rename(gone)  # out of sight in one move
+            self._clear()
+        except OSError as error:
+            if not self.is_over():
+                raise schema.unwritable(self.path, error) from error
+        except StoreError:
+            if not self.is_over():
+                raise
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+
+    def _clear(self) -> None:
+        """Remove what this process, killed ones, and those that are too late have left beside the ledger."""
+        left = re.compile(rf"\.{re.escape(self.path.name)}\.[0-9a-f]{{8}}\.(partial|gone)")
+        for path in self.path.parent.iterdir():
+            if left.fullmatch(path.name):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def is_over(self) -> bool:
+        """Whether a process has put the ledger in its place: none was there at the beginning, unless it was to be replaced."""
+        return (self.path / "commit.json").exists() and not (self._overwrite and self.folder.exists())
+
+    def _file(self, block: int) -> Path:
+        return self.folder / f"block-{block}"
+
+    def _begun(self, block: int) -> Path:
+        return self.folder / f"block-{block}.begun"
+
+    def _read(self, path: Path) -> dict[str, np.ndarray] | None:
+        try:
+            arrays = read_sealed(path)
+        except FileNotFoundError:
+            return None
+        if arrays is None:
+            path.unlink(missing_ok=True)
+        return arrays
+
+    def _write(self, path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+        try:
+            write_sealed(path, arrays)
+        except OSError as error:
+            if not self.is_over():
+                raise schema.unwritable(path, error) from error
+
+
+def is_begun(save: str | os.PathLike[str]) -> bool:
+    """Whether there is work on the ledger to be saved there that is not finished."""
+    return _folder(Path(save)).exists()
+
+
+def shards_left(save: str | os.PathLike[str], of: int) -> list[int]:
+    """Which of so many shards still have blocks to do for the ledger to be saved there; none where it is there."""
+    folder = _folder(Path(save))
+    blocks = len(_read_key(folder / "key.json").get("blocks", ()))
+    return sorted({block % of for block in range(blocks) if not (folder / f"block-{block}").exists()})
+
+
+def check_free(path: Path, overwrite: bool) -> None:
+    """StoreError unless a ledger can be put here: there is nothing, or a ledger that may be replaced."""
+    if overwrite and path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        schema.open_group(path, "ledger")
+    elif not overwrite:
+        schema.check_new(path)
+
+
+def _folder(path: Path) -> Path:
+    whole = Path(os.path.abspath(path))
+    return whole.with_name(f".{whole.name}.parts")
+
+
+def _read_key(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text()))
+    except (FileNotFoundError, ValueError, TypeError):
+        return {}
+
+
+def _words(name: str, key: Mapping[str, Any]) -> str:
+    """An entry of a key for people, who cannot tell hashes apart."""
+    value = key.get(name, "nothing")
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return f"{name} {text[:60]}{' …' if len(text) > 60 else ''}"

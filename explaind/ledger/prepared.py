@@ -1,0 +1,82 @@
+"""A decomposition that was checked and can begin: how a block of its queries is swept, and how its blocks make a ledger."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from explaind.kernel.gradients import take
+from explaind.kernel.layout import Layout
+from explaind.kernel.measures import Measures
+from explaind.kernel.path import PathRule
+from explaind.kernel.products import Products
+from explaind.kernel.sweep import Sweep
+from explaind.ledger.assemble import assembled
+from explaind.ledger.key import digest, digest_of_data, values_of_losses, values_of_measure, versions
+from explaind.ledger.ledger import Ledger
+from explaind.ledger.plan import Plan
+from explaind.ledger.sweeping import Swept
+from explaind.replay.batches import Readable
+from explaind.replay.functional import Functional
+from explaind.replay.trajectory import Trajectory
+
+PLACES = ("run", "device", "model", "recorded_model", "config")
+"""Settings that may differ between two processes that work on one ledger; what matters of them is told otherwise."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that the blocks of one decomposition share."""
+
+    steps: Trajectory
+    data: Readable
+    training: Functional
+    asking: Functional
+    layout: Layout
+    rule: Callable[[], PathRule]
+    theta: Tensor
+    """The parameters before the first step."""
+    batch: Any
+    """All queries."""
+    plan: Plan
+    bounds: list[slice]
+    """The queries of each block."""
+    chunk: int
+    settings: Mapping[str, Any]
+    doubts: tuple[str, ...]
+
+    def sweep(self, block: int) -> Sweep:
+        """The sweep of one block, at its beginning."""
+        wanted, asked, run = self.plan.wanted, self.settings, self.steps.run
+        some = self.batch if len(self.bounds) == 1 else take(self.batch, self.bounds[block])
+        measures = Measures(self.asking, some, self.layout, wanted.keep, self.theta, self.chunk)
+        dots = Products(self.training, self.layout, wanted.finest, asked["products"], self.chunk)
+        correct = asked["closure"] == "discrete-gradient"
+        return Sweep(self.steps, measures, self.training, self.rule(), dots, wanted, run.examples, correct)
+
+    def key(self) -> dict[str, Any]:
+        """What tells this decomposition from others (key.py)."""
+        run = self.steps.run
+        return {
+            **{name: value for name, value in self.settings.items() if name not in PLACES},
+            "versions": versions(),
+            "recording": run.identity,
+            "doubts": self.doubts,
+            "data": digest_of_data(self.data, run.examples, None if self.doubts else run.fingerprint),
+            "queries": digest(self.batch),
+            "measure": values_of_measure(self.asking, self.layout, self.theta, self.batch),
+            "losses": values_of_losses(self.training, self.layout, self.steps),
+            "blocks": [[rows.start, rows.stop] for rows in self.bounds],
+        }
+
+    def ledger(self, done: Sequence[Swept]) -> Ledger:
+        """The ledger of all blocks."""
+        return assembled(done, self.plan, self.layout, self.settings, self.doubts)
+
+    def ledger_of(self, done: Mapping[int, Swept], shard: str) -> Ledger:
+        """The ledger of some blocks, with the queries of these alone."""
+        queries = np.concatenate([np.arange(self.bounds[i].start, self.bounds[i].stop) for i in done])
+        settings = {**self.settings, "shard": shard}
+        return assembled(list(done.values()), self.plan.of_queries(queries), self.layout, settings, self.doubts)
