@@ -33,16 +33,18 @@ class Auto:
     def choose(self, measures: Measures, segment: Segment) -> Recipe:
         if self.note:
             return self._adaptive.choose(measures, segment)
+        least = _cost(measures) / EXACT  # of a secant, in nodes
+        nodes = None
+        if least >= 1:  # otherwise no quadrature can be cheaper
+            nodes = self._adaptive.choose(measures, segment, least * PARTS[self._rung])
+            if nodes.count <= least:
+                return nodes
         try:
             parts = self._parts(measures, segment)
         except NoSecant as error:
             self.note = str(error)
             return self._adaptive.choose(measures, segment)
-        most = parts * _cost(measures) / EXACT
-        if most < 1:
-            return Recipe("secant", parts)
-        nodes = self._adaptive.choose(measures, segment, most)
-        return nodes if nodes.count <= most else Recipe("secant", parts)
+        return nodes if nodes is not None and nodes.count <= least * parts else Recipe("secant", parts)
 
     def _parts(self, measures: Measures, s: Segment) -> int:
         """The fewest equal parts that meet the tolerance, or the most that are tried."""

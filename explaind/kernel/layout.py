@@ -23,7 +23,7 @@ class Layout:
     def split(self, flat: Tensor) -> dict[str, Tensor]:
         """[…, param] -> {layer: […, *shape]}, as views."""
         lead = flat.shape[:-1]
-        return {n: flat[..., cut].reshape(*lead, *shape) for n, cut, shape in zip(self.names, self.slices, self.shapes, strict=True)}
+        return {n: flat[..., cut].reshape((*lead, *shape)) for n, cut, shape in zip(self.names, self.slices, self.shapes, strict=True)}
 
     def add(self, into: Tensor, parts: Mapping[str, Tensor], weight: float = 1.0) -> None:
         """into[…, param] += weight · parts, for the layers that parts has: ``split`` backwards, without building the flat vector."""

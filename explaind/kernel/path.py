@@ -7,7 +7,7 @@
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -85,6 +85,7 @@ class Recipe:
         return [measures.node(s.at(float(t)), float(w)) for t, w in zip(nodes, weights, strict=True)]
 
 
+@runtime_checkable
 class PathRule(Protocol):
     """Chooses a recipe for every step."""
 

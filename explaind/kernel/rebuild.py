@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from explaind.kernel.products import batch_gradient
 from explaind.replay.steps import Segment, Step, Steps
 
 
+@runtime_checkable
 class Losses(Protocol):
     """The training loss of each example as a function of the parameters."""
 

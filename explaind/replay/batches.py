@@ -1,7 +1,7 @@
 """Batches as the training saw them, rebuilt from the data and the recorded ids."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ KEEP_BYTES = 1 << 30
 """Data up to this size is stacked once and indexed; larger data is collated batch by batch."""
 
 
+@runtime_checkable
 class Readable(Protocol):
     """Data by id: ``data[i]``."""
 

@@ -1,7 +1,7 @@
 """Steps of a training as plain values: what the kernel works on, wherever they come from."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor
@@ -39,6 +39,7 @@ class Segment:
     momentum: Tensor | None
 
 
+@runtime_checkable
 class Steps(Protocol):
     """A source of steps, read segment by segment in any order."""
 

@@ -13,7 +13,7 @@ happened, not a prediction of what another run would do.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -62,6 +62,7 @@ def joined(filters: Sequence[Filter], sizes: Sequence[int], like: Tensor) -> Fil
     return Filter(**{f.name: column(f.name) for f in fields(Filter)})
 
 
+@runtime_checkable
 class Rule(Protocol):
     """What the package must know of an optimizer class; one file and one registry line each."""
 
