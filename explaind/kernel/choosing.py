@@ -11,6 +11,8 @@ from explaind.kernel.secant import NoSecant
 PARTS = (1, 2, 4, 8, 16, 32)
 """Numbers of equal parts that are tried for the secant."""
 PROBES = 2
+SAMPLE = 64
+"""Queries on which a secant's split is judged."""
 PIECES = 8
 """Least number of pieces of the parameters whose contributions are told apart in a probe."""
 EXACT = 1.25
@@ -21,8 +23,9 @@ class Auto:
     """On every step the cheaper of secant ×k and Gauss n that splits δ within tol · max(|δ|, scale); forward passes alone decide.
 
     The secant closes whatever k is, so its split is judged: in a probe every piece of Δ gets a random sign, and the product of ḡ with
-    it is a random combination of the contributions that the ledger tells apart. The error of a secant falls like 1/k², so that k parts
-    are off by 4/3 of their distance from 2k. A Gauss rule is judged by what it misses of δ, as in ``Adaptive``.
+    it is a random combination of the contributions that the ledger tells apart, looked at for some queries. The error of a secant falls
+    like 1/k², so that k parts are off by 4/3 of their distance from 2k. A Gauss rule is judged by what it misses of δ for any measure,
+    as in ``Adaptive``.
     Where the model holds an operation without a secant rule, `auto` is the adaptive rule, and `note` says why.
     """
 
@@ -33,32 +36,41 @@ class Auto:
     def choose(self, measures: Measures, segment: Segment) -> Recipe:
         if self.note:
             return self._adaptive.choose(measures, segment)
-        least = _cost(measures) / EXACT  # of a secant, in nodes
-        nodes = None
-        if least >= 1:  # otherwise no quadrature can be cheaper
-            nodes = self._adaptive.choose(measures, segment, least * PARTS[self._rung])
-            if nodes.count <= least:
-                return nodes
+        worth = _cost(measures) / EXACT  # nodes that cost as much as a secant
+        # Few nodes are searched first: that is cheap, and often the answer.
+        few = self._few(measures, segment, worth)
+        if few is not None:
+            return few
         try:
             parts = self._parts(measures, segment)
         except NoSecant as error:
             self.note = str(error)
             return self._adaptive.choose(measures, segment)
-        return nodes if nodes is not None and nodes.count <= least * parts else Recipe("secant", parts)
+        return (self._few(measures, segment, worth * parts) if parts > 1 else None) or Recipe("secant", parts)
+
+    def _few(self, measures: Measures, s: Segment, most: float) -> Recipe | None:
+        """The fewest nodes that meet the tolerance, if at most so many do."""
+        if most < 1:
+            return None
+        nodes = self._adaptive.choose(measures, s, most)
+        return nodes if nodes.count <= most else None
 
     def _parts(self, measures: Measures, s: Segment) -> int:
         """The fewest equal parts that meet the tolerance, or the most that are tried."""
-        probes = _probes(measures, s)
-        known: dict[int, Tensor] = {}
+        stride = max(1, measures.shape[0] // SAMPLE) if measures.by_query else 1
+        probes, known = _probes(measures, s), dict[int, Tensor]()
+        allowed = s.allowed(self._tol)
+        if stride > 1:
+            allowed = allowed.view(measures.shape)[::stride].flatten()
 
         def split(rung: int) -> Tensor:
             if rung not in known:
                 count = PARTS[rung] if rung < len(PARTS) else 2 * PARTS[-1]
-                known[rung] = sum(measures.secants(a, b, probes) for a, b in s.parts(count)) / count  # type: ignore[assignment]
+                known[rung] = sum(measures.secants(a, b, probes, stride) for a, b in s.parts(count)) / count  # type: ignore[assignment]
             return known[rung]
 
         def excess(rung: int) -> float:
-            return s.excess((split(rung) - split(rung + 1)) * (4 / 3), self._tol)
+            return float(((split(rung) - split(rung + 1)).abs() * (4 / 3) / allowed).max())
 
         rung = self._rung
         off = excess(rung)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import grad, jacrev, jvp, vmap
 
 from explaind.errors import RequestError
-from explaind.kernel.gradients import CHUNK_BYTES, RowGradients, batch_axes, one, row, separable
+from explaind.kernel.gradients import CHUNK_BYTES, RowGradients, batch_axes, one, row, separable, take
 from explaind.kernel.layout import Layout
 from explaind.kernel.points import Function, Point
 from explaind.kernel.secant import Secant
@@ -77,9 +77,12 @@ class Measures:
             return jvp(at, (self.layout.split(theta),), (self.layout.split(delta),))[1].reshape(-1)
 
     def secants(
-        self, start: Float[Tensor, " param"], end: Float[Tensor, " param"], along: Float[Tensor, "tangent param"]
-    ) -> Float[Tensor, "tangent measure"]:
-        """<ḡ_q, tangent> of the secant between start and end, for every measure and tangent: forward passes alone. Raises NoSecant."""
+        self, start: Float[Tensor, " param"], end: Float[Tensor, " param"], along: Float[Tensor, "tangent param"], stride: int = 1
+    ) -> Float[Tensor, "tangent some"]:
+        """<ḡ_q, tangent> of the secant between start and end, for every tangent: forward passes alone. Raises NoSecant.
+
+        stride: take the measures of every such query only; 1 where the measures are not query by query
+        """
         a, b, tangents = (self.layout.split(v) for v in (start, end, along))
         secant = self._secant  # traced here, outside of vmap
 
@@ -88,7 +91,8 @@ class Measures:
 
         with torch.no_grad():
             if self.by_query:
-                return vmap(changes, (batch_axes(self._queries),), out_dims=1)(self._queries).reshape(len(along), -1)
+                queries = take(self._queries, slice(None, None, stride))
+                return vmap(changes, (batch_axes(queries),), out_dims=1)(queries).reshape(len(along), -1)
             return changes(self._queries).reshape(len(along), -1)
 
     def node(self, theta: Tensor, weight: float) -> Point:

@@ -50,10 +50,10 @@ class Segment:
         ends = [self.at(j / count) for j in range(count + 1)]
         return list(pairwise(ends))
 
-    def excess(self, miss: Float[Tensor, "*tangent measure"], tol: float) -> float:
-        """The largest miss, in units of what tol allows: tol · max(|δ|, scale)."""
+    def allowed(self, tol: float) -> Float[Tensor, " measure"]:
+        """What a tolerance allows to miss: tol · max(|δ|, scale)."""
         allowed = tol * torch.maximum(self.change.abs(), self.scale)
-        return float((miss.abs() / allowed.clamp_min(torch.finfo(allowed.dtype).tiny)).max())
+        return allowed.clamp_min(torch.finfo(allowed.dtype).tiny)
 
 
 def gauss(n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -150,7 +150,7 @@ class Adaptive:
         total, delta = torch.zeros_like(s.change), s.delta
         for t, w in zip(points, weights, strict=True):
             total += w * measures.slopes(s.at(float(t)), delta)
-        return s.excess(s.change - total, self._tol)
+        return float(((s.change - total).abs() / s.allowed(self._tol)).max())
 
     def choose(self, measures: Measures, segment: Segment, most: float = float("inf")) -> Recipe:
         """As ``PathRule.choose``; the search gives up beyond `most` nodes, with a recipe of more than those."""
