@@ -37,16 +37,19 @@ class Auto:
         if self.note:
             return self._adaptive.choose(measures, segment)
         worth = _cost(measures) / EXACT  # nodes that cost as much as a secant
-        # Few nodes are searched first: that is cheap, and often the answer.
-        few = self._few(measures, segment, worth)
-        if few is not None:
-            return few
+        # Nodes are searched first: their check costs less than a secant's, and tells how many parts are worth a look.
+        nodes = self._few(measures, segment, 2 * worth * PARTS[self._rung])
+        if nodes is not None and nodes.count <= worth:
+            return nodes
         try:
+            if nodes is not None:
+                parts = self._parts(measures, segment, nodes.count / worth)
+                return Recipe("secant", parts) if parts else nodes
             parts = self._parts(measures, segment)
         except NoSecant as error:
             self.note = str(error)
             return self._adaptive.choose(measures, segment)
-        return (self._few(measures, segment, worth * parts) if parts > 1 else None) or Recipe("secant", parts)
+        return self._few(measures, segment, worth * parts) or Recipe("secant", parts)
 
     def _few(self, measures: Measures, s: Segment, most: float) -> Recipe | None:
         """The fewest nodes that meet the tolerance, if at most so many do."""
@@ -55,8 +58,8 @@ class Auto:
         nodes = self._adaptive.choose(measures, s, most)
         return nodes if nodes.count <= most else None
 
-    def _parts(self, measures: Measures, s: Segment) -> int:
-        """The fewest equal parts that meet the tolerance, or the most that are tried."""
+    def _parts(self, measures: Measures, s: Segment, below: float = float("inf")) -> int:
+        """The fewest equal parts that meet the tolerance, or the most that are tried; 0 where they are limited and no number does."""
         stride = max(1, measures.shape[0] // SAMPLE) if measures.by_query else 1
         probes, known = _probes(measures, s), dict[int, Tensor]()
         allowed = s.allowed(self._tol)
@@ -72,15 +75,16 @@ class Auto:
         def excess(rung: int) -> float:
             return float(((split(rung) - split(rung + 1)).abs() * (4 / 3) / allowed).max())
 
-        rung = self._rung
+        top = sum(parts < below for parts in PARTS) - 1
+        rung = min(self._rung, top)
         off = excess(rung)
-        while off > 1 and rung + 1 < len(PARTS):
+        while off > 1 and rung < top:
             rung += 1
             off = excess(rung)
         while rung and off < 0.25 and excess(rung - 1) <= 1:
             rung -= 1
         self._rung = rung
-        return PARTS[rung]
+        return PARTS[rung] if off <= 1 or below == float("inf") else 0
 
     def state(self) -> list[int]:
         return [self._rung, *self._adaptive.state()]
