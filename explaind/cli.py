@@ -111,7 +111,7 @@ def decompose(
     keep
         Axes of the result, separated by commas, out of query, output, example, layer or param, step.
     rule
-        auto, gauss:N or midpoint:N.
+        auto, secant:PARTS (closes exactly), adaptive, gauss:NODES or midpoint:NODES.
     tol
         Largest miss of the path rule, relative to each measure's movement.
     dtype

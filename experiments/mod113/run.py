@@ -50,7 +50,7 @@ def decompose(out: Path, rule: str, tol: float, dtype: str, device: str) -> dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--rules", nargs="+", default=["midpoint:100", "auto"])
+    parser.add_argument("--rules", nargs="+", default=["midpoint:100", "auto", "secant", "secant:4"])
     parser.add_argument("--tol", type=float, default=1e-2)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "float64"])
     parser.add_argument("--device", default="cpu")
