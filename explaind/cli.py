@@ -123,7 +123,7 @@ def decompose(
     windows
         Steps per entry of the step axis.
     products
-        How example gradients meet costates: auto, materialise or jvp.
+        How example gradients meet costates: auto, materialise, ghost or jvp.
     closure
         none, or discrete-gradient to fold the path row into the others.
     budget

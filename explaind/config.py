@@ -71,7 +71,7 @@ class Decompose:
     device: str = "cpu"
     view: Literal["seen", "applied"] = "seen"
     windows: int = 1
-    products: Literal["auto", "materialise", "jvp"] = "auto"
+    products: Literal["auto", "materialise", "ghost", "jvp"] = "auto"
     closure: Literal["none", "discrete-gradient"] = "none"
     budget: float = 4.0
     memory: str | int = ""

@@ -70,9 +70,10 @@ def products(losses, finest, route, chunk=1 << 20):
         ("layer", "jvp"),
         ("none", "auto"),
         ("param", "auto"),
+        ("param", "ghost"),
     ],
 )
-def test_both_routes_give_the_dot_products_of_plain_autograd(finest, route, chunk):
+def test_every_route_give_the_dot_products_of_plain_autograd(finest, route, chunk):
     want = summed(torch.einsum("rp,ep->rep", COSTATES, example_gradients(separate)), finest)
     algebra(products(separate, finest, route, chunk), want)
 
@@ -87,6 +88,7 @@ def test_coupled_losses_go_through_jvp(finest, route):
 @pytest.mark.parametrize(
     ("losses", "finest", "route", "message"),
     [
+        (coupled, "none", "ghost", "losses of a batch depend on each other.*'ghost'.*use jvp"),
         (coupled, "layer", "materialise", "losses of a batch depend on each other.*use jvp"),
         (separate, "param", "jvp", "keep 'layer' instead of 'param'"),
         (coupled, "param", "auto", "drop 'example' from keep"),
@@ -247,7 +249,7 @@ def test_the_budget_names_the_size_and_the_fewest_axes_whose_sum_fits():
 IMPOSSIBLE = (
     ({"budget": 1000}, r"7 step\); expected at most 1e\+03 B; got .*KiB; sum over"),
     ({"device": "abacus"}, "device cannot be used.*'abacus'"),
-    ({"products": "ghost"}, "unknown products.*materialise.*'ghost'"),
+    ({"products": "spectre"}, "unknown products.*materialise.*'spectre'"),
     ({"closure": "exact"}, "unknown closure.*discrete-gradient.*'exact'"),
     ({"dtype": torch.float16}, "unknown dtype.*torch.float16"),
     ({"rule": "exact"}, "unknown path rule.*'exact'"),

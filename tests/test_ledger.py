@@ -56,7 +56,7 @@ def test_every_credit_of_every_optimizer_is_the_slow_and_obvious_one(case, tmp_p
 
 
 @cases.every_problem
-@pytest.mark.parametrize("products", ["materialise", "jvp"])
+@pytest.mark.parametrize("products", ["materialise", "ghost", "jvp"])
 def test_every_credit_of_every_training_is_the_slow_and_obvious_one(problem, products, tmp_path):
     case = cases.optimizer_named("sgd nesterov l2 maximize")
     want = reference.Slow(problem, case).solve()

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import explaind
+from explaind.kernel.machine import Machine
 from explaind.kernel.path import Adaptive
 from explaind.kernel.products import Products
 from explaind.store.sealed import read_sealed
@@ -93,20 +94,19 @@ def test_the_rule_that_chooses_goes_on_where_it_was(run, tmp_path):
     same_ledger(cases.decomposed(run, save=tmp_path / "val", **asked), want)
 
 
-@pytest.mark.parametrize("view", ["seen", "applied"])
-def test_products_choose_their_way_again_where_they_first_chose_it(view, run, tmp_path, monkeypatch):
-    asked, calls, call = {"view": view, "windows": 2}, [], Products.__call__
-    monkeypatch.setattr(
-        Products, "__call__", lambda self, theta, part, a: calls.append((len(a), float(theta[0]))) or call(self, theta, part, a)
-    )
-    cases.decomposed(run, **asked)
-    first = dict(reversed(calls))  # of each number of rows
+def test_whoever_goes_on_judges_by_the_machine_of_the_process_that_began(run, tmp_path, monkeypatch):
+    def measured(flops):
+        monkeypatch.setattr("explaind.ledger.decompose.machine", lambda device, dtype: Machine(flops, 1.0, 0.0))
+
+    used, call = [], Products.__call__
+    monkeypatch.setattr(Products, "__call__", lambda self, *asked: used.append(self.machine.flops) or call(self, *asked))
+    measured(1e-9)  # so slow that the fewest operations are best
+    want = cases.decomposed(run, memory=ONE_QUERY)
     with pytest.raises(Killed):
-        cases.decomposed(run, save=tmp_path / "val", progress=kill_at(5), **asked)
-    del calls[:]
-    cases.decomposed(run, save=tmp_path / "val", **asked)
-    assert dict(reversed(calls)) == first
-    assert len(first) == {"seen": 1, "applied": 4}[view]
+        cases.decomposed(run, memory=ONE_QUERY, save=tmp_path / "val", progress=kill_at(5))
+    measured(1e20)
+    same_ledger(cases.decomposed(run, memory=ONE_QUERY, save=tmp_path / "val"), want)
+    assert set(used) == {1e-9}
 
 
 def test_momentum_from_before_the_recording_survives_a_kill(tmp_path):

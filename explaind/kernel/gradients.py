@@ -56,6 +56,29 @@ def separable(function: Function, parameters: Mapping[str, Tensor], batch: Any) 
     return alone.shape == whole.shape and alike(alone, whole)
 
 
+def direct(into: Tensor, point: Point, outputs: int | None, layout: Layout, batch: Any) -> None:
+    """into[row · output, param] += weight · ∇, by differentiating by the parameters themselves."""
+    derivative = (grad if outputs is None else jacrev)(point.function)
+    parts = vmap(derivative, (None, batch_axes(batch)))(layout.split(point.theta), batch)
+    lead = 1 if outputs is None else 2
+    layout.add(into, {name: t.reshape(len(into), *t.shape[lead:]) for name, t in parts.items()}, point.weight)
+
+
+def taken_apart(point: Point, outputs: int | None, layout: Layout, batch: Any) -> Factored | None:
+    """The factors of a function's gradients, where there are any and they give the same numbers on the first row of the batch."""
+    first = take(batch, slice(0, 1))
+    try:
+        factored = Factored(point.function, layout, layout.split(point.theta), row(first))
+        if not factored.sites:
+            return None
+        plain, apart = point.theta.new_zeros(2, outputs or 1, layout.params)
+        direct(plain, point, outputs, layout, first)
+        factored.add(apart, [point], first, batch_axes(first))
+    except (RuntimeError, NotImplementedError, ValueError, Rearranged):  # the model does what these transforms cannot
+        return None
+    return factored if alike(plain, apart) else None
+
+
 class RowGradients:
     """∇ of every row of a separable function, or of every (row, output): [row · output, param].
 
@@ -69,7 +92,8 @@ class RowGradients:
         All points that will be given must make the same calls of linear maps and embeddings.
         """
         self._outputs, self._layout, self._chunk = outputs, layout, chunk
-        self._factored = self._taken_apart(point, take(batch, slice(0, 1)))
+        apart = taken_apart(point, outputs, layout, batch)
+        self._factored = apart if apart is not None and apart.size < layout.params else None
 
     def add(self, into: Tensor, points: Sequence[Point], batch: Any, rows: int) -> None:
         """into[row · output, param] += Σ weight · ∇ over the points, for a batch of so many rows."""
@@ -85,7 +109,8 @@ class RowGradients:
                 return self._factored.add(into, points, batch, batch_axes(batch))
         except Rearranged:  # such as a branch that this batch takes and the first did not
             pass
-        self._add_direct(into, points, batch)
+        for point in points:
+            direct(into, point, self._outputs, self._layout, batch)
 
     def _some(self, batch: Any, rows: int, numbers: int, into: Tensor) -> Iterator[tuple[Any, Tensor]]:
         """Some rows of the batch at a time, with their part of `into`, when each gradient takes so many numbers."""
@@ -93,27 +118,3 @@ class RowGradients:
         width = max(1, self._chunk // (outputs * numbers * into.element_size()))
         for start in range(0, rows, width):
             yield take(batch, slice(start, min(start + width, rows))), into[start * outputs : (start + width) * outputs]
-
-    def _add_direct(self, into: Tensor, points: Sequence[Point], batch: Any) -> None:
-        for point in points:
-            derivative = (grad if self._outputs is None else jacrev)(point.function)
-            parts = vmap(derivative, (None, batch_axes(batch)))(self._layout.split(point.theta), batch)
-            lead = 1 if self._outputs is None else 2
-            self._layout.add(into, {name: t.reshape(len(into), *t.shape[lead:]) for name, t in parts.items()}, point.weight)
-
-    def _taken_apart(self, point: Point, first: Any) -> Factored | None:
-        try:
-            factored = Factored(point.function, self._layout, self._layout.split(point.theta), row(first))
-            if not factored.sites or factored.size >= self._layout.params:
-                return None
-            plain, apart = point.theta.new_zeros(2, self._outputs or 1, self._layout.params)
-            self._add_direct(plain, [point], first)
-            factored.add(apart, [point], first, batch_axes(first))
-        except (
-            RuntimeError,
-            NotImplementedError,
-            ValueError,
-            Rearranged,
-        ):  # the model does what these transforms cannot: the direct way then
-            return None
-        return factored if alike(plain, apart) else None

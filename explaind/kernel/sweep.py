@@ -19,7 +19,7 @@ A sweep that was stopped between two segments goes on from a Snapshot, and books
 In the applied view every window of steps has a costate of its own, fed only by its own ḡ; it lives until its memory has faded.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,8 +58,6 @@ class Snapshot:
     accounts: Accounts
     costates: tuple[Costate, ...]
     rule: list[int]
-    asked: Mapping[int, int]
-    """For each number of rows of a: the step at which products with so many were first taken."""
 
 
 def _as(coefficient: Coefficient, like: Tensor) -> Tensor:
@@ -90,7 +88,6 @@ class Sweep:
         self.accounts: Accounts = empty(resolution, self.layout, measures.count, entries, self.values)
         self.costates: list[Costate] = []
         self._done = steps.steps
-        self._asked: dict[int, int] = {}
         self._mean = self.values.new_zeros(measures.count, self.layout.params)  # ḡ of the step at hand
         self._pull = torch.empty_like(self._mean)  # a of the step at hand
 
@@ -125,26 +122,20 @@ class Sweep:
 
     def snapshot(self) -> Snapshot:
         """The sweep as it stands; to be taken between two segments."""
-        return Snapshot(self._done, self.accounts, tuple(self.costates), self.rule.state(), self._asked)
+        return Snapshot(self._done, self.accounts, tuple(self.costates), self.rule.state())
 
     def restore(self, at: Snapshot) -> None:
         """Go on where a sweep with the same arguments stood."""
         self._done, self.accounts, self.costates = at.done, at.accounts, list(at.costates)
         self.rule.restore(at.rule)
-        for rows, step in at.asked.items():
-            self._ask_again(rows, step)
+        if "example" in self.resolution.keep:
+            last = self.steps.segment(self.steps.starts[-1]).steps[-1]
+            self.losses.set_mode(last.mode)
+            self.products.prepare(last.theta, last.parts[0])  # at the same step as in the sweep that was stopped
 
     def _anchor(self, start: int) -> Tensor | None:
         """The momentum with which the segment from here on began; None where none begins."""
         return self.steps.segment(start).momentum if start < self.steps.steps else None
-
-    def _ask_again(self, rows: int, index: int) -> None:
-        """Products choose their way when they are first asked: let them choose at the same step as then, by the same numbers."""
-        start = max(start for start in self.steps.starts if start <= index)
-        step = self.steps.segment(start).steps[index - start]
-        self.losses.set_mode(step.mode)
-        next(iter(self.products(step.theta, step.parts[0], step.theta.new_zeros(rows, self.layout.params))))
-        self._asked[rows] = index
 
     def _step(self, item: Rebuilt) -> None:
         step, s, f = item.step, item.step.index, item.step.filter
@@ -201,7 +192,6 @@ class Sweep:
                 self.accounts.data[entry, :, :, 0] -= self._fine(a[row * count : (row + 1) * count], factor * f.sign * item.gradient)
             return
         self.losses.set_mode(step.mode)
-        self._asked.setdefault(len(a), step.index)
         signed = a if isinstance(f.sign, float) and f.sign == 1.0 else f.sign * a
         for part in step.parts:
             index = torch.from_numpy(np.searchsorted(self.examples, part.ids)).to(a.device)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 from explaind.errors import RequestError
 from explaind.kernel.choosing import path_rule
 from explaind.kernel.layout import Layout
+from explaind.kernel.machine import Machine, machine
 from explaind.kernel.products import ROUTES
 from explaind.ledger.ledger import Ledger, ordered
 from explaind.ledger.parts import Parts, check_free
@@ -71,7 +73,7 @@ def decompose(
     tol       largest error of the path rule, relative to each measure's movement, where the rule chooses
     view      "seen": the step axis says when an example's gradient was computed; "applied": when its momentum moved θ
     windows   steps per entry of the step axis
-    products  "auto", "materialise" or "jvp"
+    products  "auto" (the cheapest, by layer), "materialise", "ghost" or "jvp"
     closure   "discrete-gradient" folds the path row into the data and decay rows; its size is reported all the same
     budget    bytes that the result may take
     memory    bytes to work in: queries are swept in blocks that fit (default: 2 GiB, or what a single query takes)
@@ -117,8 +119,12 @@ def decompose(
         }
         bounds = blocks(plan, layout, asking, batch, theta, memory, share)
         chunk, make = chunk_bytes(memory), partial(path_rule, rule, tol)
-        ready = Prepared(steps, data, training, asking, layout, make, theta, batch, plan, bounds, chunk, settings, doubts)
+        ready = Prepared(
+            steps, data, training, asking, layout, make, theta, batch, plan, bounds, chunk, machine(target, dtype), settings, doubts
+        )
         parts = None if save is None else Parts(Path(save), ready.key(), len(bounds), overwrite)
+        if parts is not None:
+            ready = replace(ready, machine=Machine(**parts.key["machine"]))
         mine = [i for i in range(len(bounds)) if share.owns(i)]
         tick = _Ticker(progress, run.steps * len(mine))
         done = {i: swept(partial(ready.sweep, i), run.steps, tick, parts, i, target) for i in mine}

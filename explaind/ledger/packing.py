@@ -35,7 +35,6 @@ def packed_snapshot(at: Snapshot) -> dict[str, np.ndarray]:
         **packed(at.accounts),
         "done": np.array(at.done),
         "rule": np.array(at.rule, dtype=np.int64),
-        "asked": np.array(list(at.asked.items()), dtype=np.int64).reshape(-1, 2),
         "entry": np.array([NOWHERE if c.entry is None else c.entry for c in at.costates], dtype=np.int64),
         "memory": np.array([c.memory for c in at.costates], dtype=np.float64),
         **{f"mu.{i}": _numbers(c.mu) for i, c in enumerate(at.costates)},
@@ -53,7 +52,6 @@ def unpacked_snapshot(arrays: Mapping[str, np.ndarray], device: torch.device) ->
             for i, (entry, memory) in enumerate(places)
         ),
         arrays["rule"].tolist(),
-        dict(arrays["asked"].tolist()),
     )
 
 

@@ -54,7 +54,7 @@ class Parts:
         self.folder.mkdir(parents=True, exist_ok=True)
         if not self._is_taken(file):
             write_whole(file, lambda f: f.write(json.dumps(key, indent=1).encode()))
-        found = _read_key(file)
+        self.key = found = _read_key(file)
         name = difference(key, found)
         if name is not None:
             raise StoreError(

@@ -1,7 +1,7 @@
 """A decomposition that was checked and can begin: how a block of its queries is swept, and how its blocks make a ledger."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from explaind.kernel.gradients import take
 from explaind.kernel.layout import Layout
+from explaind.kernel.machine import Machine
 from explaind.kernel.measures import Measures
 from explaind.kernel.path import PathRule
 from explaind.kernel.products import Products
@@ -44,6 +45,8 @@ class Prepared:
     bounds: list[slice]
     """The queries of each block."""
     chunk: int
+    machine: Machine
+    """Decides how products are made: that of the process that began, so that all that go on decide alike."""
     settings: Mapping[str, Any]
     doubts: tuple[str, ...]
 
@@ -52,7 +55,7 @@ class Prepared:
         wanted, asked, run = self.plan.wanted, self.settings, self.steps.run
         some = self.batch if len(self.bounds) == 1 else take(self.batch, self.bounds[block])
         measures = Measures(self.asking, some, self.layout, wanted.keep, self.theta, self.chunk)
-        dots = Products(self.training, self.layout, wanted.finest, asked["products"], self.chunk)
+        dots = Products(self.training, self.layout, wanted.finest, asked["products"], self.chunk, self.machine)
         correct = asked["closure"] == "discrete-gradient"
         return Sweep(self.steps, measures, self.training, self.rule(), dots, wanted, run.examples, correct)
 
@@ -61,6 +64,7 @@ class Prepared:
         run = self.steps.run
         return {
             **{name: value for name, value in self.settings.items() if name not in PLACES},
+            "machine": asdict(self.machine),
             "versions": versions(),
             "recording": run.identity,
             "doubts": self.doubts,

@@ -1,0 +1,166 @@
+"""<a, ∇ℓ_i> from the factors of example gradients, site by site, in two ways that agree.
+
+ghost        Σ_position δᵀ A x, which never forms a gradient: best for few rows of a, or few positions
+materialise  Σ_position δ ⊗ x of every example, then one matrix product: best for many rows and many positions
+
+What is not taken apart (normalisations, bare parameters) is small and comes as it is.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from explaind.kernel.factored import FEW, Factored, Factors, Site
+from explaind.kernel.layout import Layout
+from explaind.kernel.machine import Machine
+
+Way = Literal["ghost", "materialise"]
+GATHERED = 8
+"""Up to this many rows of a, a row of a table is copied for every lookup; with more, lookups of the same row are multiplied at once."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one site takes for one example: operations, numbers read or written, numbers held; and calls per chunk of examples."""
+
+    flops: float
+    moved: float
+    held: int
+    calls: int = 4
+
+
+class Contraction:
+    """Products of the gradients of some examples with rows of a."""
+
+    def __init__(self, layout: Layout, factored: Factored, by_layer: bool) -> None:
+        """by_layer: tell layers apart; otherwise they are summed."""
+        self._layout, self.factored, self._by_layer = layout, factored, by_layer
+        self.sites = factored.sites
+        # [out, in] of a linear map or convolution, [row, width] of a table
+        self._shapes = [self._matrix(site) for site in self.sites]
+
+    def _matrix(self, site: Site) -> tuple[int, int]:
+        layer = self._layout.names.index(site.weight)
+        first = self._layout.shapes[layer][0]
+        return first, self._layout.sizes[layer] // first
+
+    def work(self, site: int, way: Way, rows: int) -> Work:
+        """For so many rows of a."""
+        (first, second), s = self._shapes[site], self.sites[site]
+        size, positions, table = first * second, s.positions, s.lookup
+        if way == "materialise":
+            formed = positions * second if table else (2 * positions - 1 if positions <= FEW else 1) * size
+            return Work(2 * size * (rows + (positions if positions > FEW and not table else 0)), formed + 2 * size, size)
+        held = positions * rows * (second if table else min(first, second))
+        if table and rows > GATHERED:
+            return Work(2 * held, 2 * positions * rows, 2 * positions * rows, 4 * first)
+        return Work(2 * held if table else 2 * positions * rows * size, (3 if table else 2) * held, held)
+
+    def seconds(self, machine: Machine, site: int, way: Way, rows: int, examples: int, itemsize: int) -> float:
+        """Estimated time of a site for so many examples."""
+        w = self.work(site, way, rows)
+        return machine.seconds(w.flops * examples, w.moved * examples * itemsize, w.calls)
+
+    def cheapest(self, machine: Machine, rows: int, examples: int, itemsize: int) -> tuple[Way, ...]:
+        """The way to take for every site."""
+        ways: list[Way] = []
+        for site in range(len(self.sites)):
+            ghost, formed = (self.seconds(machine, site, way, rows, examples, itemsize) for way in ("ghost", "materialise"))
+            ways.append("ghost" if ghost <= formed else "materialise")
+        return tuple(ways)
+
+    def held(self, ways: Sequence[Way], rows: int) -> int:
+        """Numbers held at once for one example."""
+        return self.factored.size + rows + max(self.work(site, way, rows).held for site, way in enumerate(ways))
+
+    def __call__(self, factors: Factors, a: Float[Tensor, "row param"], ways: Sequence[Way]) -> Float[Tensor, "fine row example"]:
+        """fine is the layers, or 1; factors of one output each."""
+        layers, examples = self._layout.names, len(factors.inputs[0])
+        into = a.new_zeros(len(layers) if self._by_layer else 1, len(a), examples)
+        columns = self._layout.split(a)
+
+        def of(name: str) -> Tensor:
+            return into[layers.index(name) if self._by_layer else 0]
+
+        for name, gradient in factors.rest.items():
+            of(name).addmm_(columns[name].reshape(len(a), -1), gradient.reshape(examples, -1).T)
+        for site, shape, way, delta, x in zip(self.sites, self._shapes, ways, factors.deltas, factors.inputs, strict=True):
+            matrix, d = columns[site.weight].view(len(a), *shape), delta[:, 0]
+            if site.lookup:
+                (_looked_up if way == "ghost" else _looked_up_formed)(of(site.weight), matrix, d, x)
+            else:
+                (_ghost if way == "ghost" else _formed)(of(site.weight), matrix, d, x)
+            if site.bias is not None:
+                of(site.bias).addmm_(columns[site.bias], d.sum(1).T)
+        return into
+
+
+def _ghost(
+    into: Float[Tensor, "row example"],
+    a: Float[Tensor, "row out in"],
+    delta: Float[Tensor, "example position out"],
+    x: Float[Tensor, "example position in"],
+) -> None:
+    # Through the wider side first: what is between the two products is then as narrow as can be.
+    if a.shape[1] >= a.shape[2]:
+        near, far, table = delta, x, a.movedim(1, 0).flatten(1)  # [out, row · in]
+    else:
+        near, far, table = x, delta, a.flatten(0, 1).T  # [in, row · out]
+    between = (near.flatten(0, 1) @ table).unflatten(1, (len(a), -1))  # [example · position, row, width]
+    if len(a) == 1:
+        found = (between[:, 0] * far.flatten(0, 1)).sum(-1, keepdim=True)
+    else:
+        found = torch.bmm(between, far.flatten(0, 1)[..., None])[..., 0]
+    into.add_(found.unflatten(0, delta.shape[:2]).sum(1).T)
+
+
+def _formed(
+    into: Float[Tensor, "row example"],
+    a: Float[Tensor, "row out in"],
+    delta: Float[Tensor, "example position out"],
+    x: Float[Tensor, "example position in"],
+) -> None:
+    if delta.shape[1] <= FEW:
+        gradient = delta[:, 0, :, None] * x[:, 0, None, :]
+        for k in range(1, delta.shape[1]):
+            gradient.addcmul_(delta[:, k, :, None], x[:, k, None, :])
+    else:
+        gradient = torch.bmm(delta.mT, x)
+    into.addmm_(a.flatten(1), gradient.flatten(1).T)
+
+
+def _looked_up(
+    into: Float[Tensor, "row example"],
+    a: Float[Tensor, "row entry width"],
+    delta: Float[Tensor, "example position width"],
+    x: Int[Tensor, "example position"],
+) -> None:
+    if len(a) <= GATHERED:
+        into.add_((a[:, x] * delta).sum((-1, -2)))
+        return
+    found = into.new_empty(len(a), x.numel())
+    for entry, places in _places(x.flatten()):
+        found[:, places] = a[:, entry] @ delta.flatten(0, 1)[places].T
+    into.add_(found.unflatten(1, x.shape).sum(2))
+
+
+def _looked_up_formed(
+    into: Float[Tensor, "row example"],
+    a: Float[Tensor, "row entry width"],
+    delta: Float[Tensor, "example position width"],
+    x: Int[Tensor, "example position"],
+) -> None:
+    gradient = delta.new_zeros(len(x), *a.shape[1:])
+    gradient.index_put_((torch.arange(len(x), device=x.device)[:, None], x), delta, accumulate=True)
+    into.addmm_(a.flatten(1), gradient.flatten(1).T)
+
+
+def _places(tokens: Int[Tensor, " place"]) -> Iterator[tuple[int, Tensor]]:
+    """(entry, where it is looked up) for every entry that is."""
+    order = tokens.argsort(stable=True)
+    entries, counts = torch.unique_consecutive(tokens[order], return_counts=True)
+    yield from zip(entries.tolist(), order.split(counts.tolist()), strict=True)
