@@ -32,21 +32,46 @@ def test_flipped_labels_stand_out(tmp_path):
     assert found["training_loss"] >= 0.9
 
 
-def test_first_steps_of_mod113(tmp_path):
-    study = loaded("mod113")
-    study.record(
-        tmp_path / "run",
-        2,
-        ["--task.p", "11", "--task.train_examples", "40", "--task.val_examples", "12", "--task.width", "16", "--task.mlp", "32"],
-    )
-    found = study.decompose(tmp_path / "run", "midpoint:20", 1e-3, "float64", "cpu")
-    assert found["recipes"] == ["midpoint:20", "midpoint:20"]
-    assert found["closure"] <= 1e-10
-    assert found["path_share"] <= 0.05
-    assert found["peak_mb"] > 0
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    """The benchmark on a small prime, without processes of its own."""
+    study = loaded("benchmark")
+    monkeypatch.setattr(study, "FIRST", 3)
+    monkeypatch.setattr(study.Bench, "worker", lambda self, name, *arguments: study.WORKERS[name](*json.loads(json.dumps(arguments))))
+    parser = study.options()
+    peer = "echo '" + json.dumps({"s_per_step": 8.0, "peak_mb": 1e6}) + "'"
+    return study.Bench(parser.parse_args(["--small", "--tries", "1", "--steps", "6", "--peer", peer, "--out", str(tmp_path)]))
 
 
-@pytest.mark.parametrize("name", ["digits", "mod113"])
+def test_the_benchmark_measures_time_memory_and_rest_rows(bench, capsys):
+    bench.peer()
+    bench.one()
+    bench.rates()
+    found = bench.found
+    assert [row["rule"] for row in found["peer"]["ours"]] == ["secant", "secant:4", "midpoint:100", "auto", "secant"]
+    for row in found["peer"]["ours"]:
+        assert row["peak_mb"] > 0
+        assert row["s_per_step"] > 0
+        assert row["closure"] <= (1e-10 if row["dtype"] == "float64" else 1e-4)
+        assert row["path_share"] <= (1e-10 if (row["rule"], row["dtype"]) == ("secant", "float64") else 0.01)
+    assert found["peer"]["theirs"] == {"s_per_step": 8.0, "peak_mb": 1e6}
+    assert found["one"]["recipes"] == ["secant:1"] * 3
+    assert all(row["share"] > 0 for row in found["rates"])
+    assert "times faster" in capsys.readouterr().out
+    assert json.loads(bench.write().read_text())["parts"]["one"]["steps"] == 3
+
+
+def test_the_benchmark_follows_a_whole_training_and_the_split_between_layers(bench):
+    bench.whole()
+    bench.layers()
+    assert bench.found["whole"]["training"]["train_s_per_step"] > 0
+    assert bench.found["whole"]["ours"][0]["path_share"] <= 1e-4
+    off = bench.found["layers"]["median"]
+    assert off["secant:1"] / off["secant:2"] >= 2
+    assert off["midpoint:100"] <= 1e-4
+
+
+@pytest.mark.parametrize("name", ["benchmark", "digits"])
 def test_every_study_is_a_command_with_a_readme(name):
     done = subprocess.run([sys.executable, FOLDER / name / "run.py", "--help"], capture_output=True, text=True, check=True)
     assert "usage" in done.stdout
@@ -54,5 +79,5 @@ def test_every_study_is_a_command_with_a_readme(name):
 
 
 def test_the_last_line_of_a_program_is_what_counts():
-    found = loaded("mod113").last_json([sys.executable, "-c", f"print('noise'); print('{json.dumps({'a': 1})}')"])
+    found = loaded("benchmark").last_json([sys.executable, "-c", f"print('noise'); print('{json.dumps({'a': 1})}')"])
     assert found == {"a": 1}

@@ -1,6 +1,6 @@
 """Functions of a batch taken row by row: whether that is the same function, and the gradient of every row."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,6 +54,17 @@ def separable(function: Function, parameters: Mapping[str, Tensor], batch: Any) 
     except (RuntimeError, NotImplementedError, IndexError, ValueError):  # an operation that vmap lacks, or another number of rows
         return False
     return alone.shape == whole.shape and alike(alone, whole)
+
+
+def gradient(function: Callable[[Mapping[str, Tensor]], Tensor], layout: Layout, theta: Tensor, into: Tensor, weight: float = 1.0) -> None:
+    """into[param] += weight · ∇ of a scalar function of the parameters, by torch's own reverse mode: no transform comes between."""
+    with torch.enable_grad():
+        leaves = {name: t.detach().requires_grad_() for name, t in layout.split(theta).items()}
+        value = function(leaves)
+        if not value.requires_grad:
+            return
+        found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+    layout.add(into, {name: g for name, g in zip(leaves, found, strict=True) if g is not None}, weight)
 
 
 def direct(into: Tensor, point: Point, outputs: int | None, layout: Layout, batch: Any) -> None:

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.func import grad, jacrev, jvp, vmap
+from torch.func import jacrev, jvp, vmap
 
 from explaind.errors import RequestError
-from explaind.kernel.gradients import CHUNK_BYTES, RowGradients, batch_axes, one, row, separable, take
+from explaind.kernel.gradients import CHUNK_BYTES, RowGradients, batch_axes, gradient, one, row, separable, take
 from explaind.kernel.layout import Layout
 from explaind.kernel.points import Function, Point
 from explaind.kernel.secant import Secant
@@ -116,13 +116,13 @@ class Measures:
 
     def _add_whole(self, into: Tensor, point: Point) -> None:
         """Of measures that depend on all queries."""
-        parameters, at = self.layout.split(point.theta), partial(_called, point.function, self._queries)
+        at = partial(_called, point.function, self._queries)
         if self.shape:
             rows = max(1, self._chunk // (self.layout.params * into.element_size()))
-            parts = jacrev(lambda p: at(p).reshape(-1), chunk_size=rows)(parameters)
+            parts = jacrev(lambda p: at(p).reshape(-1), chunk_size=rows)(self.layout.split(point.theta))
             self.layout.add(into, parts, point.weight)
         else:
-            self.layout.add(into[0], grad(at)(parameters), point.weight)
+            gradient(at, self.layout, point.theta, into[0], point.weight)
 
 
 def _called(function: Function, queries: Any, parameters: Mapping[str, Tensor]) -> Tensor:

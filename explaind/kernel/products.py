@@ -10,17 +10,18 @@ third where losses are coupled, or where gradients have no factors and few forwa
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.func import grad, jvp
+from torch.func import jvp
 
 from explaind.errors import RequestError
 from explaind.kernel.contracting import Contraction, Way
 from explaind.kernel.factored import Rearranged
-from explaind.kernel.gradients import CHUNK_BYTES, RowGradients, batch_axes, one, separable, take, taken_apart
+from explaind.kernel.gradients import CHUNK_BYTES, RowGradients, batch_axes, gradient, one, separable, take, taken_apart
 from explaind.kernel.layout import Layout
 from explaind.kernel.machine import ORDINARY, Machine
 from explaind.kernel.points import Function, Point
@@ -37,10 +38,13 @@ FEW = 4
 def batch_gradient(losses: Function, layout: Layout, theta: Float[Tensor, " param"], parts: tuple[Part, ...]) -> Float[Tensor, " param"]:
     """G = Σ_i w_i ∇ℓ_i(θ), one backward pass a micro-batch."""
     total = torch.zeros_like(theta)
-    parameters = layout.split(theta)
     for part in parts:
-        layout.add(total, grad(lambda p, part=part: losses(p, part.batch) @ part.weights)(parameters))
+        gradient(partial(_weighted, losses, part), layout, theta, total)
     return total
+
+
+def _weighted(losses: Function, part: Part, parameters: Mapping[str, Tensor]) -> Tensor:
+    return losses(parameters, part.batch) @ part.weights
 
 
 @dataclass

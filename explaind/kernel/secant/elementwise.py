@@ -8,7 +8,7 @@ from torch import Tensor
 
 from explaind.kernel.secant.pair import Pair
 from explaind.kernel.secant.rules import refuse, rule
-from explaind.kernel.secant.slopes import ramp, smooth
+from explaind.kernel.secant.slopes import ramp, share, smooth
 
 
 @rule("expm1 erf erfc tanh sigmoid gelu silu softplus mish sin cos atan sinh cosh asinh log_sigmoid")
@@ -92,13 +92,14 @@ def power(op: Any, x: Any, exponent: Any) -> Pair:
 
 @rule("relu")
 def relu(op: Any, x: Pair) -> Pair:
-    return x.elementwise(torch.relu, ramp(x.a, x.b))
+    a, b = x.a.relu(), x.b.relu()
+    return Pair(a, b, share(x.a, x.b, b - a) * x.d)
 
 
 @rule("leaky_relu")
 def leaky_relu(op: Any, x: Pair, negative_slope: float = 0.01) -> Pair:
-    share = ramp(x.a, x.b)
-    return x.elementwise(lambda t: op(t, negative_slope), share + negative_slope * (1.0 - share))
+    above = ramp(x.a, x.b)
+    return x.elementwise(lambda t: op(t, negative_slope), above + negative_slope * (1.0 - above))
 
 
 @rule("abs")

@@ -28,7 +28,7 @@ class Pair:
     @property
     def mid(self) -> Tensor:
         """(a + b) / 2."""
-        return (self.a + self.b) * 0.5
+        return torch.lerp(self.a, self.b, 0.5)
 
     def linear(self, f: Callable[[Tensor], Tensor]) -> "Pair":
         """f(x) for a linear f."""

@@ -48,8 +48,14 @@ def smooth(f: Elementwise, a: Tensor, b: Tensor, kinks: Sequence[float] = (), re
 
 def ramp(a: Tensor, b: Tensor, kink: float = 0.0) -> Tensor:
     """Slope of max(x − kink, 0): the share of the way from a to b that lies above the kink; at a = b = kink it is torch's, 0."""
-    a, b = a - kink, b - kink
-    return quotient(b.relu() - a.relu(), difference(a, b), (a > 0).to(a.dtype))
+    if kink:
+        a, b = a - kink, b - kink
+    return share(a, b, b.relu() - a.relu())
+
+
+def share(a: Tensor, b: Tensor, rise: Tensor) -> Tensor:
+    """Slope of max(x, 0), given how far it rises from a to b."""
+    return torch.where(a == b, (a > 0).to(a.dtype), rise / (b - a))
 
 
 def reciprocal(a: Tensor, b: Tensor) -> Tensor:
