@@ -37,7 +37,7 @@ from explaind.tasks.training import make_optimizer
 
 CONFIG = Path(__file__).parents[2] / "configs" / "mod113.toml"
 SMALL = ["--task.p", "11", "--task.train_examples", "40", "--task.val_examples", "12", "--task.width", "16", "--task.mlp", "32"]
-FIRST = 6
+FIRST = 8
 """Steps of the run that is compared with the published implementation."""
 EVERYTHING = ("query", "output", "example", "layer")
 Record = dict[str, Any]

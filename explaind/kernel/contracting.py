@@ -6,8 +6,9 @@ materialise  Σ_position δ ⊗ x of every example, then one matrix product: bes
 What is not taken apart (normalisations, bare parameters) is small and comes as it is.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
 
 import torch
@@ -42,11 +43,20 @@ class Contraction:
         self.sites = factored.sites
         # [out, in] of a linear map or convolution, [row, width] of a table
         self._shapes = [self._matrix(site) for site in self.sites]
+        self._space: Tensor | None = None
 
     def _matrix(self, site: Site) -> tuple[int, int]:
         layer = self._layout.names.index(site.weight)
         first = self._layout.shapes[layer][0]
         return first, self._layout.sizes[layer] // first
+
+    def _room(self, like: Tensor, *shape: int) -> Tensor:
+        """Memory that is used again and again: fresh pages for every site and chunk would cost as much as the sums."""
+        size = prod(shape)
+        if self._space is None or self._space.numel() < size or self._space.dtype != like.dtype:
+            self._space = None
+            self._space = like.new_empty(size)
+        return self._space[:size].view(shape)
 
     def work(self, site: int, way: Way, rows: int) -> Work:
         """For so many rows of a."""
@@ -93,7 +103,7 @@ class Contraction:
             if site.lookup:
                 (_looked_up if way == "ghost" else _looked_up_formed)(of(site.weight), matrix, d, x)
             else:
-                (_ghost if way == "ghost" else _formed)(of(site.weight), matrix, d, x)
+                (_ghost if way == "ghost" else _formed)(of(site.weight), matrix, d, x, self._room)
             if site.bias is not None:
                 of(site.bias).addmm_(columns[site.bias], d.sum(1).T)
         return into
@@ -104,13 +114,15 @@ def _ghost(
     a: Float[Tensor, "row out in"],
     delta: Float[Tensor, "example position out"],
     x: Float[Tensor, "example position in"],
+    room: Callable[..., Tensor],
 ) -> None:
     # Through the wider side first: what is between the two products is then as narrow as can be.
     if a.shape[1] >= a.shape[2]:
         near, far, table = delta, x, a.movedim(1, 0).flatten(1)  # [out, row · in]
     else:
         near, far, table = x, delta, a.flatten(0, 1).T  # [in, row · out]
-    between = (near.flatten(0, 1) @ table).unflatten(1, (len(a), -1))  # [example · position, row, width]
+    near = near.flatten(0, 1)
+    between = torch.mm(near, table, out=room(a, len(near), table.shape[1])).unflatten(1, (len(a), -1))  # [example · position, row, width]
     if len(a) == 1:
         found = (between[:, 0] * far.flatten(0, 1)).sum(-1, keepdim=True)
     else:
@@ -123,13 +135,15 @@ def _formed(
     a: Float[Tensor, "row out in"],
     delta: Float[Tensor, "example position out"],
     x: Float[Tensor, "example position in"],
+    room: Callable[..., Tensor],
 ) -> None:
+    gradient = room(a, len(x), *a.shape[1:])
     if delta.shape[1] <= FEW:
-        gradient = delta[:, 0, :, None] * x[:, 0, None, :]
+        torch.mul(delta[:, 0, :, None], x[:, 0, None, :], out=gradient)
         for k in range(1, delta.shape[1]):
             gradient.addcmul_(delta[:, k, :, None], x[:, k, None, :])
     else:
-        gradient = torch.bmm(delta.mT, x)
+        torch.bmm(delta.mT, x, out=gradient)
     into.addmm_(a.flatten(1), gradient.flatten(1).T)
 
 
