@@ -58,7 +58,8 @@ def decompose(path: str, asked: Record) -> Record:
         peak = torch.cuda.max_memory_allocated() / 2**20
     found: Record = {**asked, "steps": run.steps, "s_per_step": seconds / run.steps, "peak_mb": peak, **ledger.verify().maxima}
     # A step after the first ones, which trace the model and take it apart
-    found["s_per_later_step"] = (marks[-1] - marks[0]) / (len(marks) - 1) if len(marks) > 1 else None
+    blocks = len(marks) / run.steps  # of queries; every block ticks at every step
+    found["s_per_later_step"] = (marks[-1] - marks[0]) / (len(marks) - 1) * blocks if len(marks) > 1 else None
     return {**found, "recipes": ledger.checks.recipes[:, 0].tolist(), "threads": torch.get_num_threads()}
 
 

@@ -66,9 +66,9 @@ def versions() -> str:
 def difference(mine: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
     """The first name by which two keys differ; None where they are of one decomposition."""
     for name in dict.fromkeys((*mine, *other)):
-        if name == "machine":  # whoever begins says how fast it is, and the others follow
-            continue
-        if name not in mine or name not in other or not _alike(mine[name], other[name]):
+        if name not in mine or name not in other:
+            return name
+        if name != "machine" and not _alike(mine[name], other[name]):  # whoever begins says how fast it is, and the others follow
             return name
     return None
 
