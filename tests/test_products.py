@@ -7,6 +7,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from explaind.kernel import contracting, products
 from explaind.kernel import machine as machines
 from explaind.kernel.contracting import GATHERED, Contraction
 from explaind.kernel.factored import patches
@@ -115,6 +116,14 @@ def test_every_route_gives_the_dot_products_of_plain_autograd(name, rows):
     for route in ("ghost", "materialise", "jvp", "auto"):
         algebra(asked.products("layer", route, a), want, scale=1.0)
         algebra(asked.products("none", route, a, chunk=1), want.sum(0, keepdim=True), scale=1.0)
+
+
+@pytest.mark.parametrize("name", ["embedding", "tied"])
+def test_lookups_of_many_rows_may_be_copied_some_at_a_time(name, monkeypatch):
+    monkeypatch.setattr(products, "GATHERED", GATHERED + 1)  # as on a GPU
+    monkeypatch.setattr(contracting, "GATHERED_NUMBERS", 500)
+    asked, a = Asked(name), normal(GATHERED + 1, Asked(name).layout.params, seed=4)
+    algebra(asked.products("layer", "ghost", a), asked.slow(a), scale=1.0)
 
 
 def test_what_is_taken_apart():

@@ -8,6 +8,7 @@ What is not taken apart (normalisations, bare parameters) is small and comes as 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Literal
 
@@ -21,7 +22,10 @@ from explaind.kernel.machine import Machine
 
 Way = Literal["ghost", "materialise"]
 GATHERED = 8
-"""Up to this many rows of a, a row of a table is copied for every lookup; with more, lookups of the same row are multiplied at once."""
+"""Up to this many rows of a, a row of a table is copied for every lookup; with more, lookups of the same row are multiplied at once.
+On a GPU rows are always copied, since it would have to tell the host what is looked up."""
+GATHERED_NUMBERS = 1 << 24
+"""How many of them at once."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +41,9 @@ class Work:
 class Contraction:
     """Products of the gradients of some examples with rows of a."""
 
-    def __init__(self, layout: Layout, factored: Factored, by_layer: bool) -> None:
-        """by_layer: tell layers apart; otherwise they are summed."""
-        self._layout, self.factored, self._by_layer = layout, factored, by_layer
+    def __init__(self, layout: Layout, factored: Factored, by_layer: bool, gathered: int = GATHERED) -> None:
+        """by_layer: tell layers apart; otherwise they are summed. gathered: rows of a up to which lookups copy rows of a table."""
+        self._layout, self.factored, self._by_layer, self._gathered = layout, factored, by_layer, gathered
         self.sites = factored.sites
         # [out, in] of a linear map or convolution, [row, width] of a table
         self._shapes = [self._matrix(site) for site in self.sites]
@@ -66,7 +70,7 @@ class Contraction:
             formed = positions * second if table else (2 * positions - 1 if positions <= FEW else 1) * size
             return Work(2 * size * (rows + (positions if positions > FEW and not table else 0)), formed + 2 * size, size)
         held = positions * rows * (second if table else min(first, second))
-        if table and rows > GATHERED:
+        if table and rows > self._gathered:
             return Work(2 * held, 2 * positions * rows, 2 * positions * rows, 4 * first)
         return Work(2 * held if table else 2 * positions * rows * size, (3 if table else 2) * held, held)
 
@@ -101,7 +105,9 @@ class Contraction:
         for site, shape, way, delta, x in zip(self.sites, self._shapes, ways, factors.deltas, factors.inputs, strict=True):
             matrix, d = columns[site.weight].view(len(a), *shape), delta[:, 0]
             if site.lookup:
-                (_looked_up if way == "ghost" else _looked_up_formed)(of(site.weight), matrix, d, x)
+                at_once = max(1, GATHERED_NUMBERS // d.numel())
+                looked_up = partial(_gathered, at_once=at_once) if len(a) <= self._gathered else _looked_up
+                (looked_up if way == "ghost" else _looked_up_formed)(of(site.weight), matrix, d, x)
             else:
                 (_ghost if way == "ghost" else _formed)(of(site.weight), matrix, d, x, self._room)
             if site.bias is not None:
@@ -147,15 +153,23 @@ def _formed(
     into.addmm_(a.flatten(1), gradient.flatten(1).T)
 
 
+def _gathered(
+    into: Float[Tensor, "row example"],
+    a: Float[Tensor, "row entry width"],
+    delta: Float[Tensor, "example position width"],
+    x: Int[Tensor, "example position"],
+    at_once: int,
+) -> None:
+    for some, rows in zip(into.split(at_once), a.split(at_once), strict=True):
+        some.add_((rows[:, x] * delta).sum((-1, -2)))
+
+
 def _looked_up(
     into: Float[Tensor, "row example"],
     a: Float[Tensor, "row entry width"],
     delta: Float[Tensor, "example position width"],
     x: Int[Tensor, "example position"],
 ) -> None:
-    if len(a) <= GATHERED:
-        into.add_((a[:, x] * delta).sum((-1, -2)))
-        return
     found = into.new_empty(len(a), x.numel())
     for entry, places in _places(x.flatten()):
         found[:, places] = a[:, entry] @ delta.flatten(0, 1)[places].T

@@ -189,4 +189,4 @@ def average(
 def discrete_gradient(mean: Float[Tensor, "measure param"], path: Float[Tensor, " measure"], delta: Float[Tensor, " param"]) -> Tensor:
     """ḡ + path · Δ / ‖Δ‖², whose product with Δ is δ exactly (Gonzalez 1996)."""
     square = delta @ delta
-    return mean if square == 0 else mean + torch.outer(path / square, delta)
+    return mean + torch.outer(torch.where(square > 0, path / square, 0.0), delta)

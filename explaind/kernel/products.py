@@ -8,6 +8,7 @@ Left to itself, the cheaper of the first two is taken for every layer, by an est
 third where losses are coupled, or where gradients have no factors and few forward derivatives do.
 """
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.func import jvp
 
 from explaind.errors import RequestError
-from explaind.kernel.contracting import Contraction, Way
+from explaind.kernel.contracting import GATHERED, Contraction, Way
 from explaind.kernel.factored import Rearranged
 from explaind.kernel.gradients import CHUNK_BYTES, RowGradients, batch_axes, gradient, one, separable, take, taken_apart
 from explaind.kernel.layout import Layout
@@ -84,7 +85,8 @@ class Products:
         self._gradients = RowGradients(Point(self._one, theta), None, self.layout, part.batch, self.chunk)
         if self.finest != "param":
             factored = taken_apart(Point(self._one, theta), None, self.layout, part.batch)
-            self._apart = None if factored is None else Contraction(self.layout, factored, self.finest == "layer")
+            gathered = sys.maxsize if theta.is_cuda else GATHERED
+            self._apart = None if factored is None else Contraction(self.layout, factored, self.finest == "layer", gathered)
 
     def _chosen(self, part: Part, a: Tensor) -> Route:
         if self.route in ("materialise", "ghost") and not self._separable:

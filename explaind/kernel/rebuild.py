@@ -42,16 +42,13 @@ class Rebuilt:
         other; the first reading alone would take that for a fault.
         """
         f = self.step.filter
-        reach = torch.as_tensor(f.C * f.N + f.E, dtype=self.error.dtype, device=self.error.device).abs()
-        needed = torch.where(self.error == 0, 0.0, self.error / reach)  # infinite where no gradient could
+        needed = torch.where(self.error == 0, 0.0, self.error / (f.C * f.N + f.E))  # infinite where no gradient could
         whole = f.consumed(self.gradient, self.step.theta).norm().double()
-        rows = []
-        for cut in layout.slices:
-            size, error, gradient = (v[cut].norm().double() for v in (self.step.delta, self.error, needed))
-            rows.append(
-                torch.minimum(error / size if size > 0 else error, gradient / whole if whole > 0 else torch.full_like(error, torch.inf))
-            )
-        return torch.stack(rows)
+        sizes, errors, gradients = (
+            torch.stack([v[cut].norm() for cut in layout.slices]).double() for v in (self.step.delta, self.error, needed)
+        )
+        of_update = torch.where(sizes > 0, errors / sizes, errors)
+        return torch.minimum(of_update, torch.where(whole > 0, gradients / whole, torch.inf))
 
 
 def rebuild(stretch: Segment, layout: Layout, losses: Losses) -> tuple[list[Rebuilt], Tensor | None]:
@@ -71,8 +68,8 @@ def rebuild(stretch: Segment, layout: Layout, losses: Losses) -> tuple[list[Rebu
 def replay_errors(steps: Steps, layout: Layout, losses: Losses, progress: Callable[[], None] = lambda: None) -> Tensor:
     """Relative error of every rebuilt update: float64 [step, layer]."""
     rows = []
-    for start in steps.starts:
-        for item in rebuild(steps.segment(start), layout, losses)[0]:
+    for stretch in steps.segments(steps.starts):
+        for item in rebuild(stretch, layout, losses)[0]:
             rows.append(item.relative_error(layout))
             progress()
     return torch.stack(rows)

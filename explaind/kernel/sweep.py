@@ -60,8 +60,9 @@ class Snapshot:
     rule: list[int]
 
 
-def _as(coefficient: Coefficient, like: Tensor) -> Tensor:
-    return torch.as_tensor(coefficient, dtype=like.dtype, device=like.device)
+def _add(into: Tensor, coefficient: Coefficient, rows: Tensor) -> Tensor:
+    """into += coefficient · rows, without a number on its way to the device."""
+    return into.addcmul_(coefficient, rows) if isinstance(coefficient, Tensor) else into.add_(rows, alpha=coefficient)
 
 
 class Sweep:
@@ -93,18 +94,13 @@ class Sweep:
 
     def _values(self) -> Tensor:
         """h_q before every step and at the end: [state, measure]."""
-        rows = []
-        bounds = [*self.steps.starts, self.steps.steps]
-        for i in range(len(bounds) - 1):
-            last = i == len(bounds) - 2
-            rows += [self.measures.values(theta) for theta in self.steps.states(bounds[i], bounds[i + 1] + last)]
-        return torch.stack(rows)
+        return torch.stack([self.measures.values(theta) for some in self.steps.states() for theta in some])
 
     def run(self, progress: Callable[[], None] = lambda: None, between: Callable[[], None] = lambda: None) -> Accounts:
         """Sweep all segments, last first; `progress` is called after every step, `between` after every segment but the last."""
         following = self._anchor(self._done)
-        for start in reversed([start for start in self.steps.starts if start < self._done]):
-            stretch = self.steps.segment(start)
+        starts = [start for start in reversed(self.steps.starts) if start < self._done]
+        for start, stretch in zip(starts, self.steps.segments(starts), strict=True):
             rebuilt, momentum = rebuild(stretch, self.layout, self.losses)
             if following is not None and momentum is not None:
                 self._book_jump(following - momentum, start + len(stretch.steps) - 1)
@@ -151,15 +147,13 @@ class Sweep:
         self.accounts.arithmetic[entry] += self._fine(mean, item.error)
         self.accounts.decay[entry] -= self._fine(mean, f.R * step.theta)
         source = self._source(entry)
-        source.mu.addcmul_(_as(f.C, mean), mean)
+        _add(source.mu, f.C, mean)
         source.memory = 1.0
         self._book_sources(item, source, mean)
-        memory = float(torch.as_tensor(f.M).abs().max())
         for costate in self.costates:
             costate.mu *= f.M
-            costate.memory *= memory
         if self.resolution.view == "applied":
-            self.costates = [c for c in self.costates if c.memory > FADED or c is source]
+            self._let_go(f, source)
 
     def _source(self, entry: int) -> Costate:
         """The costate that the step's ḡ feeds."""
@@ -168,14 +162,20 @@ class Sweep:
             self.costates.append(Costate(torch.zeros_like(self._mean), own))
         return self.costates[-1]
 
+    def _let_go(self, f: Filter, source: Costate) -> None:
+        """Costates of windows whose momentum has faded."""
+        memory = abs(f.M) if isinstance(f.M, float) else float(f.M.abs().max())
+        for costate in self.costates:
+            costate.memory *= memory
+        self.costates = [c for c in self.costates if c.memory > FADED or c is source]
+
     def _pulls(self, f: Filter, source: Costate, mean: Tensor) -> tuple[Tensor, float]:
         """a of all living costates, one below the other, and a factor on them: where a is a multiple of μ nothing is copied."""
         if self.costates == [source]:
             if isinstance(f.N, float) and isinstance(f.E, float) and f.E == 0.0:
                 return source.mu, f.N
-            torch.mul(source.mu, _as(f.N, mean), out=self._pull)
-            return self._pull.addcmul_(_as(f.E, mean), mean), 1.0
-        pulls = [torch.addcmul(f.N * c.mu, _as(f.E, mean), mean) if c is source else f.N * c.mu for c in self.costates]
+            return _add(torch.mul(source.mu, f.N, out=self._pull), f.E, mean), 1.0
+        pulls = [_add(f.N * c.mu, f.E, mean) if c is source else f.N * c.mu for c in self.costates]
         return torch.cat(pulls), 1.0
 
     def _book_sources(self, item: Rebuilt, source: Costate, mean: Tensor) -> None:
@@ -194,7 +194,7 @@ class Sweep:
         self.losses.set_mode(step.mode)
         signed = a if isinstance(f.sign, float) and f.sign == 1.0 else f.sign * a
         for part in step.parts:
-            index = torch.from_numpy(np.searchsorted(self.examples, part.ids)).to(a.device)
+            index = torch.from_numpy(np.searchsorted(self.examples, part.ids)).to(a.device, non_blocking=True)
             for span, dots in self.products(step.theta, part, signed):
                 credit = dots * (-factor * part.weights[span])
                 for row, entry in enumerate(entries):

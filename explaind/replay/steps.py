@@ -1,5 +1,6 @@
 """Steps of a training as plain values: what the kernel works on, wherever they come from."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -47,10 +48,14 @@ class Steps(Protocol):
     starts: tuple[int, ...]
     """First step of every segment, ascending, beginning with 0."""
 
-    def states(self, start: int, stop: int) -> Tensor:
-        """theta before steps start … stop − 1: [state, param]; state `steps` is the end of the training."""
+    def states(self) -> Iterator[Tensor]:
+        """theta before every step and after the last one, some at a time: [state, param]."""
         ...
 
     def segment(self, start: int) -> Segment:
         """The segment that begins at step `start`, one of ``starts``."""
+        ...
+
+    def segments(self, starts: Sequence[int]) -> Iterator[Segment]:
+        """The segments that begin at these steps, in this order."""
         ...

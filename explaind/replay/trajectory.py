@@ -1,16 +1,17 @@
 """The run as the kernel wants it: steps with tensors on the device, filters and batches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from explaind.replay.ahead import ahead
 from explaind.replay.steps import Part, Segment, Step
 from explaind.rules import rule_named
 from explaind.rules.rule import IDLE, Filter, joined
-from explaind.store.reader import Run
+from explaind.store.reader import Block, Run
 from explaind.store.writer import StepRow
 
 
@@ -27,15 +28,25 @@ class Trajectory:
         """Recorded numbers on the kernel's device, in its dtype."""
         return torch.from_numpy(np.ascontiguousarray(values)).to(self._device, self._dtype)
 
-    def states(self, start: int, stop: int) -> Tensor:
-        """theta before steps start … stop − 1: [state, param]."""
-        return self.tensor(self.run.states(start, stop))
+    def states(self) -> Iterator[Tensor]:
+        """theta before every step and after the last one, some at a time: [state, param]."""
+        bounds = [*self.starts[1:], self.steps + 1]
+        return map(self.tensor, ahead(lambda span: self.run.states(*span), list(zip(self.starts, bounds, strict=True))))
 
     def segment(self, start: int) -> Segment:
         """The segment that begins at step `start`, one of ``starts``."""
-        block = self.run.block(start, min(start + self.run.manifest.block, self.steps))
+        return next(self.segments([start]))
+
+    def segments(self, starts: Sequence[int]) -> Iterator[Segment]:
+        """The segments that begin at these steps, in this order; only bytes are read ahead, the user's data never in a thread."""
+        return map(self._segment, ahead(self._block, starts))
+
+    def _block(self, start: int) -> Block:
+        return self.run.block(start, min(start + self.run.manifest.block, self.steps))
+
+    def _segment(self, block: Block) -> Segment:
         theta = self.tensor(block.theta)
-        steps = tuple(self._step(start + i, row, theta[i], theta[i + 1]) for i, row in enumerate(block.rows))
+        steps = tuple(self._step(block.start + i, row, theta[i], theta[i + 1]) for i, row in enumerate(block.rows))
         anchor = block.rows[0].anchor
         return Segment(steps, None if anchor is None else self.tensor(anchor))
 
