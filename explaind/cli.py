@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import explaind
 from explaind.config import Config, Decompose, Report, checked, read
 from explaind.errors import ExplaindError, StoreError
-from explaind.ledger.by_name import check_asked, config_of, decompose_by_name, ledger_name, task_of
+from explaind.ledger.by_name import check_asked, config_of, decompose_by_name, ledger_name, task_of, words_of_groups
 from explaind.ledger.ledger import Ledger
 from explaind.ledger.parts import is_begun, shards_left
 from explaind.ledger.plan import shard_named
@@ -85,6 +85,7 @@ def decompose(
     queries: str | None = None,
     measure: str | None = None,
     keep: str | None = None,
+    groups: str | None = None,
     rule: str | None = None,
     tol: float | None = None,
     dtype: str | None = None,
@@ -110,6 +111,9 @@ def decompose(
         One of the task's measures, such as target_log_probability, logits or margin.
     keep
         Axes of the result, separated by commas, out of query, output, example, layer or param, step.
+    groups
+        Of kept axes, such as example=target,layer=module: examples and queries by their class, layers by their module. Groups of your
+        own stand in the configuration, name by name.
     rule
         auto, secant:PARTS (closes exactly), adaptive, gauss:NODES or midpoint:NODES.
     tol
@@ -140,6 +144,7 @@ def decompose(
         "queries": queries,
         "measure": measure,
         "keep": keep,
+        "groups": None if groups is None else words_of_groups(groups),
         "rule": rule,
         "tol": tol,
         "dtype": dtype,

@@ -109,6 +109,28 @@ def test_decompose_takes_its_options_and_refuses_to_overwrite(copied, capsys):
     assert (copied / "report" / "mine" / "ledger.json").exists()
 
 
+def test_groups_by_class_and_module(copied, capsys):
+    keep = "query,example,layer,step"
+    options = ["--keep", keep, "--groups", "query=target, example=target,layer=module", "--name", "classes"]
+    assert asked(capsys, "decompose", copied, *options)[0] == 0
+    assert asked(capsys, "decompose", copied, "--keep", keep, "--name", "whole")[0] == 0
+    ledger, whole = (explaind.open_ledger(copied / "ledgers" / name) for name in ("classes", "whole"))
+    task = task_of(explaind.open(copied))
+    classes = {split: [str(int(task.target(task.data(split)[i]))) for i in range(len(task.data(split)))] for split in ("train", "val")}
+    assert ledger.coords["query"].tolist() == sorted(set(classes["val"]), key=int)
+    assert ledger.coords["example"].tolist() == sorted(set(classes["train"]), key=int)
+    assert {"embedding", "mix", "linear1", "decoder"} <= set(ledger.coords["layer"].tolist())
+    for place, name in enumerate(ledger.coords["query"]):
+        mine = [i for i, c in enumerate(classes["val"]) if c == name]
+        for other, group in enumerate(ledger.coords["example"]):
+            theirs = [i for i, c in enumerate(classes["train"]) if c == group]
+            want = whole["data"][mine][:, theirs].sum()
+            np.testing.assert_allclose(ledger["data"][place, other].sum(), want, rtol=0, atol=1e-9)
+    assert asked(capsys, "report", copied)[0] == 0
+    summary = json.loads((copied / "report" / "classes" / "ledger.json").read_text())
+    assert summary["predictions"][0]["strongest"][0]["label"] in classes["train"]
+
+
 def test_record_alone(tmp_path, capsys):
     status, text = asked(capsys, "record", SMALL, "--out", tmp_path / "r", "--train.steps", "2", "--json")
     assert (status, json.loads(text)["steps"]) == (0, 2)
@@ -132,6 +154,8 @@ def test_record_alone(tmp_path, capsys):
         (["run", SMALL, "--decompose.measure", "logit"], ["expected logits"]),
         (["run", SMALL, "--decompose.rule", "simpson:3"], ["unknown path rule"]),
         (["run", SMALL, "--decompose.keep", "query,stepp"], ["unknown axis"]),
+        (["run", SMALL, "--decompose.groups", '{ layer = "modules" }'], ["unknown groups", "'module'"]),
+        (["run", SMALL, "--decompose.groups", "{ step = { all = [0] } }"], ["cannot be grouped", "windows"]),
         (["run", SMALL, "--decompose.device", "moon"], ["the device cannot be used"]),
         (["run", "nowhere.toml"], ["No such file"]),
         (["info", "nowhere"], ["no run or ledger here"]),
@@ -164,6 +188,10 @@ def test_bad_input_is_one_line_and_exit_2(arguments, words, capsys, tmp_path, mo
         (["--budget", "1e-9"], ["larger than the budget", "sum over"]),
         (["--device", "moon"], ["the device cannot be used"]),
         (["--nodes", "3"], ["--nodes"]),
+        (["--groups", "layer"], ["groups cannot be read", "AXIS=WORD"]),
+        (["--groups", "layer=target"], ["unknown groups", "'module'"]),
+        (["--groups", "step=target"], ["unknown groups", "a table of names and members"]),
+        (["--groups", "layer=module", "--keep", "query"], ["not kept", "add 'layer' to keep"]),
     ],
 )
 def test_a_decomposition_that_cannot_be_is_refused_in_one_line(finished, options, words, capsys):

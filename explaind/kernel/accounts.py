@@ -11,7 +11,7 @@ from explaind.kernel.resolution import Resolution
 
 @dataclass
 class Accounts:
-    """Rows indexed [entry, fine, measure(, example)]: entry on the step axis; fine is 1, layer or param.
+    """Rows indexed [entry, fine, measure(, example)]: entry on the step axis; fine is 1, layer (or group of layers) or param.
 
     Small rows and all checks are kept in float64, so that summing many steps adds no error of its own.
     """
@@ -34,7 +34,7 @@ class Accounts:
 
 def empty(resolution: Resolution, layout: Layout, measures: int, examples: int, like: Tensor) -> Accounts:
     """Accounts full of zeros. `examples` is 1 where that axis is summed."""
-    fine = {"none": 1, "layer": len(layout.names), "param": layout.params}[resolution.finest]
+    fine = {"none": 1, "layer": len(layout.groups), "param": layout.params}[resolution.finest]
     entries = resolution.step_entries
 
     def zeros(*shape: int) -> Tensor:

@@ -42,7 +42,10 @@ class Contraction:
     """Products of the gradients of some examples with rows of a."""
 
     def __init__(self, layout: Layout, factored: Factored, by_layer: bool, gathered: int = GATHERED) -> None:
-        """by_layer: tell layers apart; otherwise they are summed. gathered: rows of a up to which lookups copy rows of a table."""
+        """
+        by_layer  tell groups of layers apart; otherwise they are summed
+        gathered  rows of a up to which lookups copy rows of a table
+        """
         self._layout, self.factored, self._by_layer, self._gathered = layout, factored, by_layer, gathered
         self.sites = factored.sites
         # [out, in] of a linear map or convolution, [row, width] of a table
@@ -87,18 +90,23 @@ class Contraction:
             ways.append("ghost" if ghost <= formed else "materialise")
         return tuple(ways)
 
+    def least(self, machine: Machine, rows: int, examples: int, itemsize: int) -> float:
+        """Estimated time of all sites, each in its cheapest way."""
+        ways = self.cheapest(machine, rows, examples, itemsize)
+        return sum(self.seconds(machine, site, way, rows, examples, itemsize) for site, way in enumerate(ways))
+
     def held(self, ways: Sequence[Way], rows: int) -> int:
         """Numbers held at once for one example."""
         return self.factored.size + rows + max(self.work(site, way, rows).held for site, way in enumerate(ways))
 
     def __call__(self, factors: Factors, a: Float[Tensor, "row param"], ways: Sequence[Way]) -> Float[Tensor, "fine row example"]:
-        """fine is the layers, or 1; factors of one output each."""
-        layers, examples = self._layout.names, len(factors.inputs[0])
-        into = a.new_zeros(len(layers) if self._by_layer else 1, len(a), examples)
+        """fine is the groups of layers, or 1; factors of one output each."""
+        examples, group = len(factors.inputs[0]), dict(zip(self._layout.names, self._layout.group, strict=True))
+        into = a.new_zeros(len(self._layout.groups) if self._by_layer else 1, len(a), examples)
         columns = self._layout.split(a)
 
         def of(name: str) -> Tensor:
-            return into[layers.index(name) if self._by_layer else 0]
+            return into[group[name] if self._by_layer else 0]
 
         for name, gradient in factors.rest.items():
             of(name).addmm_(columns[name].reshape(len(a), -1), gradient.reshape(examples, -1).T)

@@ -16,8 +16,8 @@ CHUNK_BYTES = 256 << 20
 """Size of the gradients that one call of vmap may build, unless told otherwise."""
 
 
-def take(batch: Any, rows: slice) -> Any:
-    """Some rows of a batch."""
+def take(batch: Any, rows: slice | Tensor) -> Any:
+    """Some rows of a batch, as a slice or as their places."""
     return tree_map(lambda leaf: leaf[rows] if isinstance(leaf, Tensor) and leaf.ndim else leaf, batch)
 
 

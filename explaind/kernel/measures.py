@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.func import jacrev, jvp, vmap
 
 from explaind.errors import RequestError
 from explaind.kernel.gradients import CHUNK_BYTES, RowGradients, batch_axes, gradient, one, row, separable, take
+from explaind.kernel.groups import Grouping
 from explaind.kernel.layout import Layout
 from explaind.kernel.points import Function, Point
 from explaind.kernel.secant import Secant
@@ -23,9 +25,19 @@ class Measures:
     """
 
     def __init__(
-        self, function: Function, queries: Any, layout: Layout, keep: frozenset[str], theta: Tensor, chunk: int = CHUNK_BYTES
+        self,
+        function: Function,
+        queries: Any,
+        layout: Layout,
+        keep: frozenset[str],
+        theta: Tensor,
+        chunk: int = CHUNK_BYTES,
+        groups: Mapping[str, Grouping] = MappingProxyType({}),
     ) -> None:
-        """chunk: bytes of gradients that may be built at once, beside the result."""
+        """
+        chunk   bytes of gradients that may be built at once, beside the result
+        groups  of queries and of outputs; by default every one is one of its own
+        """
         self.layout, self._function, self._queries, self._chunk, self._start = layout, function, queries, chunk, theta
         probe = function(layout.split(theta), queries)
         if probe.ndim not in (1, 2) or not probe.is_floating_point():
@@ -45,19 +57,27 @@ class Measures:
         if not torch.isfinite(probe).all():
             raise RequestError("the measure is not finite", where="at the start of the run", do="choose another measure or other queries")
         self._sum = tuple(d for d, axis in enumerate(("query", "output")[: probe.ndim]) if axis not in keep)
-        self.shape = tuple(n for d, n in enumerate(probe.shape) if d not in self._sum)
+        self._into = tuple(groups[axis].sums(probe) if axis in groups else None for axis in ("query", "output")[: probe.ndim])
+        lengths = [n if into is None else into.shape[1] for n, into in zip(probe.shape, self._into, strict=True)]
+        self.shape = tuple(n for d, n in enumerate(lengths) if d not in self._sum)
         self.count = max(1, int(torch.tensor(self.shape).prod())) if self.shape else 1
-        self.by_query = "query" in keep and separable(function, layout.split(theta), queries)
+        self.by_query = "query" in keep and "query" not in groups and separable(function, layout.split(theta), queries)
         self._outputs = self.shape[1] if len(self.shape) == 2 else None
         self._rows: dict[bool, RowGradients] = {}
 
     def _reduced(self, parameters: Mapping[str, Tensor], queries: Any) -> Tensor:
         values = self._function(parameters, queries)
+        for d, into in enumerate(self._into):
+            if into is not None:  # as a product, which the secant has a rule for
+                values = (values.movedim(d, -1) @ into).movedim(-1, d)
         return values.sum(self._sum) if self._sum else values
 
     def _one(self, parameters: Mapping[str, Tensor], query: Any) -> Tensor:
         """The measures of one query: Tensor[output], or a scalar where outputs are summed."""
         values = one(self._function)(parameters, query)
+        into = self._into[-1]
+        if len(self._into) == 2 and into is not None:
+            values = values @ into
         return values.sum() if len(self.shape) == 1 else values
 
     @cached_property

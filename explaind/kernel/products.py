@@ -10,10 +10,11 @@ third where losses are coupled, or where gradients have no factors and few forwa
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -32,6 +33,8 @@ Finest = Literal["none", "layer", "param"]
 Route = Literal["jvp"] | tuple[Way, ...]
 """The forward derivative, or the way of every site; of none, where gradients are not taken apart."""
 ROUTES = ("auto", "materialise", "ghost", "jvp")
+CALLS = 40
+"""Operations of a backward pass for every tensor of parameters, roughly."""
 FEW = 4
 """Up to this many forward passes a batch are cheaper than gradients per example that are not taken apart."""
 
@@ -75,6 +78,53 @@ class Products:
             return self._jvp(theta, part, a)
         return self._contracted(theta, part, a, route) if route else self._materialise(theta, part, a)
 
+    def credits(self, theta: Tensor, part: Part, a: Float[Tensor, "row param"], entries: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields (entries [entry] of the example axis, weighted products [fine, row, entry]); an entry may come more than once.
+
+        entries [example]: where each example of the part is booked. Where many share one, their gradients are summed first.
+        """
+        self.prepare(theta, part)
+        groups = np.unique(entries)
+        if self.route == "auto" and self._sums_first(part, a, len(groups)):
+            yield from self._of_groups(theta, part, a, entries, groups)
+            return
+        places = torch.from_numpy(entries).to(a.device, non_blocking=True)
+        for span, dots in self(theta, part, a):
+            yield places[span], dots * part.weights[span]
+
+    def _sums_first(self, part: Part, a: Tensor, groups: int) -> bool:
+        """Whether a gradient for every group of examples is less work than products of every example."""
+        examples, rows, params = len(part.ids), len(a), self.layout.params
+        if 2 * groups > examples:
+            return False
+        if not self._separable:  # passes through the whole batch, backwards for each group or forwards for each row and layer
+            return self.finest == "param" or groups <= rows * (len(self.layout.groups) if self.finest == "layer" else 1)
+        if self._apart is None:
+            alone = self.machine.seconds(2 * rows * examples * params, 2 * examples * params * a.element_size())
+        else:
+            alone = self._apart.least(self.machine, rows, examples, a.element_size())
+        calls = groups * CALLS * len(self.layout.names)
+        return self.machine.seconds(2 * rows * groups * params, 3 * groups * params * a.element_size(), calls) < alone
+
+    def _of_groups(
+        self, theta: Tensor, part: Part, a: Tensor, entries: np.ndarray, groups: np.ndarray
+    ) -> Iterator[tuple[Tensor, Float[Tensor, "fine row group"]]]:
+        width = self.layout.params * a.element_size() * (len(a) if self.finest == "param" else 1)
+        at_once = max(1, self.chunk // width)
+        for start in range(0, len(groups), at_once):
+            some = groups[start : start + at_once]
+            gradients = a.new_zeros(len(some), self.layout.params)
+            for into, group in zip(gradients, some, strict=True):
+                of_group = self._group(part, torch.from_numpy(np.flatnonzero(entries == group)).to(a.device, non_blocking=True))
+                gradient(partial(_weighted, self.losses, of_group), self.layout, theta, into)
+            yield torch.from_numpy(some).to(a.device, non_blocking=True), self._contract(gradients, a)
+
+    def _group(self, part: Part, places: Tensor) -> Part:
+        """Some examples of a part; where examples depend on each other, all of them with no weight on the others."""
+        if self._separable:
+            return Part(take(part.batch, places), part.ids, part.weights[places])
+        return replace(part, weights=torch.zeros_like(part.weights).index_copy_(0, places, part.weights[places]))
+
     def prepare(self, theta: Tensor, part: Part) -> None:
         """Find out, once, what kind of function the losses are."""
         if self._separable is not None:
@@ -105,7 +155,7 @@ class Products:
         if self.route == "jvp" or not self._separable:
             return "jvp"
         if self._apart is None:
-            passes = len(a) * (len(self.layout.names) if self.finest == "layer" else 1)
+            passes = len(a) * (len(self.layout.groups) if self.finest == "layer" else 1)
             return "jvp" if self.route == "auto" and self.finest != "param" and passes <= FEW else ()
         if self.route != "auto":
             return cast(tuple[Way, ...], (self.route,) * len(self._apart.sites))
@@ -144,7 +194,10 @@ class Products:
         if self.finest == "param":
             return torch.einsum("rp,ep->pre", a, gradients)
         if self.finest == "layer":
-            return torch.stack([a[:, cut] @ gradients[:, cut].T for cut in self.layout.slices])
+            into = a.new_zeros(len(self.layout.groups), len(a), len(gradients))
+            for group, cut in zip(self.layout.group, self.layout.slices, strict=True):
+                into[group].addmm_(a[:, cut], gradients[:, cut].T)
+            return into
         return (a @ gradients.T)[None]
 
     def _jvp(self, theta: Tensor, part: Part, a: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -155,7 +208,9 @@ class Products:
             return jvp(lambda p: self.losses({**parameters, **p}, part.batch), (moving,), (dict(tangent),))[1]
 
         tangents = self.layout.split(a)
-        groups = [{name: t} for name, t in tangents.items()] if self.finest == "layer" else [tangents]
+        groups: list[dict[str, Tensor]] = [{} for _ in self.layout.groups] if self.finest == "layer" else [{}]
+        for name, group in zip(self.layout.names, self.layout.group, strict=True):
+            groups[group if self.finest == "layer" else 0][name] = tangents[name]
         with torch.no_grad():
             yield slice(0, len(part.ids)), torch.stack([_each_row(along, group) for group in groups])
 

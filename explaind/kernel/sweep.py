@@ -27,12 +27,13 @@ import torch
 from torch import Tensor
 
 from explaind.kernel.accounts import Accounts, empty
+from explaind.kernel.groups import Grouping
 from explaind.kernel.measures import Measures
 from explaind.kernel.path import PathRule, Segment, average, discrete_gradient
 from explaind.kernel.products import Products
 from explaind.kernel.rebuild import Losses, Rebuilt, rebuild
 from explaind.kernel.resolution import Resolution
-from explaind.replay.steps import Steps
+from explaind.replay.steps import Part, Steps
 from explaind.rules.rule import Coefficient, Filter
 
 FADED = 1e-14
@@ -78,14 +79,19 @@ class Sweep:
         resolution: Resolution,
         examples: np.ndarray,
         correct: bool = False,
+        groups: Grouping | None = None,
     ) -> None:
-        """examples [example]: the ids that the example axis stands for, ascending; correct: fold the path row into the others."""
+        """
+        examples  ids that were trained on, ascending [example]
+        correct   fold the path row into the others
+        groups    of examples; by default every example is one of its own
+        """
         self.steps, self.layout, self.measures, self.losses, self.correct = steps, measures.layout, measures, losses, correct
-        self.rule, self.products, self.resolution, self.examples = rule, products, resolution, examples
+        self.rule, self.products, self.resolution, self.examples, self.groups = rule, products, resolution, examples, groups
         self.values = self._values()
         self.change = self.values[1:] - self.values[:-1]
         self.scale = self.change.abs().mean(0)
-        entries = len(examples) if "example" in resolution.keep else 1
+        entries = (len(examples) if groups is None else len(groups.names)) if "example" in resolution.keep else 1
         self.accounts: Accounts = empty(resolution, self.layout, measures.count, entries, self.values)
         self.costates: list[Costate] = []
         self._done = steps.steps
@@ -194,11 +200,14 @@ class Sweep:
         self.losses.set_mode(step.mode)
         signed = a if isinstance(f.sign, float) and f.sign == 1.0 else f.sign * a
         for part in step.parts:
-            index = torch.from_numpy(np.searchsorted(self.examples, part.ids)).to(a.device, non_blocking=True)
-            for span, dots in self.products(step.theta, part, signed):
-                credit = dots * (-factor * part.weights[span])
+            for places, credit in self.products.credits(step.theta, part, signed, self._entries(part)):
                 for row, entry in enumerate(entries):
-                    self.accounts.data[entry].index_add_(2, index[span], credit[:, row * count : (row + 1) * count])
+                    self.accounts.data[entry].index_add_(2, places, credit[:, row * count : (row + 1) * count], alpha=-factor)
+
+    def _entries(self, part: Part) -> np.ndarray:
+        """Where on the example axis each example of a micro-batch is booked."""
+        places = np.searchsorted(self.examples, part.ids)
+        return places if self.groups is None else self.groups.of[places]
 
     def _book_checks(self, item: Rebuilt, mean: Tensor, path: Tensor) -> None:
         """Sizes of the rest rows before any correction, over absolute values."""
@@ -222,5 +231,5 @@ class Sweep:
         if self.resolution.finest == "param":
             return (rows * vector).T
         if self.resolution.finest == "layer":
-            return self.layout.dots(rows, vector)
+            return self.layout.grouped(self.layout.dots(rows, vector))
         return (rows @ vector)[None]

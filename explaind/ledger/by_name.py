@@ -1,5 +1,6 @@
 """Asking by name: a run that was recorded from a configuration knows its own task, so that queries and measures are words."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from torch.utils.data import default_collate
 from explaind.config import Config, Decompose, bytes_of, nearest, resolved
 from explaind.errors import RequestError
 from explaind.kernel.choosing import path_rule
+from explaind.kernel.groups import Asked, check_groups
 from explaind.kernel.resolution import resolution
 from explaind.ledger.decompose import Progress, decompose
 from explaind.ledger.ledger import Ledger
@@ -18,6 +20,8 @@ from explaind.store.reader import Run
 from explaind.tasks import Task, load
 from explaind.tasks.task import Measure
 
+WORDS = {"example": "target", "query": "target", "layer": "module"}
+"""What groups of an axis may be called for short."""
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
 
@@ -87,7 +91,9 @@ def check_asked(config: Config) -> None:
     selection(task, asked.queries)
     measure_named(task, asked.measure)
     path_rule(asked.rule, float(asked.tol))
-    resolution(asked.keep, config.train.steps, asked.view, asked.windows)
+    wanted = resolution(asked.keep, config.train.steps, asked.view, asked.windows)
+    check_words(asked.groups)
+    check_groups(asked.groups, wanted.keep)
     placed(asked.device)
     memory_of(asked)
 
@@ -95,6 +101,63 @@ def check_asked(config: Config) -> None:
 def ledger_name(task: Task, asked: Decompose) -> str:
     """What a ledger is called in the run's folder when nobody says: queries and measure."""
     return f"{asked.queries.replace(':', '-')}.{measure_named(task, asked.measure)[0]}"
+
+
+def words_of_groups(text: str) -> dict[str, str]:
+    """AXIS=WORD,… as a command line gives it."""
+    pairs = [tuple(part.strip().partition("=")[::2]) for part in text.split(",") if part.strip()]
+    if not all(axis and word for axis, word in pairs):
+        raise RequestError(
+            "groups cannot be read",
+            expected="AXIS=WORD, such as example=target,layer=module",
+            got=repr(text),
+            do="groups of your own stand in the configuration",
+        )
+    return dict(pairs)
+
+
+def groups_named(asked: Mapping[str, Any], run: Run, task: Task, chosen: Selection) -> dict[str, Asked]:
+    """The groups that words stand for; those that are written out stay as they are."""
+    check_words(asked)
+    found: dict[str, Asked] = {}
+    for axis, groups in asked.items():
+        if isinstance(groups, str):
+            if axis == "layer":
+                groups = _modules([layer.name for layer in run.manifest.layers])
+            else:
+                split, ids = ("train", run.examples.tolist()) if axis == "example" else (chosen.split, list(chosen.indices))
+                groups = _classes(task, split, ids, ids if axis == "example" else list(range(len(ids))))
+        found[axis] = groups
+    return found
+
+
+def check_words(asked: Mapping[str, Any]) -> None:
+    """RequestError for a word that stands for no groups of its axis."""
+    for axis, groups in asked.items():
+        if isinstance(groups, str) and WORDS.get(axis) != groups:
+            raise RequestError(
+                "unknown groups",
+                where=f"groups of {axis}",
+                expected=f"{WORDS[axis]!r}, or a table of names and members" if axis in WORDS else "a table of names and members",
+                got=repr(groups),
+                do="choose one of these",
+            )
+
+
+def _classes(task: Task, split: str, ids: Sequence[int], members: Sequence[int]) -> Asked:
+    """Members by the class of the examples that they are."""
+    data = task.data(split)
+    targets = task.target(default_collate([data[i] for i in ids])).tolist()
+    names = task.outputs()
+    return {names[c]: [member for member, target in zip(members, targets, strict=True) if target == c] for c in sorted(set(targets))}
+
+
+def _modules(layers: Sequence[str]) -> Asked:
+    """Tensors of one module together; a bare parameter is a group of its own."""
+    found: dict[str, list[str]] = {}
+    for name in layers:
+        found.setdefault(name.rpartition(".")[0] or name, []).append(name)
+    return found
 
 
 def memory_of(asked: Decompose) -> int | None:
@@ -123,6 +186,7 @@ def decompose_by_name(
         queries=chosen.batch(task),
         measure=measure,
         keep=asked.keep,
+        groups=groups_named(asked.groups, run, task, chosen),
         rule=asked.rule,
         tol=float(asked.tol),
         dtype=DTYPES[asked.dtype],

@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 from explaind.errors import RequestError
 from explaind.kernel.choosing import path_rule
+from explaind.kernel.groups import Asked, plain
 from explaind.kernel.layout import Layout
 from explaind.kernel.machine import Machine, machine
 from explaind.kernel.products import ROUTES
@@ -41,6 +43,7 @@ def decompose(
     queries: Any,
     measure: Readout,
     keep: Collection[str] | None = None,
+    groups: Mapping[str, Asked] = MappingProxyType({}),
     rule: str = "auto",
     tol: float = 1e-3,
     dtype: torch.dtype = torch.float64,
@@ -68,6 +71,8 @@ def decompose(
     measure   (model, queries) -> Tensor[query] or Tensor[query, output]; called in eval mode
     keep      axes of the result, out of query, output, example, layer or param, step; others are summed before the work
               (default: query, output where there is one, example and layer)
+    groups    members of kept axes to be told together: {"layer": {"attention": ["heads.*"], …}, "example": {"spam": ids, …}, …}, by name or
+              pattern of layers, id of examples, place of queries and outputs; what is in no group is in one called "rest"
     rule      "auto" (on every step the cheaper of the two next ones), "secant:K" (closes exactly; K equal parts), "gauss:N", "midpoint:N"
               nodes, or "adaptive" (the fewest Gauss nodes within `tol`)
     tol       largest error of the path rule, relative to each measure's movement, where the rule chooses
@@ -97,12 +102,14 @@ def decompose(
     batch = moved(queries, target, dtype)
     with differentiable_attention():
         theta = torch.from_numpy(run.states(0, 1)[0]).to(target, dtype)
-        plan = planned(run, layout, probed(asking, layout, theta, batch), keep, view, windows, dtype, budget)
+        plan = planned(run, layout, probed(asking, layout, theta, batch), keep, groups, view, windows, dtype, budget)
+        layout = Layout(run.manifest.layers, plan.groups.get("layer"))
         doubts = tuple(run.damage() + changed_examples(run, data, run.examples))
         steps = Trajectory(run, Batches(data, run.examples, collate, target, dtype), target, dtype)
         settings = {
             "run": str(run.path),
             "keep": list(ordered(plan.wanted.keep)),
+            "groups": {axis: plain(asked) for axis, asked in groups.items()},
             "rule": path_rule(rule, tol).name,
             "tol": tol,
             "dtype": str(dtype).removeprefix("torch."),

@@ -1,6 +1,6 @@
 """What a decomposition will make, known before any work: the axes with their sizes, whether the result fits, blocks of queries."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from explaind.errors import RequestError
 from explaind.kernel.gradients import CHUNK_BYTES
+from explaind.kernel.groups import Asked, Grouping, check_groups, grouping
 from explaind.kernel.layout import Layout
 from explaind.kernel.measures import Measures
 from explaind.kernel.resolution import Resolution, check_budget, resolution, words
@@ -58,19 +59,25 @@ class Plan:
     coords: dict[str, np.ndarray]
     measure_axes: tuple[str, ...]
     itemsize: int
-
-    @property
-    def examples(self) -> int:
-        """Length of the example axis: 1 where it is summed."""
-        return self.sizes["example"] if "example" in self.wanted.keep else 1
+    groups: Mapping[str, Grouping]
+    """Of the axes whose members are summed in groups."""
 
     def of_queries(self, queries: np.ndarray) -> "Plan":
         """The plan for some of the queries."""
-        return replace(self, sizes={**self.sizes, "query": len(queries)}, coords={**self.coords, "query": queries})
+        names = self.coords["query"][queries]
+        return replace(self, sizes={**self.sizes, "query": len(queries)}, coords={**self.coords, "query": names})
 
 
 def planned(
-    run: Run, layout: Layout, shape: tuple[int, ...], keep: Collection[str] | None, view: str, windows: int, dtype: torch.dtype, budget: int
+    run: Run,
+    layout: Layout,
+    shape: tuple[int, ...],
+    keep: Collection[str] | None,
+    groups: Mapping[str, Asked],
+    view: str,
+    windows: int,
+    dtype: torch.dtype,
+    budget: int,
 ) -> Plan:
     """Check the axes that were asked for against the measure's shape and the budget; RequestError in one line."""
     axes = (*("query", "output")[: len(shape)], "example", "layer") if keep is None else keep
@@ -82,6 +89,7 @@ def planned(
             got=f"shape {shape}",
             do="drop 'output' from keep",
         )
+    check_groups(groups, wanted.keep)
     coords = {
         "query": np.arange(shape[0]),
         "output": np.arange(shape[1]) if len(shape) == 2 else np.arange(1),
@@ -90,10 +98,12 @@ def planned(
         "param": np.arange(layout.params),
         "step": np.arange(0, max(1, wanted.steps), wanted.windows),
     }
+    grouped = {axis: grouping(axis, asked, coords[axis].tolist()) for axis, asked in groups.items()}
+    coords |= {axis: np.array(found.names) for axis, found in grouped.items()}
     sizes = {axis: len(values) for axis, values in coords.items()}
     check_budget(ordered(wanted.keep), sizes, dtype.itemsize, budget)
     measure_axes = tuple(axis for axis in ("query", "output")[: len(shape)] if axis in wanted.keep)
-    return Plan(wanted, sizes, {a: coords[a] for a in ordered(wanted.keep)}, measure_axes, dtype.itemsize)
+    return Plan(wanted, sizes, {a: coords[a] for a in ordered(wanted.keep)}, measure_axes, dtype.itemsize, grouped)
 
 
 def probed(asking: Functional, layout: Layout, theta: Tensor, batch: Any) -> tuple[int, ...]:
@@ -130,7 +140,11 @@ def blocks(plan: Plan, layout: Layout, asking: Functional, batch: Any, theta: Te
     """
     queries = plan.sizes["query"]
     least = _least(plan, layout)
-    apart = "query" in plan.wanted.keep and Measures(asking, batch, layout, plan.wanted.keep, theta).by_query
+    apart = (
+        "query" in plan.wanted.keep
+        and "query" not in plan.groups
+        and Measures(asking, batch, layout, plan.wanted.keep, theta, groups=plan.groups).by_query
+    )
     if not apart and "query" in plan.wanted.keep:
         least *= queries
     if memory is not None and memory < least:
@@ -160,6 +174,6 @@ def blocks(plan: Plan, layout: Layout, asking: Functional, batch: Any, theta: Te
 def _least(plan: Plan, layout: Layout) -> int:
     """Bytes for costates, their gradients and products of one query."""
     measures = plan.sizes["output"] if "output" in plan.wanted.keep else 1
-    fine = {"none": 1, "layer": len(layout.names), "param": 1}[plan.wanted.finest]
+    fine = {"none": 1, "layer": plan.sizes["layer"], "param": 1}[plan.wanted.finest]
     examples = fine * plan.sizes["example"] if "example" in plan.wanted.keep else 0
     return measures * plan.itemsize * (6 * layout.params + examples)

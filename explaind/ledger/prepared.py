@@ -54,10 +54,10 @@ class Prepared:
         """The sweep of one block, at its beginning."""
         wanted, asked, run = self.plan.wanted, self.settings, self.steps.run
         some = self.batch if len(self.bounds) == 1 else take(self.batch, self.bounds[block])
-        measures = Measures(self.asking, some, self.layout, wanted.keep, self.theta, self.chunk)
+        measures = Measures(self.asking, some, self.layout, wanted.keep, self.theta, self.chunk, self.plan.groups)
         dots = Products(self.training, self.layout, wanted.finest, asked["products"], self.chunk, self.machine)
         correct = asked["closure"] == "discrete-gradient"
-        return Sweep(self.steps, measures, self.training, self.rule(), dots, wanted, run.examples, correct)
+        return Sweep(self.steps, measures, self.training, self.rule(), dots, wanted, run.examples, correct, self.plan.groups.get("example"))
 
     def key(self) -> dict[str, Any]:
         """What tells this decomposition from others (key.py)."""

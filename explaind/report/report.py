@@ -112,7 +112,7 @@ def _of_predictions(ledger: Ledger, labels: Labels, told: list[dict[str, Any]], 
         if "example" in ledger.axes:
             credit = by_axes(ledger, "data", (*ledger.final.dims, "example"))[place]
             chosen = strongest(credit, examples)
-            words = [labels.example(int(ledger.coords["example"][i])) for i in chosen]
+            words = [labels.example(ledger.coords["example"][i].item()) for i in chosen]
             yield (
                 f"examples_{name}",
                 figures.strongest(words, credit[chosen].tolist(), f"Examples for and against {entry['measure']}", UNIT),

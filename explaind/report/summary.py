@@ -28,22 +28,30 @@ class Labels:
         split, *numbers = str(asked.get("queries", "query")).split(":")
         return Labels(task if asked else None, split, int(numbers[0]) if numbers else 0, str(asked.get("measure", "measure")))
 
-    def query(self, place: int) -> str:
+    def query(self, name: int | str) -> str:
+        """Of a query by its place, or of a group of queries by its name."""
+        if isinstance(name, str):
+            return f"{self.split}, {name}"
         return (
-            f"query {place}"
+            f"query {name}"
             if self.task is None
-            else f"{self.split} {self.first + place}: {self.task.describe(self.split, self.first + place)}"
+            else f"{self.split} {self.first + name}: {self.task.describe(self.split, self.first + name)}"
         )
 
-    def output(self, place: int) -> str:
-        return str(place) if self.task is None else self.task.outputs()[place]
+    def output(self, name: int | str) -> str:
+        """Of an output by its place, or of a group of outputs by its name."""
+        return str(name) if self.task is None or isinstance(name, str) else self.task.outputs()[name]
 
-    def example(self, index: int) -> str:
-        return f"example {index}" if self.task is None else f"{self.task.describe('train', index)}  ({index})"
+    def example(self, name: int | str) -> str:
+        """Of an example by its id, or of a group of examples by its name."""
+        if isinstance(name, str):
+            return name
+        return f"example {name}" if self.task is None else f"{self.task.describe('train', name)}  ({name})"
 
     def of_measure(self, ledger: Ledger, place: tuple[int, ...]) -> str:
         """A measure in words: its query, and its output where there is one."""
-        at = dict(zip((axis for axis in MEASURE_AXES if axis in ledger.final.dims), place, strict=True))
+        axes = [axis for axis in MEASURE_AXES if axis in ledger.final.dims]
+        at = {axis: ledger.coords[axis][i].item() for axis, i in zip(axes, place, strict=True)}
         words = [self.query(at["query"])] if "query" in at else []
         words += [f"output {self.output(at['output'])}"] if "output" in at else []
         return ", ".join(words) or f"all of {self.split}"
@@ -84,8 +92,8 @@ def predictions(ledger: Ledger, labels: Labels, examples: int) -> list[dict[str,
         if credit is not None:
             entry["strongest"] = [
                 {
-                    "example": int(ledger.coords["example"][i]),
-                    "label": labels.example(int(ledger.coords["example"][i])),
+                    "example": ledger.coords["example"][i].item(),
+                    "label": labels.example(ledger.coords["example"][i].item()),
                     "credit": float(credit[place][i]),
                 }
                 for i in strongest(credit[place], examples)
