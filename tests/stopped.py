@@ -24,7 +24,7 @@ def save_at_every_segment(patch):
 def steps_swept(patch):
     """A list that every step which is swept is put into."""
     steps, step = [], Sweep._step
-    patch.setattr(Sweep, "_step", lambda self, item: steps.append(item.step.index) or step(self, item))
+    patch.setattr(Sweep, "_step", lambda self, at, *rest, **named: steps.append(at.index) or step(self, at, *rest, **named))
     return steps
 
 

@@ -34,16 +34,16 @@ def waits_of_steps(monkeypatch, device, **asked):
     """What every step of a decomposition waited for, the first one in the sweep left out: there the model is traced."""
     found, step = [], Sweep._step
 
-    def watched(self, item):
+    def watched(self, *of, **named):
         if torch.device(device).type == "cuda" and found:
             torch.cuda.set_sync_debug_mode("error")
         try:
             with Waits() as waits:
-                step(self, item)
+                return step(self, *of, **named)
         finally:
+            found.append(waits.found)
             if torch.device(device).type == "cuda":
                 torch.cuda.set_sync_debug_mode("default")
-        found.append(waits.found)
 
     monkeypatch.setattr(Sweep, "_step", watched)
     return found

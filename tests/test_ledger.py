@@ -8,6 +8,7 @@ import torch
 import zarr
 
 import explaind
+from explaind.kernel.sweep import Sweep
 from explaind.ledger import plan
 from explaind.ledger.ledger import ROWS
 from tests import cases, reference
@@ -98,6 +99,23 @@ def test_the_param_axis_sums_to_the_layer_axis(full):
         axis = fine.rows[row].dims.index("param")
         layers = [part.sum(axis) for part in np.split(fine[row], ends, axis)]
         algebra(np.stack(layers, axis), ledger[row], row, np.abs(ledger["data"]).max())
+
+
+@pytest.mark.parametrize("view", ["seen", "applied"])
+@pytest.mark.parametrize("name", ["sgd nesterov", "adamw"])
+def test_gradients_on_the_way_are_those_that_come_first(name, view, tmp_path, monkeypatch):
+    run = cases.recorded(tmp_path / "run", case=cases.optimizer_named(name))
+    asked = {"view": view, "losses": lambda model, batch: 1.1 * cases.losses(model, batch)}  # so that there are errors, and jumps
+    on_the_way = cases.decomposed(run, **asked)
+    monkeypatch.setattr(Sweep, "_gradients_on_the_way", lambda *a: pytest.fail("gradients on the way"))
+    monkeypatch.setattr(Sweep, "_has_room", lambda self, stretch: False)
+    first = cases.decomposed(run, **asked)
+    scale = np.abs(first["data"]).sum()
+    assert np.abs(first["arithmetic"]).sum() > 1e-3 * scale
+    for row in ROWS:
+        algebra(on_the_way[row], first[row], row, scale)
+    for check in ("movement", "path", "arithmetic", "by_step", "replay_error"):
+        algebra(getattr(on_the_way.checks, check), getattr(first.checks, check), check, scale)
 
 
 @pytest.mark.parametrize("windows", [2, 3, 7, 10])

@@ -15,7 +15,7 @@ from explaind.kernel.gradients import batch_axes
 from explaind.kernel.layout import Layout
 from explaind.kernel.machine import ORDINARY, Machine, machine, timed
 from explaind.kernel.points import Point
-from explaind.kernel.products import Products
+from explaind.kernel.products import Products, batch_gradient
 from explaind.replay.steps import Part
 from explaind.store.manifest import Layer
 from tests.cases import normal
@@ -213,3 +213,30 @@ def test_points_of_losses_are_functions_of_one_example():
     made = Products(asked.losses, asked.layout, "none")
     one = Point(made._one, asked.theta).function(asked.layout.split(asked.theta), (asked.part.batch[0][2],))
     algebra(one, asked.losses(asked.layout.split(asked.theta), asked.part.batch)[2])
+
+
+@pytest.mark.parametrize("route", ["materialise", "ghost", "jvp", "auto"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_gradient_of_the_batch_comes_with_its_products(name, route):
+    asked = Asked(name)
+    weights, total = torch.linspace(-1, 2, EXAMPLES, dtype=torch.float64), torch.ones(asked.layout.params, dtype=torch.float64)
+    part = Part(asked.part.batch, asked.part.ids, weights)
+    want = 1 + batch_gradient(asked.losses, asked.layout, asked.theta, (part,))
+    entries = np.arange(EXAMPLES)
+    made = Products(asked.losses, asked.layout, "layer", route, chunk=1000)
+    list(made.credits(asked.theta, part, normal(2, asked.layout.params, seed=4), entries, total))
+    algebra(total, want, scale=1.0)
+
+
+@pytest.mark.parametrize("name", ["linear", "tied", "group norm"])
+def test_the_gradient_of_the_batch_comes_with_those_of_its_groups(name, monkeypatch):
+    monkeypatch.setattr(products, "CALLS", 0)
+    asked = Asked(name)
+    total, a, entries = torch.zeros(asked.layout.params, dtype=torch.float64), normal(2, asked.layout.params, seed=4), np.array([3, 1] * 3)
+    made = Products(asked.losses, asked.layout, "layer", "auto", chunk=1)
+    pieces = list(made.credits(asked.theta, asked.part, a, entries, total))
+    algebra(total, batch_gradient(asked.losses, asked.layout, asked.theta, (asked.part,)), scale=1.0)
+    assert [places.tolist() for places, _ in pieces] == [[1], [3]]
+    whole = asked.slow(a) * asked.part.weights
+    for places, credit in pieces:
+        algebra(credit[..., 0], whole[..., torch.from_numpy(entries) == places[0]].sum(-1), scale=1.0)

@@ -122,6 +122,20 @@ class Contraction:
                 of(site.bias).addmm_(columns[site.bias], d.sum(1).T)
         return into
 
+    def add(self, into: Float[Tensor, " param"], factors: Factors, weights: Float[Tensor, " example"]) -> None:
+        """into += Σ_example weight · gradient; factors of one output each."""
+        columns = self._layout.split(into)
+        for name, gradient in factors.rest.items():
+            columns[name].add_(torch.tensordot(weights, gradient[:, 0], 1))
+        for site, shape, delta, x in zip(self.sites, self._shapes, factors.deltas, factors.inputs, strict=True):
+            d = (weights[:, None, None] * delta[:, 0]).flatten(0, 1)
+            if site.lookup:
+                columns[site.weight].index_add_(0, x.flatten(), d)
+            else:
+                columns[site.weight].view(shape).addmm_(d.T, x.flatten(0, 1))
+            if site.bias is not None:
+                columns[site.bias].add_(d.sum(0))
+
 
 def _ghost(
     into: Float[Tensor, "row example"],

@@ -70,26 +70,31 @@ class Products:
     def __post_init__(self) -> None:
         self._one = one(self.losses)
 
-    def __call__(self, theta: Tensor, part: Part, a: Float[Tensor, "row param"]) -> Iterator[tuple[slice, Tensor]]:
-        """Yields (some examples of the part, products [fine, row, example]); fine is 1, layer or param."""
+    def __call__(
+        self, theta: Tensor, part: Part, a: Float[Tensor, "row param"], total: Float[Tensor, " param"] | None = None
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Yields (some examples of the part, products [fine, row, example]); fine is 1, layer or param. total: as for ``credits``."""
         self.prepare(theta, part)
         route = self._chosen(part, a)
         if route == "jvp":
-            return self._jvp(theta, part, a)
-        return self._contracted(theta, part, a, route) if route else self._materialise(theta, part, a)
+            return self._jvp(theta, part, a, total)
+        return self._contracted(theta, part, a, route, total) if route else self._materialise(theta, part, a, total)
 
-    def credits(self, theta: Tensor, part: Part, a: Float[Tensor, "row param"], entries: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
+    def credits(
+        self, theta: Tensor, part: Part, a: Float[Tensor, "row param"], entries: np.ndarray, total: Float[Tensor, " param"] | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields (entries [entry] of the example axis, weighted products [fine, row, entry]); an entry may come more than once.
 
         entries [example]: where each example of the part is booked. Where many share one, their gradients are summed first.
+        total: the weighted sum of the part's gradients is added to it, by the time that all is yielded.
         """
         self.prepare(theta, part)
         groups = np.unique(entries)
         if self.route == "auto" and self._sums_first(part, a, len(groups)):
-            yield from self._of_groups(theta, part, a, entries, groups)
+            yield from self._of_groups(theta, part, a, entries, groups, total)
             return
         places = torch.from_numpy(entries).to(a.device, non_blocking=True)
-        for span, dots in self(theta, part, a):
+        for span, dots in self(theta, part, a, total):
             yield places[span], dots * part.weights[span]
 
     def _sums_first(self, part: Part, a: Tensor, groups: int) -> bool:
@@ -107,7 +112,7 @@ class Products:
         return self.machine.seconds(2 * rows * groups * params, 3 * groups * params * a.element_size(), calls) < alone
 
     def _of_groups(
-        self, theta: Tensor, part: Part, a: Tensor, entries: np.ndarray, groups: np.ndarray
+        self, theta: Tensor, part: Part, a: Tensor, entries: np.ndarray, groups: np.ndarray, total: Tensor | None
     ) -> Iterator[tuple[Tensor, Float[Tensor, "fine row group"]]]:
         width = self.layout.params * a.element_size() * (len(a) if self.finest == "param" else 1)
         at_once = max(1, self.chunk // width)
@@ -117,6 +122,8 @@ class Products:
             for into, group in zip(gradients, some, strict=True):
                 of_group = self._group(part, torch.from_numpy(np.flatnonzero(entries == group)).to(a.device, non_blocking=True))
                 gradient(partial(_weighted, self.losses, of_group), self.layout, theta, into)
+            if total is not None:
+                total += gradients.sum(0)
             yield torch.from_numpy(some).to(a.device, non_blocking=True), self._contract(gradients, a)
 
     def _group(self, part: Part, places: Tensor) -> Part:
@@ -164,7 +171,9 @@ class Products:
     def _factors(self, apart: Contraction, theta: Tensor, part: Part) -> Any:
         return apart.factored.factors(Point(self._one, theta), part.batch, batch_axes(part.batch))
 
-    def _contracted(self, theta: Tensor, part: Part, a: Tensor, ways: Sequence[Way]) -> Iterator[tuple[slice, Tensor]]:
+    def _contracted(
+        self, theta: Tensor, part: Part, a: Tensor, ways: Sequence[Way], total: Tensor | None
+    ) -> Iterator[tuple[slice, Tensor]]:
         assert self._apart is not None
         count = len(part.ids)
         rows = max(1, min(count, self.chunk // (self._apart.held(ways, len(a)) * a.element_size())))
@@ -174,11 +183,13 @@ class Products:
             try:
                 factors = self._factors(self._apart, theta, some)
             except Rearranged:  # such as a branch that these examples take and the first did not
-                yield from ((slice(start + s.start, start + s.stop), dots) for s, dots in self._materialise(theta, some, a))
+                yield from ((slice(start + s.start, start + s.stop), dots) for s, dots in self._materialise(theta, some, a, total))
             else:
+                if total is not None:
+                    self._apart.add(total, factors, some.weights)
                 yield span, self._apart(factors, a, ways)
 
-    def _materialise(self, theta: Tensor, part: Part, a: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    def _materialise(self, theta: Tensor, part: Part, a: Tensor, total: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
         count = len(part.ids)
         assert self._gradients is not None
         width = self.layout.params * a.element_size() * (len(a) if self.finest == "param" else 1)
@@ -188,6 +199,8 @@ class Products:
             span = slice(start, min(start + rows, count))
             some = gradients[: span.stop - start].zero_()
             self._gradients.add(some, [Point(self._one, theta)], take(part.batch, span), len(some))
+            if total is not None:
+                total.addmv_(some.T, part.weights[span])
             yield span, self._contract(some, a)
 
     def _contract(self, gradients: Float[Tensor, "example param"], a: Float[Tensor, "row param"]) -> Float[Tensor, "fine row example"]:
@@ -200,7 +213,9 @@ class Products:
             return into
         return (a @ gradients.T)[None]
 
-    def _jvp(self, theta: Tensor, part: Part, a: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    def _jvp(self, theta: Tensor, part: Part, a: Tensor, total: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+        if total is not None:
+            gradient(partial(_weighted, self.losses, part), self.layout, theta, total)
         parameters = self.layout.split(theta)
 
         def along(tangent: Mapping[str, Tensor]) -> Tensor:

@@ -1,6 +1,6 @@
 """Living a stretch of the training again: gradients from the batches, updates from the rule, and how far they are from the record."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -51,13 +51,20 @@ class Rebuilt:
         return torch.minimum(of_update, torch.where(whole > 0, gradients / whole, torch.inf))
 
 
-def rebuild(stretch: Segment, layout: Layout, losses: Losses) -> tuple[list[Rebuilt], Tensor | None]:
-    """Replay a segment forwards: its steps, and the momentum that it ends with (None for an optimizer without)."""
-    rebuilt = []
-    momentum = stretch.momentum
+def replayed(stretch: Segment, layout: Layout, losses: Losses) -> list[Tensor]:
+    """The gradient that every step of a segment consumed, before its sign and coupled decay: [param] each."""
+    found = []
     for step in stretch.steps:
         losses.set_mode(step.mode)
-        gradient = batch_gradient(losses, layout, step.theta, step.parts)
+        found.append(batch_gradient(losses, layout, step.theta, step.parts))
+    return found
+
+
+def rebuild(stretch: Segment, gradients: Sequence[Tensor]) -> tuple[list[Rebuilt], Tensor | None]:
+    """Advance a segment by the gradients of its steps: the steps, and the momentum that it ends with (None for an optimizer without)."""
+    rebuilt = []
+    momentum = stretch.momentum
+    for step, gradient in zip(stretch.steps, gradients, strict=True):
         before = torch.zeros_like(gradient) if momentum is None else momentum
         after, delta = step.filter.advance(before, gradient, step.theta)
         momentum = None if momentum is None else after
@@ -69,7 +76,7 @@ def replay_errors(steps: Steps, layout: Layout, losses: Losses, progress: Callab
     """Relative error of every rebuilt update: float64 [step, layer]."""
     rows = []
     for stretch in steps.segments(steps.starts):
-        for item in rebuild(stretch, layout, losses)[0]:
+        for item in rebuild(stretch, replayed(stretch, layout, losses))[0]:
             rows.append(item.relative_error(layout))
             progress()
     return torch.stack(rows)

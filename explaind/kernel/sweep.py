@@ -19,8 +19,8 @@ A sweep that was stopped between two segments goes on from a Snapshot, and books
 In the applied view every window of steps has a costate of its own, fed only by its own ḡ; it lives until its memory has faded.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -31,9 +31,10 @@ from explaind.kernel.groups import Grouping
 from explaind.kernel.measures import Measures
 from explaind.kernel.path import PathRule, Segment, average, discrete_gradient
 from explaind.kernel.products import Products
-from explaind.kernel.rebuild import Losses, Rebuilt, rebuild
+from explaind.kernel.rebuild import Losses, Rebuilt, rebuild, replayed
 from explaind.kernel.resolution import Resolution
-from explaind.replay.steps import Part, Steps
+from explaind.replay.steps import Part, Step, Steps
+from explaind.replay.steps import Segment as Stretch
 from explaind.rules.rule import Coefficient, Filter
 
 FADED = 1e-14
@@ -107,12 +108,7 @@ class Sweep:
         following = self._anchor(self._done)
         starts = [start for start in reversed(self.steps.starts) if start < self._done]
         for start, stretch in zip(starts, self.steps.segments(starts), strict=True):
-            rebuilt, momentum = rebuild(stretch, self.layout, self.losses)
-            if following is not None and momentum is not None:
-                self._book_jump(following - momentum, start + len(stretch.steps) - 1)
-            for item in reversed(rebuilt):
-                self._step(item)
-                progress()
+            (self._gradients_on_the_way if self._has_room(stretch) else self._gradients_first)(stretch, following, progress)
             following, self._done = stretch.momentum, start
             if start:
                 between()
@@ -139,27 +135,56 @@ class Sweep:
         """The momentum with which the segment from here on began; None where none begins."""
         return self.steps.segment(start).momentum if start < self.steps.steps else None
 
-    def _step(self, item: Rebuilt) -> None:
-        step, s, f = item.step, item.step.index, item.step.filter
+    def _gradients_first(self, stretch: Stretch, following: Tensor | None, progress: Callable[[], None]) -> None:
+        """Replay a segment forwards, then credit its steps backwards."""
+        rebuilt, momentum = rebuild(stretch, replayed(stretch, self.layout, self.losses))
+        self._book_jump(self.costates, following, momentum, stretch)
+        for item in reversed(rebuilt):
+            self._book_error(item, *self._step(item.step, item.gradient))
+            progress()
+
+    def _gradients_on_the_way(self, stretch: Stretch, following: Tensor | None, progress: Callable[[], None]) -> None:
+        """The same with one pass through the batches: the products yield the gradients, and the errors are booked when all are known."""
+        at_end = [replace(costate, mu=costate.mu.clone()) for costate in self.costates]
+        gradients, means = [], []
+        for step in reversed(stretch.steps):
+            gradients.append(torch.zeros_like(step.theta))
+            means.append(self._step(step, gradients[-1], known=False)[0].clone())
+            progress()
+        rebuilt, momentum = rebuild(stretch, gradients[::-1])
+        self._book_jump(at_end, following, momentum, stretch)
+        for item, mean in zip(reversed(rebuilt), means, strict=True):
+            self._book_error(item, mean, mean)
+
+    def _has_room(self, stretch: Stretch) -> bool:
+        """Whether ḡ of all steps of a segment can be kept, so that no gradient need be known beforehand."""
+        size = len(stretch.steps) * self._mean.numel() * self._mean.element_size()
+        return "example" in self.resolution.keep and not self.correct and size <= self.products.chunk
+
+    def _step(self, step: Step, gradient: Tensor, known: bool = True) -> tuple[Tensor, Tensor]:
+        """Credit a step; ḡ before and after the closure correction. Its batch gradient is given, or else added to zeros on the way."""
+        s, f = step.index, step.filter
         segment, mean = Segment(step.theta, step.after, self.change[s], self.scale, s), self._mean
         path, recipe = average(self.rule, self.measures, segment, mean)
         self.accounts.recipes[s] = str(recipe)
-        self._book_checks(item, mean, path)
+        self._book_rest(s, 0, self.change[s])
+        self._book_rest(s, 1, path)
+        before = mean
         if self.correct:
             mean = discrete_gradient(mean, path, step.delta)
             path = segment.change - mean @ step.delta
         entry = self.resolution.entry(s)
         self.accounts.path[entry] += path
-        self.accounts.arithmetic[entry] += self._fine(mean, item.error)
         self.accounts.decay[entry] -= self._fine(mean, f.R * step.theta)
         source = self._source(entry)
         _add(source.mu, f.C, mean)
         source.memory = 1.0
-        self._book_sources(item, source, mean)
+        self._book_sources(step, source, mean, gradient, known)
         for costate in self.costates:
             costate.mu *= f.M
         if self.resolution.view == "applied":
             self._let_go(f, source)
+        return before, mean
 
     def _source(self, entry: int) -> Costate:
         """The costate that the step's ḡ feeds."""
@@ -184,9 +209,9 @@ class Sweep:
         pulls = [_add(f.N * c.mu, f.E, mean) if c is source else f.N * c.mu for c in self.costates]
         return torch.cat(pulls), 1.0
 
-    def _book_sources(self, item: Rebuilt, source: Costate, mean: Tensor) -> None:
+    def _book_sources(self, step: Step, source: Costate, mean: Tensor, gradient: Tensor, known: bool) -> None:
         """Credit the step's gradients and coupled decay through every living costate."""
-        step, f, count = item.step, item.step.filter, self.measures.count
+        f, count = step.filter, self.measures.count
         here = self.resolution.entry(step.index)
         entries = [here if c.entry is None else c.entry for c in self.costates]
         a, factor = self._pulls(f, source, mean)
@@ -195,12 +220,12 @@ class Sweep:
             self.accounts.decay[entry] -= self._fine(a[row * count : (row + 1) * count], pull)
         if "example" not in self.resolution.keep:
             for row, entry in enumerate(entries):
-                self.accounts.data[entry, :, :, 0] -= self._fine(a[row * count : (row + 1) * count], factor * f.sign * item.gradient)
+                self.accounts.data[entry, :, :, 0] -= self._fine(a[row * count : (row + 1) * count], factor * f.sign * gradient)
             return
         self.losses.set_mode(step.mode)
         signed = a if isinstance(f.sign, float) and f.sign == 1.0 else f.sign * a
         for part in step.parts:
-            for places, credit in self.products.credits(step.theta, part, signed, self._entries(part)):
+            for places, credit in self.products.credits(step.theta, part, signed, self._entries(part), None if known else gradient):
                 for row, entry in enumerate(entries):
                     self.accounts.data[entry].index_add_(2, places, credit[:, row * count : (row + 1) * count], alpha=-factor)
 
@@ -209,22 +234,29 @@ class Sweep:
         places = np.searchsorted(self.examples, part.ids)
         return places if self.groups is None else self.groups.of[places]
 
-    def _book_checks(self, item: Rebuilt, mean: Tensor, path: Tensor) -> None:
-        """Sizes of the rest rows before any correction, over absolute values."""
-        accounts, s = self.accounts, item.step.index
-        sizes = self.change[s].abs(), path.abs(), self.layout.dots(mean, item.error).abs().sum(0)
-        for total, size in zip((accounts.movement, accounts.path_absolute, accounts.arithmetic_absolute), sizes, strict=True):
-            total += size
-        accounts.by_step[s] += torch.stack([size.sum() for size in sizes])
-        accounts.replay_error[s] = item.relative_error(self.layout)
+    def _book_error(self, item: Rebuilt, before: Tensor, mean: Tensor) -> None:
+        """What the recorded update was more than the rebuilt one; its size by ḡ before any correction."""
+        self.accounts.arithmetic[self.resolution.entry(item.step.index)] += self._fine(mean, item.error)
+        self._book_rest(item.step.index, 2, self.layout.dots(before, item.error))
+        self.accounts.replay_error[item.step.index] = item.relative_error(self.layout)
 
-    def _book_jump(self, jump: Tensor, step: int) -> None:
-        for costate in self.costates:
+    def _book_rest(self, step: int, column: int, values: Tensor) -> None:
+        """Sizes of movement, path and arithmetic, over absolute values: [measure] or [layer, measure]."""
+        size = values.abs() if values.ndim == 1 else values.abs().sum(0)
+        accounts = self.accounts
+        total = (accounts.movement, accounts.path_absolute, accounts.arithmetic_absolute)[column]
+        total += size
+        accounts.by_step[step, column] += size.sum()
+
+    def _book_jump(self, costates: Sequence[Costate], following: Tensor | None, momentum: Tensor | None, stretch: Stretch) -> None:
+        """The rounding between the momentum that a segment was rebuilt to end with and the one that the next began with."""
+        if following is None or momentum is None:
+            return
+        jump, step = following - momentum, stretch.steps[-1].index
+        for costate in costates:
             entry = self.resolution.entry(step) if costate.entry is None else costate.entry
             self.accounts.arithmetic[entry] -= self._fine(costate.mu, jump)
-            size = self.layout.dots(costate.mu, jump).abs().sum(0)
-            self.accounts.arithmetic_absolute += size
-            self.accounts.by_step[step, 2] += size.sum()
+            self._book_rest(step, 2, self.layout.dots(costate.mu, jump))
 
     def _fine(self, rows: Tensor, vector: Tensor) -> Tensor:
         """<rows, vector> at the finest parameter axis that is kept: [row, param], [param] -> [fine, row]."""

@@ -105,15 +105,16 @@ def ledger_name(task: Task, asked: Decompose) -> str:
 
 def words_of_groups(text: str) -> dict[str, str]:
     """AXIS=WORD,… as a command line gives it."""
-    pairs = [tuple(part.strip().partition("=")[::2]) for part in text.split(",") if part.strip()]
-    if not all(axis and word for axis, word in pairs):
+    parts = [part.strip().partition("=") for part in text.split(",") if part.strip()]
+    pairs = {axis: word for axis, _, word in parts}
+    if not all(pairs) or not all(pairs.values()):
         raise RequestError(
             "groups cannot be read",
             expected="AXIS=WORD, such as example=target,layer=module",
             got=repr(text),
             do="groups of your own stand in the configuration",
         )
-    return dict(pairs)
+    return pairs
 
 
 def groups_named(asked: Mapping[str, Any], run: Run, task: Task, chosen: Selection) -> dict[str, Asked]:
