@@ -9,7 +9,7 @@ import pytest
 import explaind
 from explaind.config import read
 from explaind.ledger.by_name import decompose_by_name
-from explaind.report.curves import training_curves
+from explaind.analysis.curves import training_curves
 from explaind.tasks import load
 from explaind.tasks.training import train
 from tests import closeness

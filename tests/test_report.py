@@ -9,7 +9,7 @@ import explaind
 from explaind.config import Report
 from explaind.errors import StoreError
 from explaind.report import figures, report
-from explaind.report.curves import training_curves
+from explaind.analysis.curves import training_curves
 from explaind.report.summary import Labels, by_axes, strongest
 from explaind.tasks import ModularArithmetic
 from tests import cases

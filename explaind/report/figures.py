@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from explaind.report.curves import Curves
+from explaind.analysis.curves import Curves
 
 FOR, AGAINST, NEUTRAL = "#2a7f62", "#b5402f", "#5b6770"
 """Raises the measure; lowers it; neither."""
