@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import explaind
+from explaind.analysis.curves import training_curves
 from explaind.config import read
 from explaind.ledger.by_name import decompose_by_name
-from explaind.analysis.curves import training_curves
 from explaind.tasks import load
 from explaind.tasks.training import train
 from tests import closeness

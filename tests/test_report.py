@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import explaind
+from explaind.analysis.curves import training_curves
 from explaind.config import Report
 from explaind.errors import StoreError
 from explaind.report import figures, report
-from explaind.analysis.curves import training_curves
 from explaind.report.summary import Labels, by_axes, strongest
 from explaind.tasks import ModularArithmetic
 from tests import cases

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from explaind.analysis.curves import Curves, training_curves
 from explaind.config import Report
 from explaind.errors import StoreError
 from explaind.ledger.ledger import ROWS, Ledger
 from explaind.report import figures
-from explaind.analysis.curves import Curves, training_curves
 from explaind.report.summary import Labels, by_axes, ledger_facts, predictions, strongest
 from explaind.store import schema
 from explaind.store.reader import Run
