@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import explaind
+from explaind.analysis.analyse import facts_of, of_ledger, of_run
 from explaind.config import Config, Decompose, Report, checked, read
 from explaind.errors import ExplaindError, StoreError
 from explaind.ledger.by_name import check_asked, config_of, decompose_by_name, ledger_name, task_of, words_of_groups
@@ -25,7 +26,7 @@ from explaind.ledger.plan import shard_named
 from explaind.ledger.saving import open_ledger
 from explaind.ledger.verify_run import RunVerdict, verify_run
 from explaind.report import report as draw
-from explaind.report.lines import info_lines, ledger_lines, report_lines, run_lines, shard_lines, verify_lines
+from explaind.report.lines import analysis_lines, info_lines, ledger_lines, report_lines, run_lines, shard_lines, verify_lines
 from explaind.report.report import run_facts
 from explaind.report.summary import ledger_facts
 from explaind.store import schema
@@ -34,6 +35,8 @@ from explaind.tasks import Task, load
 from explaind.tasks.training import train
 
 FINE, FAILED, BAD_INPUT = 0, 1, 2
+RUN_TABLES = "run"
+"""The folder of the analyses that need no ledger, beside one for each ledger."""
 
 app = App(
     name="explaind",
@@ -49,14 +52,15 @@ Overwrite = Annotated[bool, Parameter(negative="", help="Replace a run, or a led
 
 @app.command
 def run(config: Path, /, *overrides: Overrides, out: Path | None = None, overwrite: Overwrite = False, json: Json = False) -> int:
-    """Record, decompose, verify and report: CONFIG [--out RUN] [--table.key value …]."""
+    """Record, decompose, verify, analyse and report: CONFIG [--out RUN] [--table.key value …]."""
     settings = read(config, overrides)
     folder = out or Path("runs") / config.stem
     check_asked(settings)
     _record(settings, folder, overwrite)
     recorded = open_run(folder)
     path = _decompose(recorded, settings.decompose, None, overwrite)
-    facts = {"run": str(folder), "ledger": str(path), **_report(recorded, path)}
+    tables = _analyse(recorded, [path])
+    facts = {"run": str(folder), "ledger": str(path), "analyses": tables, **_report(recorded, path)}
     verdict, sound = open_ledger(path).verify(), _verify_run(recorded)
     facts |= {"ok": verdict.ok and sound.ok, "reasons": [*sound.reasons, *verdict.reasons]}
     _print(facts, json, run_lines)
@@ -207,6 +211,15 @@ def info(path: Path, /, *, json: Json = False) -> int:
 
 
 @app.command
+def analyse(run: Path, /, *, json: Json = False) -> int:
+    """Write every analysis that fits a RUN and its ledgers as tables into RUN/analysis."""
+    recorded = open_run(run)
+    facts = {"run": str(run), "analyses": _analyse(recorded, _ledgers(run))}
+    _print(facts, json, lambda f: analysis_lines(f["analyses"]))
+    return FINE
+
+
+@app.command
 def report(run: Path, /, *, json: Json = False) -> int:
     """Draw the figures of a RUN and each of its ledgers into RUN/report."""
     recorded = open_run(run)
@@ -249,6 +262,15 @@ def _report(recorded: Run, path: Path) -> dict[str, Any]:
         "training": written.summary["training"],
         "facts": ledger_facts(ledger),
     }
+
+
+def _analyse(recorded: Run, paths: Sequence[Path]) -> dict[str, Any]:
+    folder = recorded.path / "analysis"
+    found = {RUN_TABLES: of_run(recorded, _task(recorded))}
+    found |= {path.name: of_ledger(recorded, open_ledger(path)) for path in paths}
+    for name, analysed in found.items():
+        analysed.write(folder / name)
+    return facts_of(found, folder)
 
 
 def _task(recorded: Run) -> Task | None:

@@ -1,5 +1,6 @@
 """The command line as a newcomer meets it, happy and unhappy."""
 
+import csv
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ import explaind
 from explaind.cli import main
 from explaind.ledger.by_name import task_of
 
+SCORES = {"step_scores", "example_scores"}
 SMALL = Path(__file__).parent / "small.toml"
 
 
@@ -79,6 +81,31 @@ def test_verify_and_info_in_words_and_as_json(finished, capsys):
     assert "20 steps" in asked(capsys, "info", finished)[1]
     assert json.loads(asked(capsys, "info", finished, "--json")[1])["steps"] == 20
     assert json.loads(asked(capsys, "info", ledger, "--json")[1])["axes"]["step"] == 4
+
+
+def test_analyses_are_tables_with_their_formulas(copied, capsys):
+    status, text = asked(capsys, "analyse", copied, "--json")
+    facts = json.loads(text)["analyses"]
+    assert status == 0
+    assert list(facts) == ["run", "val.target_log_probability"]
+    for name, tables in (("run", {"training"}), ("val.target_log_probability", {"layer_shares", "balance", "phases", *SCORES})):
+        about = json.loads((copied / "analysis" / name / "analysis.json").read_text())
+        assert set(about["tables"]) == tables
+        assert all(entry["formula"] and entry["source"] for entry in about["tables"].values())
+        assert all(Path(file).exists() for file in facts[name]["files"])
+    with (copied / "analysis" / "val.target_log_probability" / "layer_shares.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    steps = {row["step"] for row in rows}
+    assert len(steps) == 4
+    for step in steps:
+        assert abs(sum(float(row["share"]) for row in rows if row["step"] == step) - 1) <= 1e-12
+    assert facts["val.target_log_probability"]["left_out"] == ["similarity: keep query and param"]
+    fine = ["decompose", copied, "--keep", "query,param,step", "--windows", "10", "--queries", "val:0:3", "--name", "fine"]
+    assert asked(capsys, *fine)[0] == 0
+    assert "left out    layer_shares: keep layer and step" in asked(capsys, "analyse", copied)[1]
+    with (copied / "analysis" / "fine" / "similarity.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert all(abs(float(row["cosine"]) - 1) <= 1e-12 for row in rows if row["query"] == row["other"])
 
 
 def test_decompose_takes_its_options_and_refuses_to_overwrite(copied, capsys):

@@ -50,6 +50,16 @@ def verify_lines(facts: dict[str, Any]) -> list[str]:
     return lines + [line for entry in facts["ledgers"] for line in ledger_lines(entry)]
 
 
+def analysis_lines(facts: dict[str, Any]) -> list[str]:
+    """Where the tables of a run and its ledgers are, and what did not fit."""
+    lines = []
+    for name, entry in facts.items():
+        lines.append(f"analyses of {name}:")
+        lines += [f"  {file}" for file in entry["files"]]
+        lines += [f"  left out    {what}" for what in entry["left_out"]]
+    return lines
+
+
 def info_lines(facts: dict[str, Any]) -> list[str]:
     """What a run is."""
     config = facts["config"] or {}

@@ -1,0 +1,129 @@
+"""Who moved the predictions, through what, when: shares, balances and scores, read off a ledger."""
+
+from collections.abc import Collection
+
+import numpy as np
+
+from explaind.analysis.table import Table
+from explaind.axes import MEASURE_AXES
+from explaind.errors import RequestError
+from explaind.ledger.ledger import Ledger, Row, ordered
+
+READ_BYTES = 64 << 20
+"""How much of a ledger on disk is in memory at once."""
+
+
+def absolute(row: Row, axes: Collection[str]) -> np.ndarray:
+    """Σ |entry| over all other axes, in float64, in the order of a ledger's axes; read piece by piece."""
+    keep = ordered(axes)
+    gone = tuple(d for d, axis in enumerate(row.dims) if axis not in keep)
+    if not row.dims:
+        return np.abs(np.asarray(row.values, dtype=np.float64))
+    shape = row.array.shape
+    total = np.zeros([n for d, n in enumerate(shape) if d not in gone])
+    pieces = max(1, -(-row.array.nbytes // READ_BYTES))
+    width = max(1, shape[0] // pieces)
+    for start in range(0, shape[0], width):
+        part = np.abs(np.asarray(row.array[start : start + width]), dtype=np.float64).sum(axis=gone)
+        if 0 in gone:
+            total += part
+        else:
+            total[start : start + width] = part
+    return total
+
+
+def net(row: Row, axes: Collection[str]) -> np.ndarray:
+    """Σ entry over all other axes, in float64, in the order of a ledger's axes."""
+    for axis in row.dims:
+        if axis not in axes:
+            row = row.sum(axis)
+    return np.asarray(row.values, dtype=np.float64)
+
+
+def layer_shares(ledger: Ledger) -> Table:
+    """How much of a window's credit went through each layer: one row a step (or window) and layer.
+
+    absolute  Σ over measures and examples of |data|, in the measure's unit
+    share     absolute over its sum over layers; 0 where nothing moved
+    net       Σ data, signs kept
+    """
+    steps, layers = _coords(ledger, "step", "layer")
+    size = absolute(ledger.rows["data"], ("layer", "step"))
+    whole = size.sum(0)
+    share = np.divide(size, whole, out=np.zeros_like(size), where=whole > 0)
+    return Table(
+        "layer_shares",
+        "share[layer, step] = Σ_measure,example |data| / Σ_layer,measure,example |data|" + _over(ledger),
+        "Ranjan et al., ExPLAIND (arXiv 2505.20076): layer influence over steps",
+        {
+            "step": np.tile(steps, len(layers)),
+            "layer": np.repeat(layers, len(steps)),
+            "absolute": size.reshape(-1),
+            "share": share.reshape(-1),
+            "net": net(ledger.rows["data"], ("layer", "step")).reshape(-1),
+        },
+    )
+
+
+def balance(ledger: Ledger) -> Table:
+    """What data and what weight decay did through each layer, window by window, per measure.
+
+    data, decay  mean over measures of the net credit, in the measure's unit
+    balance      data − decay
+    """
+    steps, layers = _coords(ledger, "step", "layer")
+    measures = int(np.prod(ledger.final.array.shape)) or 1
+    data, decay = (net(ledger.rows[name], ("layer", "step")).reshape(-1) / measures for name in ("data", "decay"))
+    return Table(
+        "balance",
+        "balance[layer, step] = mean_measure (Σ_example data − decay)",
+        "Ranjan et al., ExPLAIND (arXiv 2505.20076): balance D(Θ) of data and regularisation, over every tensor of a layer group",
+        {
+            "step": np.tile(steps, len(layers)),
+            "layer": np.repeat(layers, len(steps)),
+            "data": data,
+            "decay": decay,
+            "balance": data - decay,
+        },
+    )
+
+
+def step_scores(ledger: Ledger) -> Table:
+    """How much the training data moved the measures at each step or window: signs kept, as sizes, and either sign alone."""
+    return _scores(ledger, "step")
+
+
+def example_scores(ledger: Ledger) -> Table:
+    """How much each training example moved the measures over the whole training: signs kept, as sizes, and either sign alone."""
+    return _scores(ledger, "example")
+
+
+def _scores(ledger: Ledger, axis: str) -> Table:
+    (names,) = _coords(ledger, axis)
+    data, measures = ledger.rows["data"], int(np.prod(ledger.final.array.shape)) or 1
+    signed, size = net(data, (axis,)) / measures, absolute(data, (axis,)) / measures
+    return Table(
+        f"{axis}_scores",
+        f"net[{axis}] = mean_measure Σ data; absolute = mean_measure Σ |data|; raised and lowered: its positive and its negative part"
+        + _over(ledger),
+        "Ranjan et al., ExPLAIND (arXiv 2505.20076): step and sample scores, with their signs",
+        {axis: names, "net": signed, "absolute": size, "raised": (size + signed) / 2, "lowered": (signed - size) / 2},
+    )
+
+
+def _coords(ledger: Ledger, *axes: str) -> tuple[np.ndarray, ...]:
+    for axis in axes:
+        if axis not in ledger.axes:
+            raise RequestError(
+                "the ledger lacks an axis for this analysis",
+                expected=" and ".join(axes),
+                got=", ".join(ledger.axes) or "no axis",
+                do=f"decompose with keep=…,{axis}",
+            )
+    return tuple(ledger.coords[axis] for axis in axes)
+
+
+def _over(ledger: Ledger) -> str:
+    """Sizes are taken entry by entry of what was kept; what was summed before has no sign left to lose."""
+    summed = [axis for axis in (*MEASURE_AXES, "example", "layer", "step") if axis not in ledger.axes and axis != "output"]
+    return f"; summed before sizes were taken: {', '.join(summed)}" if summed else ""
