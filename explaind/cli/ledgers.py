@@ -1,53 +1,24 @@
-"""The command line: thin verbs that parse, call one function, and print.
+"""Verbs that make a ledger and vouch for it: run, record, decompose, verify, info."""
 
-Exit status: 0 fine, 1 a check failed, 2 bad input, with one line that says why.
-"""
-
-import json
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from cyclopts import App, CycloptsError, Parameter
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-import explaind
-from explaind.analysis.analyse import facts_of, of_ledger, of_run
-from explaind.config import Config, Decompose, Report, checked, read
-from explaind.errors import ExplaindError, StoreError
+from explaind.cli.studies import analysed, reported
+from explaind.cli.terminal import FAILED, FINE, Json, Overrides, Overwrite, app, ledgers_of, printed, progress, task_or_none
+from explaind.config import Config, Decompose, checked, read
 from explaind.ledger.by_name import check_asked, config_of, decompose_by_name, ledger_name, task_of, words_of_groups
-from explaind.ledger.ledger import Ledger
 from explaind.ledger.parts import is_begun, shards_left
 from explaind.ledger.plan import shard_named
 from explaind.ledger.saving import open_ledger
 from explaind.ledger.verify_run import RunVerdict, verify_run
-from explaind.report import report as draw
-from explaind.report.lines import analysis_lines, info_lines, ledger_lines, report_lines, run_lines, shard_lines, verify_lines
+from explaind.report.lines import info_lines, ledger_lines, run_lines, shard_lines, verify_lines
 from explaind.report.report import run_facts
 from explaind.report.summary import ledger_facts
 from explaind.store import schema
 from explaind.store.reader import Run, open_run
-from explaind.tasks import Task, load
+from explaind.tasks import load
 from explaind.tasks.training import train
-
-FINE, FAILED, BAD_INPUT = 0, 1, 2
-RUN_TABLES = "run"
-"""The folder of the analyses that need no ledger, beside one for each ledger."""
-
-app = App(
-    name="explaind",
-    version=explaind.__version__,
-    help="The training ledger: why a model predicts what it predicts, as a sum that closes.",
-    help_on_error=False,
-)
-
-Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
-Json = Annotated[bool, Parameter(name="--json", negative="", help="Print facts as one JSON value.")]
-Overwrite = Annotated[bool, Parameter(negative="", help="Replace a run, or a ledger, of the same name.")]
 
 
 @app.command
@@ -59,11 +30,11 @@ def run(config: Path, /, *overrides: Overrides, out: Path | None = None, overwri
     _record(settings, folder, overwrite)
     recorded = open_run(folder)
     path = _decompose(recorded, settings.decompose, None, overwrite)
-    tables = _analyse(recorded, [path])
-    facts = {"run": str(folder), "ledger": str(path), "analyses": tables, **_report(recorded, path)}
+    tables = analysed(recorded, [path])
+    facts = {"run": str(folder), "ledger": str(path), "analyses": tables, **reported(recorded, path)}
     verdict, sound = open_ledger(path).verify(), _verify_run(recorded)
     facts |= {"ok": verdict.ok and sound.ok, "reasons": [*sound.reasons, *verdict.reasons]}
-    _print(facts, json, run_lines)
+    printed(facts, json, run_lines)
     return FINE if facts["ok"] else FAILED
 
 
@@ -73,7 +44,7 @@ def record(config: Path, /, *overrides: Overrides, out: Path | None = None, over
     settings = read(config, overrides)
     folder = out or Path("runs") / config.stem
     _record(settings, folder, overwrite)
-    _print(
+    printed(
         {**run_facts(open_run(folder)), "path": str(folder)},
         json,
         lambda f: [f"recorded {f['steps']} steps of {f['optimizer']} in {f['path']}"],
@@ -168,10 +139,10 @@ def decompose(
     path = _decompose(recorded, asked, name, overwrite, shard)
     if shard is not None and is_begun(path):
         left = shards_left(path, shard_named(shard).of)
-        _print({"ledger": str(path), "shard": shard, "left": left}, json, shard_lines)
+        printed({"ledger": str(path), "shard": shard, "left": left}, json, shard_lines)
         return FINE
     facts = {"ledger": str(path), **ledger_facts(open_ledger(path))}
-    _print(facts, json, ledger_lines)
+    printed(facts, json, ledger_lines)
     return FINE if facts["ok"] else FAILED
 
 
@@ -180,11 +151,11 @@ def verify(path: Path, /, *, json: Json = False) -> int:
     """Check a RUN (stored bytes, data, a replay of every step; its ledgers too) or a LEDGER (its sum and its rest rows)."""
     if schema.kind_of(path) == "ledger":
         facts: dict[str, Any] = {"ledger": str(path), **ledger_facts(open_ledger(path))}
-        _print(facts, json, ledger_lines)
+        printed(facts, json, ledger_lines)
         return FINE if facts["ok"] else FAILED
     recorded = open_run(path)
     verdict = _verify_run(recorded)
-    ledgers = [{"ledger": str(p), **ledger_facts(open_ledger(p))} for p in _ledgers(path)]
+    ledgers = [{"ledger": str(p), **ledger_facts(open_ledger(p))} for p in ledgers_of(path)]
     worst = float(verdict.replay_error.max()) if verdict.replay_error.size else None
     facts = {
         "run": str(path),
@@ -195,7 +166,7 @@ def verify(path: Path, /, *, json: Json = False) -> int:
         "replay_error": worst,
         "ledgers": ledgers,
     }
-    _print(facts, json, verify_lines)
+    printed(facts, json, verify_lines)
     return FINE if facts["ok"] else FAILED
 
 
@@ -203,121 +174,29 @@ def verify(path: Path, /, *, json: Json = False) -> int:
 def info(path: Path, /, *, json: Json = False) -> int:
     """Say what a RUN or a LEDGER holds."""
     if schema.kind_of(path) == "ledger":
-        _print({"ledger": str(path), **ledger_facts(open_ledger(path))}, json, ledger_lines)
+        printed({"ledger": str(path), **ledger_facts(open_ledger(path))}, json, ledger_lines)
     else:
         recorded = open_run(path)
-        _print({**run_facts(recorded), "ledgers": [str(p) for p in _ledgers(path)]}, json, info_lines)
-    return FINE
-
-
-@app.command
-def analyse(run: Path, /, *, json: Json = False) -> int:
-    """Write every analysis that fits a RUN and its ledgers as tables into RUN/analysis."""
-    recorded = open_run(run)
-    facts = {"run": str(run), "analyses": _analyse(recorded, _ledgers(run))}
-    _print(facts, json, lambda f: analysis_lines(f["analyses"]))
-    return FINE
-
-
-@app.command
-def report(run: Path, /, *, json: Json = False) -> int:
-    """Draw the figures of a RUN and each of its ledgers into RUN/report."""
-    recorded = open_run(run)
-    paths = _ledgers(run)
-    if not paths:
-        raise StoreError("the run has no ledger to report on", where=run, do="explaind decompose RUN makes one")
-    facts = {"reports": [{"ledger": str(path), **_report(recorded, path)} for path in paths]}
-    _print(facts, json, lambda f: [line for entry in f["reports"] for line in report_lines(entry)])
+        printed({**run_facts(recorded), "ledgers": [str(p) for p in ledgers_of(path)]}, json, info_lines)
     return FINE
 
 
 def _record(settings: Config, folder: Path, overwrite: bool) -> None:
-    with _progress("recording") as show:
+    with progress("recording") as show:
         train(load(settings.task.name, settings.task.options), settings, folder, overwrite, show)
 
 
 def _decompose(recorded: Run, asked: Decompose, name: str | None, overwrite: bool, shard: str | None = None) -> Path:
     """Decompose and save in the run's folder; an older ledger of that name stays until the new one is complete."""
     path = recorded.path / "ledgers" / (name or ledger_name(task_of(recorded), asked))
-    with _progress("decomposing") as show:
+    with progress("decomposing") as show:
         decompose_by_name(recorded, asked, show, save=path, overwrite=overwrite, shard=shard)
     return path
 
 
 def _verify_run(recorded: Run) -> RunVerdict:
-    task = _task(recorded)
+    task = task_or_none(recorded)
     if task is None:
         return RunVerdict.of_bytes(recorded)
-    with _progress("replaying") as show:
+    with progress("replaying") as show:
         return verify_run(recorded, task.model(), task.data("train"), task.losses, progress=show)
-
-
-def _report(recorded: Run, path: Path) -> dict[str, Any]:
-    ledger: Ledger = open_ledger(path)
-    settings = config_of(recorded).report if recorded.manifest.config is not None else Report()
-    written = draw(recorded, ledger, _task(recorded), settings, recorded.path / "report" / path.name)
-    return {
-        "files": [str(f) for f in written.files],
-        "left_out": list(written.left_out),
-        "training": written.summary["training"],
-        "facts": ledger_facts(ledger),
-    }
-
-
-def _analyse(recorded: Run, paths: Sequence[Path]) -> dict[str, Any]:
-    folder = recorded.path / "analysis"
-    found = {RUN_TABLES: of_run(recorded, _task(recorded))}
-    found |= {path.name: of_ledger(recorded, open_ledger(path)) for path in paths}
-    for name, analysed in found.items():
-        analysed.write(folder / name)
-    return facts_of(found, folder)
-
-
-def _task(recorded: Run) -> Task | None:
-    return None if recorded.manifest.config is None else task_of(recorded)
-
-
-def _ledgers(path: Path) -> list[Path]:
-    return sorted(p for p in (path / "ledgers").glob("*") if not p.name.startswith("."))
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on a terminal; nothing in a pipe."""
-    console = Console(stderr=True)
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def _print(facts: dict[str, Any], as_json: bool, lines: Callable[[dict[str, Any]], list[str]]) -> None:
-    print(json.dumps(facts, indent=1) if as_json else "\n".join(lines(facts)))
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a verb and return the exit status; what is wrong with the input is said in one line on stderr."""
-    sys.path.insert(0, str(Path.cwd()))  # a user's own task, package.module:Name, is looked for where they stand
-    try:
-        status = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
-        return status if isinstance(status, int) else FINE
-    except (ExplaindError, CycloptsError) as error:
-        return _refused(str(error))
-    except OSError as error:
-        return _refused(f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else ""))
-    except KeyboardInterrupt:
-        return _refused("stopped; what was recorded so far stays readable, and decompose goes on where it was")
-
-
-def _refused(reason: str) -> int:
-    print(f"explaind: {' '.join(reason.split())}", file=sys.stderr)
-    return BAD_INPUT
-
-
-def script() -> None:
-    """The ``explaind`` command."""
-    sys.exit(main())
-
-
-if __name__ == "__main__":
-    script()

@@ -1,0 +1,5 @@
+"""``python -m explaind.cli``."""
+
+from explaind.cli import script
+
+script()
