@@ -52,7 +52,7 @@ def asked(capsys, *arguments):
 def test_run_makes_a_run_a_ledger_and_a_report(finished, capsys):
     figures = {p.stem for p in (finished / "report" / "val.target_log_probability").glob("*.png")}
     predictions = {f"{kind}_query{i}" for kind in ("waterfall", "examples") for i in (0, 1)}
-    assert figures == {"training", "layers_over_steps", "rest_rows"} | predictions
+    assert figures == {"training", "layers_over_steps", "layer_shares", "balance", "rest_rows"} | predictions
     summary = json.loads((finished / "report" / "val.target_log_probability" / "ledger.json").read_text())
     assert len(summary["predictions"]) == 6
     for prediction in summary["predictions"]:

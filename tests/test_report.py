@@ -29,6 +29,8 @@ def test_a_run_without_a_task_is_reported_by_numbers(run, ledger, tmp_path):
     written = report(run, ledger, None, Report(predictions=1, examples=2, dpi=30), tmp_path / "out")
     assert [p.stem for p in written.files] == [
         "layers_over_steps",
+        "layer_shares",
+        "balance",
         "rest_rows",
         "waterfall_query0_output0",
         "examples_query0_output0",

@@ -37,8 +37,8 @@ from explaind.replay.steps import Part, Step, Steps
 from explaind.replay.steps import Segment as Stretch
 from explaind.rules.rule import Coefficient, Filter
 
-FADED = 1e-14
-"""A costate whose momentum has shrunk to this fraction is let go in the applied view."""
+FADED = {torch.float64: 1e-14, torch.float32: 1e-8}
+"""A costate whose momentum has shrunk to this fraction is let go in the applied view: well below rounding."""
 
 
 @dataclass(eq=False)
@@ -198,7 +198,7 @@ class Sweep:
         memory = abs(f.M) if isinstance(f.M, float) else float(f.M.abs().max())
         for costate in self.costates:
             costate.memory *= memory
-        self.costates = [c for c in self.costates if c.memory > FADED or c is source]
+        self.costates = [c for c in self.costates if c.memory > FADED[c.mu.dtype] or c is source]
 
     def _pulls(self, f: Filter, source: Costate, mean: Tensor) -> tuple[Tensor, float]:
         """a of all living costates, one below the other, and a factor on them: where a is a multiple of μ nothing is copied."""

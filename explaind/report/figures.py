@@ -10,6 +10,8 @@ from explaind.analysis.curves import Curves
 
 FOR, AGAINST, NEUTRAL = "#2a7f62", "#b5402f", "#5b6770"
 """Raises the measure; lowers it; neither."""
+NAMED_LINES = 10
+"""So many lines of one figure can be told apart."""
 CURVES = {"train": "#1f5fa8", "val": "#d17b0f"}
 
 
@@ -69,6 +71,21 @@ def heat_map(credit: np.ndarray, layers: Sequence[str], steps: np.ndarray, title
     axes.invert_yaxis()
     axes.set(title=title, xlabel="step")
     figure.colorbar(image, ax=axes, label=unit, extend="both")
+    return figure
+
+
+def by_layer(steps: np.ndarray, layers: Sequence[str], values: np.ndarray, title: str, unit: str) -> Figure:
+    """One line a layer over the steps: values [step, layer]; those that were largest at any time have a name of their own."""
+    figure, axes = _axes(9, 4.2)
+    order = np.argsort(-np.abs(values).max(0, initial=0.0), kind="stable")
+    for place, column in enumerate(order.tolist()):
+        named = place < NAMED_LINES
+        axes.plot(
+            steps, values[:, column], color=f"C{place}" if named else "#c9ced3", label=layers[column] if named else None, linewidth=1.4
+        )
+    axes.axhline(0, color="black", linewidth=0.5)
+    axes.set(title=title, xlabel="step", ylabel=unit)
+    axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 

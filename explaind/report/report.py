@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from explaind.analysis.credit import balance, layer_shares
 from explaind.analysis.curves import Curves, training_curves
 from explaind.config import Report
 from explaind.errors import StoreError
@@ -54,6 +55,7 @@ def report(run: Run, ledger: Ledger, task: Task | None, settings: Report, folder
     left_out = [] if curves is not None else ["training curves: the run names no task"]
     if {"layer", "step"} <= set(ledger.axes):
         drawn["layers_over_steps"] = _heat_map(ledger, labels, len(told))
+        drawn |= _over_steps(ledger, labels)
     else:
         left_out.append("layer × step heat map: keep both axes (keep=…,layer,step)")
     drawn["rest_rows"] = figures.rest_rows(
@@ -101,6 +103,16 @@ def _heat_map(ledger: Ledger, labels: Labels, count: int) -> Figure:
     credit = by_axes(ledger, "data", ("layer", "step")) / max(1, count)
     title = f"Data credit for {labels.measure}, mean of {count} predictions" if count > 1 else f"Data credit for {labels.measure}"
     return figures.heat_map(credit, ledger.coords["layer"].tolist(), ledger.coords["step"], title, "mean credit per entry")
+
+
+def _over_steps(ledger: Ledger, labels: Labels) -> dict[str, Figure]:
+    """Shares of the layers, and the balance of data and decay, window by window."""
+    steps, layers, share = layer_shares(ledger).grid("step", "layer", "share")
+    balanced = balance(ledger).grid("step", "layer", "balance")[2]
+    return {
+        "layer_shares": figures.by_layer(steps, layers.tolist(), share, f"Share of the credit for {labels.measure}", "share of Σ |data|"),
+        "balance": figures.by_layer(steps, layers.tolist(), balanced, f"Data less decay for {labels.measure}", f"{UNIT} and per entry"),
+    }
 
 
 def _of_predictions(ledger: Ledger, labels: Labels, told: list[dict[str, Any]], examples: int) -> Iterator[tuple[str, Figure]]:
