@@ -57,7 +57,7 @@ class Decompose:
     """What is asked of the run: the arguments of ``explaind.decompose``, with queries and measure by name.
 
     groups     of kept axes, whose members are told together: a table of names and members for each axis (patterns of layers, ids of
-               examples, places of queries and outputs), "target" for the classes of examples and queries, "module" for layers
+               examples, places of queries and outputs), "target" for the classes of examples and queries, "module" or "task" for layers
     queries    SPLIT, SPLIT:INDEX or SPLIT:START:STOP, such as val:0:16
     measure    one of the task's measures; "": its first
     budget     GiB that the result may take

@@ -153,6 +153,9 @@ def test_groups_by_class_and_module(copied, capsys):
             theirs = [i for i, c in enumerate(classes["train"]) if c == group]
             want = whole["data"][mine][:, theirs].sum()
             np.testing.assert_allclose(ledger["data"][place, other].sum(), want, rtol=0, atol=1e-9)
+    assert asked(capsys, "decompose", copied, "--keep", "layer", "--groups", "layer=task", "--name", "parts")[0] == 0
+    parts = explaind.open_ledger(copied / "ledgers" / "parts")
+    assert parts.coords["layer"].tolist() == ["embedding", "attention in", "attention out", "linear1", "linear2", "decoder"]
     assert asked(capsys, "report", copied)[0] == 0
     summary = json.loads((copied / "report" / "classes" / "ledger.json").read_text())
     assert summary["predictions"][0]["strongest"][0]["label"] in classes["train"]

@@ -87,8 +87,8 @@ def decompose(
     keep
         Axes of the result, separated by commas, out of query, output, example, layer or param, step.
     groups
-        Of kept axes, such as example=target,layer=module: examples and queries by their class, layers by their module. Groups of your
-        own stand in the configuration, name by name.
+        Of kept axes, such as example=target,layer=task: examples and queries by their class, layers by module or as the task groups
+        them. Groups of your own stand in the configuration, name by name.
     rule
         auto, secant:PARTS (closes exactly), adaptive, gauss:NODES or midpoint:NODES.
     tol

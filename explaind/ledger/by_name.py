@@ -18,9 +18,9 @@ from explaind.ledger.ledger import Ledger
 from explaind.record.device import placed
 from explaind.store.reader import Run
 from explaind.tasks import Task, load
-from explaind.tasks.task import Measure
+from explaind.tasks.task import Grouped, Measure
 
-WORDS = {"example": "target", "query": "target", "layer": "module"}
+WORDS = {"example": ("target",), "query": ("target",), "layer": ("module", "task")}
 """What groups of an axis may be called for short."""
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
@@ -124,7 +124,7 @@ def groups_named(asked: Mapping[str, Any], run: Run, task: Task, chosen: Selecti
     for axis, groups in asked.items():
         if isinstance(groups, str):
             if axis == "layer":
-                groups = _modules([layer.name for layer in run.manifest.layers])
+                groups = _of_task(task) if groups == "task" else _modules([layer.name for layer in run.manifest.layers])
             else:
                 split, ids = ("train", run.examples.tolist()) if axis == "example" else (chosen.split, list(chosen.indices))
                 groups = _classes(task, split, ids, ids if axis == "example" else list(range(len(ids))))
@@ -135,11 +135,11 @@ def groups_named(asked: Mapping[str, Any], run: Run, task: Task, chosen: Selecti
 def check_words(asked: Mapping[str, Any]) -> None:
     """RequestError for a word that stands for no groups of its axis."""
     for axis, groups in asked.items():
-        if isinstance(groups, str) and WORDS.get(axis) != groups:
+        if isinstance(groups, str) and groups not in WORDS.get(axis, ()):
             raise RequestError(
                 "unknown groups",
                 where=f"groups of {axis}",
-                expected=f"{WORDS[axis]!r}, or a table of names and members" if axis in WORDS else "a table of names and members",
+                expected=", ".join((*map(repr, WORDS.get(axis, ())), "or a table of names and members")),
                 got=repr(groups),
                 do="choose one of these",
             )
@@ -151,6 +151,17 @@ def _classes(task: Task, split: str, ids: Sequence[int], members: Sequence[int])
     targets = task.target(default_collate([data[i] for i in ids])).tolist()
     names = task.outputs()
     return {names[c]: [member for member, target in zip(members, targets, strict=True) if target == c] for c in sorted(set(targets))}
+
+
+def _of_task(task: Task) -> Asked:
+    if not isinstance(task, Grouped):
+        raise RequestError(
+            "the task names no groups of layers",
+            expected="a method layer_groups",
+            got=type(task).__name__,
+            do="add it, or group by module or by patterns of your own",
+        )
+    return task.layer_groups()
 
 
 def _modules(layers: Sequence[str]) -> Asked:

@@ -187,6 +187,16 @@ class ModularArithmetic:
         numbers = tuple(str(n) for n in range(self.p))
         return (*numbers, OPERATIONS[self.operation].sign, "=") if self.network == "paper" else numbers
 
+    def layer_groups(self) -> Mapping[str, Sequence[str]]:
+        """The parts of the paper's study, from input to output; names and patterns of parameter tensors."""
+        inside: dict[str, tuple[str, ...]]
+        if self.network == "paper":
+            inside = {"embedding": ("embedding.*",), "attention in": ("heads.*.encode.*",), "attention out": ("heads.*.decode.*",)}
+        else:
+            attention = {"attention in": ("query.*", "key.*", "value.*"), "attention out": ("mix.*",)}
+            inside = {"embedding": ("embedding.*", "positions"), **attention}
+        return {**inside, "linear1": ("linear1.*",), "linear2": ("linear2.*",), "decoder": ("decoder.*",)}
+
     def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
         return model(batch[0])
 

@@ -1,7 +1,7 @@
 """What a run needs by name, so that every later command works from the run folder alone."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -18,6 +18,15 @@ class Split(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Any: ...
+
+
+@runtime_checkable
+class Grouped(Protocol):
+    """A task that names groups of its model's layers; a task need not."""
+
+    def layer_groups(self) -> Mapping[str, Sequence[str]]:
+        """Name of each group, from input to output, and its parameter tensors, by name or pattern such as "heads.*"."""
+        ...
 
 
 class Task(Protocol):
