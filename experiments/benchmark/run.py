@@ -254,13 +254,14 @@ class Bench:
     def scaling(self) -> None:
         """How time and memory grow: the slope of log time over log size, of steps after the first ones, and the peak at each end."""
         base = 4 if self.given.small else 10
-        examples, queries = (10, 1) if self.given.small else (500, 1)
+        examples, queries = (10, 1) if self.given.small else (1500, 1)
+        ordered = () if self.given.small else ("--task.pairs", "ordered", "--task.val_examples", "8")  # of which there are more
         axes: dict[str, list[tuple[int, Callable[[], Record]]]] = {"steps": [], "examples": [], "measures": [], "width": []}
         for k in (1, 2, 4, 8):
             steps = self.recorded(f"steps-{k * base}", k * base)
             axes["steps"].append((k * base, lambda p=steps: self.decomposed(p, rule="secant", queries="val:0:1", keep=EVERYTHING)))
             fewer = self.recorded(
-                f"examples-{k * examples}", base, "--task.train_examples", str(k * examples // (2 if self.given.small else 1))
+                f"examples-{k * examples}", base, "--task.train_examples", str(k * examples // (2 if self.given.small else 1)), *ordered
             )
             axes["examples"].append((k * examples, lambda p=fewer: self.decomposed(p, rule="secant", queries="val:0:1", keep=EVERYTHING)))
             asked = f"val:0:{k * queries}"
@@ -280,9 +281,14 @@ class Bench:
             times = [row["s_per_later_step"] * (n if axis == "steps" else 1) for (n, _), row in zip(points, rows, strict=True)]
             sizes = [n for n, _ in points]
             slope = float(np.polyfit(np.log(sizes), np.log(times), 1)[0])
+            at_end = float(np.log(times[-1] / times[-2]) / np.log(sizes[-1] / sizes[-2]))
             memory = [row["peak_mb"] for row in rows]
-            self.found["scaling"][axis] = {"sizes": sizes, "seconds": times, "slope": slope, "peak_mb": memory}
-            print(f"{axis:>9} {sizes}: time grows with slope {slope:.2f}; peak memory {memory[0]:.0f} to {memory[-1]:.0f} MB", flush=True)
+            self.found["scaling"][axis] = {"sizes": sizes, "seconds": times, "slope": slope, "slope_at_end": at_end, "peak_mb": memory}
+            print(
+                f"{axis:>9} {sizes}: time grows with slope {slope:.2f}, {at_end:.2f} between the largest two; "
+                f"peak memory {memory[0]:.0f} to {memory[-1]:.0f} MB",
+                flush=True,
+            )
 
     def layers(self) -> None:
         """Error of the split between layers, against a quadrature of very many nodes."""
