@@ -88,7 +88,10 @@ def test_analyses_are_tables_with_their_formulas(copied, capsys):
     facts = json.loads(text)["analyses"]
     assert status == 0
     assert list(facts) == ["run", "val.target_log_probability"]
-    for name, tables in (("run", {"training"}), ("val.target_log_probability", {"layer_shares", "balance", "phases", *SCORES})):
+    for name, tables in (
+        ("run", {"training", "key_frequencies", "progress", "clock_or_pizza"}),
+        ("val.target_log_probability", {"layer_shares", "balance", "phases", *SCORES}),
+    ):
         about = json.loads((copied / "analysis" / name / "analysis.json").read_text())
         assert set(about["tables"]) == tables
         assert all(entry["formula"] and entry["source"] for entry in about["tables"].values())

@@ -1,5 +1,6 @@
 """Small versions of the studies under experiments/: the same code, fewer steps."""
 
+import csv
 import importlib.util
 import json
 import subprocess
@@ -81,3 +82,32 @@ def test_every_study_is_a_command_with_a_readme(name):
 def test_the_last_line_of_a_program_is_what_counts():
     found = loaded("benchmark").last_json([sys.executable, "-c", f"print('noise'); print('{json.dumps({'a': 1})}')"])
     assert found == {"a": 1}
+
+
+def test_the_grokking_study_runs_from_end_to_end_and_goes_on(tmp_path, capsys):
+    study = loaded("grokking")
+
+    def results(*parts):
+        given = study.filled(study.options().parse_args(["--small", "--seeds", "0", "1", "--out", str(tmp_path), "--parts", *parts]))
+        made = study.Study(given)
+        for part in parts:
+            getattr(made, part)()
+        return json.loads(made.write().read_text())
+
+    found = results(*study.PARTS)
+    assert [row["seed"] for row in found["training"]] == [0, 1]
+    assert all(row["val_accuracy_most"] <= 1 for row in found["no_decay"])
+    for row in found["checks"]:
+        assert row["path_share"] <= 1e-2
+        assert row["closure"] <= 1e-4  # float32
+    with (tmp_path / "tables" / "layer_shares.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for seed, step in {(row["seed"], row["step"]) for row in rows}:
+        whole = sum(float(row["share"]) for row in rows if (row["seed"], row["step"]) == (seed, step))
+        assert abs(whole - 1) <= 1e-12
+    assert {p.stem for p in (tmp_path / "figures").iterdir()} == {"layer_shares", "progress", "cosines-0", "cosines-1"}
+    assert len(found["phase_agreement"]["boundary"]) == study.PHASES - 1
+    times = {p: p.stat().st_mtime_ns for p in tmp_path.glob("seed-*/**/commit.json")}
+    assert len(times) == 2 * 3  # a run and two ledgers each
+    assert results("credit") == found
+    assert times == {p: p.stat().st_mtime_ns for p in tmp_path.glob("seed-*/**/commit.json")}

@@ -9,15 +9,18 @@ from typing import Any
 
 import numpy as np
 
+from explaind.analysis.clock import clock_or_pizza
 from explaind.analysis.credit import balance, example_scores, layer_shares, step_scores
 from explaind.analysis.curves import training_curves
 from explaind.analysis.phases import phases
+from explaind.analysis.progress import SIGN, key_frequencies, progress
 from explaind.analysis.similarity import similarity
 from explaind.analysis.table import Table
 from explaind.ledger.ledger import Ledger
 from explaind.store import schema
 from explaind.store.reader import Run
 from explaind.tasks import Task
+from explaind.tasks.modular import ModularArithmetic
 
 ROWS = 200_000
 """Of a table, at most: what has more is thinned out along its steps."""
@@ -47,7 +50,12 @@ def of_run(run: Run, task: Task | None) -> Analysed:
     """What needs the run alone."""
     if task is None:
         return Analysed((), ("training curves: the run names no task",))
-    return Analysed((curve_table(run, task),), ())
+    found, left_out = [curve_table(run, task)], []
+    if isinstance(task, ModularArithmetic) and task.operation in SIGN and task.p % 2:
+        found += [key_frequencies(run, task), progress(run, task), clock_or_pizza(run, task)]
+    else:
+        left_out.append("progress measures, key frequencies, clock or pizza: for addition and subtraction of an odd modulus")
+    return Analysed(tuple(found), tuple(left_out))
 
 
 def of_ledger(run: Run, ledger: Ledger) -> Analysed:

@@ -208,11 +208,11 @@ class ModularArithmetic:
         answers = OPERATIONS[self.operation].combine(a, b) % self.p
         order = torch.randperm(len(a), generator=torch.Generator().manual_seed(self.split_seed))
         train, val = self._counts()
-        tokens = self._tokens(a, b)
+        tokens = self.tokens(a, b)
         chosen = {"train": order[:train], "val": order[train : train + val]}
         return {split: TensorDataset(tokens[ids], answers[ids]) for split, ids in chosen.items()}
 
-    def _tokens(self, a: Tensor, b: Tensor) -> Tensor:
+    def tokens(self, a: Tensor, b: Tensor) -> Tensor:
         """Int[pair], Int[pair] -> Int[pair, token]: a ∘ b = for the paper's network, a b = for Nanda's."""
         p = torch.full_like(a, self.p)
         return torch.stack([a, p, b, p + 1] if self.network == "paper" else [a, b, p], dim=1)

@@ -1,0 +1,274 @@
+"""How does a network grok? The paper's study on addition mod 113, with the statistics and controls that it lacks.
+
+python experiments/grokking/run.py [--seeds 43 44 45] [--steps 2000] [--queries 64] [--parts train credit similarity progress] [--small]
+
+Every training, ledger and table is kept in --out and not made again: what was interrupted goes on. Prints tables and writes results.json
+and figures. --small is a small prime for a few steps, a try of the whole in less than a minute.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+import explaind
+from explaind.analysis import phases as of_phases
+from explaind.analysis import similarity as of_similarity
+from explaind.analysis.analyse import curve_table
+from explaind.analysis.credit import balance, layer_shares
+from explaind.analysis.progress import key_frequencies, progress
+from explaind.analysis.table import Table, stacked
+from explaind.config import Decompose, read
+from explaind.kernel.groups import grouping
+from explaind.ledger.by_name import config_of, decompose_by_name
+from explaind.tasks import load
+from explaind.tasks.modular import ModularArithmetic
+from explaind.tasks.training import train
+
+CONFIG = Path(__file__).parents[2] / "configs" / "mod113.toml"
+SMALL = ("--task.p", "13", "--task.width", "16", "--task.mlp", "32", "--task.train_examples", "60", "--task.val_examples", "25")
+LOOKS = (200, 250, 500, 1100, 1900)
+"""The steps at which the paper draws its cosine matrices."""
+PHASES = 3
+"""What the paper reports; the number that the criterion prefers is written beside it."""
+PARTS = ("train", "credit", "similarity", "progress")
+
+
+class Study:
+    """All of it, for some seeds."""
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        self.given, self.out = given, Path(given.out)
+        self.window = 5 if given.small else 50
+        self.found: dict[str, Any] = {"seeds": given.seeds, "steps": given.steps, "queries": given.queries}
+        self.runs = {seed: self.trained(f"seed-{seed}", seed) for seed in given.seeds}
+
+    @cached_property
+    def task(self) -> ModularArithmetic:
+        """The same for every seed, which draws the model alone."""
+        config = config_of(next(iter(self.runs.values())))
+        task = load(config.task.name, config.task.options)
+        assert isinstance(task, ModularArithmetic)
+        return task
+
+    def trained(self, name: str, seed: int, *overrides: str) -> explaind.Run:
+        """A run, recorded unless it is there."""
+        path = self.out / name
+        if (path / "commit.json").exists() and (run := explaind.open(path)).complete and run.steps == self.given.steps:
+            return run
+        small = SMALL if self.given.small else ()
+        config = read(CONFIG, ["--train.seed", str(seed), "--train.steps", str(self.given.steps), *small, *overrides])
+        train(load(config.task.name, config.task.options), config, path, overwrite=True)
+        return explaind.open(path)
+
+    def ledger(self, run: explaind.Run, name: str, **asked: Any) -> explaind.Ledger:
+        """A ledger of a run, decomposed unless it is there; one that was interrupted goes on."""
+        path = run.path / "ledgers" / name
+        if not (path / "commit.json").exists():
+            plain = Decompose(
+                queries=f"val:0:{self.given.queries}", measure="target_log_probability", dtype="float32", device=self.given.device, tol=1e-2
+            )
+            decompose_by_name(run, replace(plain, windows=self.window, budget=16.0, **asked), save=path)
+        return explaind.open_ledger(path)
+
+    def train(self) -> None:
+        """Do they grok, and do they without decay?"""
+        curves = {seed: curve_table(run, self.task) for seed, run in self.runs.items()}
+        self.found["training"] = [{"seed": seed, **_milestones(table)} for seed, table in curves.items()]
+        still = {
+            seed: curve_table(self.trained(f"no-decay-{seed}", seed, "--optimizer.weight_decay", "0"), self.task) for seed in self.runs
+        }
+        self.found["no_decay"] = [{"seed": seed, "val_accuracy_most": float(t["val_accuracy"].max())} for seed, t in still.items()]
+        self._table(stacked(list(curves.values()), seed=list(curves)))
+        for row, control in zip(self.found["training"], self.found["no_decay"], strict=True):
+            print(f"seed {row['seed']}: {row}; without decay validation never above {control['val_accuracy_most']:.3f}", flush=True)
+
+    def credit(self) -> None:
+        """Shares of the layers, the balance of data and decay, and the phases, in the applied view."""
+        asked = {"keep": ("query", "example", "layer", "step"), "groups": {"layer": "task"}, "view": "applied"}
+        ledgers = {seed: self.ledger(run, "shares", **asked) for seed, run in self.runs.items()}
+        shares = {seed: layer_shares(ledger) for seed, ledger in ledgers.items()}
+        self.found["checks"] = [{"seed": seed, **_checks(ledger)} for seed, ledger in ledgers.items()]
+        self._table(stacked(list(shares.values()), seed=list(shares)))
+        self._table(stacked([balance(ledger) for ledger in ledgers.values()], seed=list(ledgers)))
+        preferred = {seed: of_phases.boundaries(of_phases.phases(table)).tolist() for seed, table in shares.items()}
+        cut = {seed: of_phases.phases(table, PHASES) for seed, table in shares.items()}
+        self._table(stacked(list(cut.values()), seed=list(cut)))
+        self.found["phases"] = [
+            {"seed": seed, "begin": of_phases.boundaries(cut[seed]).tolist(), "preferred": preferred[seed]} for seed in self.runs
+        ]
+        lengths = [_milestones(curve_table(run, self.task))["val_0.95_at"] or run.steps for run in self.runs.values()]
+        if len(self.runs) > 1:
+            agreed = of_phases.agreement(list(cut.values()), lengths)
+            self._table(agreed)
+            self.found["phase_agreement"] = {name: agreed[name].tolist() for name in agreed.columns}
+        for row in self.found["phases"]:
+            print(f"seed {row['seed']}: phases begin at {row['begin']}; by the criterion at {row['preferred']}", flush=True)
+        self._figure("layer_shares", _shares_figure(shares))
+
+    def similarity(self) -> None:
+        """Which validation sums are learned in the same way, and whether that is periodic at the network's own frequencies."""
+        names = [layer.name for layer in next(iter(self.runs.values())).manifest.layers]
+        made = grouping("layer", self.task.layer_groups(), names)
+        groups = {group: [name for name, at in zip(names, made.of, strict=True) if at == i] for i, group in enumerate(made.names)}
+        data = self.task.data("val")
+        classes = np.array([int(data[i][1]) for i in range(self.given.queries)])
+        self.found["similarity"] = []
+        for seed, run in self.runs.items():
+            ledger = self.ledger(run, "params", keep=("query", "param", "step"))
+            starts = ledger.coords["step"]
+            looks = sorted({int(starts[np.searchsorted(starts, min(step, starts[-1]), side="right") - 1]) for step in LOOKS})
+            keys = key_frequencies(run, self.task)
+            frequencies = keys["frequency"][keys["key"]].tolist()
+            table = of_similarity.similarity(ledger, run.manifest.layers, groups, looks)
+            table.write(run.path / "analysis" / "params")
+            for step in looks:
+                for group in (*groups, of_similarity.ALL):
+                    matrix = table.where(step=step, layer=group).grid("query", "other", "cosine")[2]
+                    row: dict[str, Any] = {"seed": seed, "step": step, "layer": group, "frequencies": frequencies}
+                    if frequencies:
+                        tested = of_similarity.agreement(matrix, classes, self.task.p, frequencies)
+                        row |= {name: float(tested[name][0]) for name in ("excess", "null_sd", "p_value")}
+                    self.found["similarity"].append(row)
+            order = np.argsort(classes, kind="stable")
+            matrices = {
+                (step, group): table.where(step=step, layer=group).grid("query", "other", "cosine")[2][np.ix_(order, order)]
+                for step in looks
+                for group in groups
+            }
+            self._figure(f"cosines-{seed}", _cosine_figure(matrices, looks, list(groups)))
+            last = [row for row in self.found["similarity"] if row["seed"] == seed and row["step"] == looks[-1]]
+            print(
+                f"seed {seed}: key frequencies {frequencies}; p-values at {looks[-1]}: {[row.get('p_value') for row in last]}", flush=True
+            )
+
+    def progress(self) -> None:
+        """Restricted and excluded loss, sparsity in frequency, and the norm of the weights, along each run."""
+        tables = {seed: progress(run, self.task) for seed, run in self.runs.items()}
+        whole = stacked(list(tables.values()), seed=list(tables))
+        self._table(whole)
+        self.found["progress"] = [{"seed": seed, **_flat(table, self.task.p)} for seed, table in tables.items()]
+        for row in self.found["progress"]:
+            print(f"seed {row['seed']}: {row}", flush=True)
+        self._figure("progress", _progress_figure(tables))
+
+    def write(self) -> Path:
+        """Everything that was found."""
+        path = self.out / "results.json"
+        older = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps({**older, **self.found}, indent=1))
+        return path
+
+    def _table(self, table: Table) -> None:
+        table.write(self.out / "tables")
+
+    def _figure(self, name: str, figure: Figure) -> None:
+        (self.out / "figures").mkdir(parents=True, exist_ok=True)
+        figure.savefig(self.out / "figures" / f"{name}.png", dpi=120)
+
+
+def _milestones(table: Table) -> dict[str, Any]:
+    """Steps at which train and validation reached what, among the states that were looked at."""
+
+    def first(split: str, accuracy: float) -> int | None:
+        hits = np.flatnonzero(table[f"{split}_accuracy"] >= accuracy)
+        return int(table["step"][hits[0]]) if len(hits) else None
+
+    return {
+        "train_1_at": first("train", 1.0),
+        "val_0.95_at": first("val", 0.95),
+        "val_1_at": first("val", 1.0),
+        "final_val": float(table["val_accuracy"][-1]),
+    }
+
+
+def _checks(ledger: explaind.Ledger) -> dict[str, float]:
+    maxima = ledger.verify().maxima
+    return {name: float(maxima[name]) for name in ("closure", "path_share", "arithmetic_share", "replay_error")}
+
+
+def _flat(table: Table, p: int) -> dict[str, Any]:
+    """How far the excluded loss rose while the validation loss had not begun to fall: up to its last state above 0.9 of the highest."""
+    highest = int(np.argmax(table["val_loss"]))
+    fell = np.flatnonzero(table["val_loss"][highest:] < 0.9 * table["val_loss"][highest])
+    until = highest + (int(fell[0]) if len(fell) else len(table) - highest) - 1
+    known = int(np.argmax(table["train_loss"] < 0.1)) if (table["train_loss"] < 0.1).any() else 0
+    start = min(known, until)
+    return {
+        "from": int(table["step"][start]),
+        "until": int(table["step"][until]),
+        **{name: [float(table[name][i]) for i in (start, until)] for name in ("train_loss", "val_loss", "excluded", "restricted")},
+        "excluded_difference": [float(table["excluded_difference"][i]) for i in (start, until)],
+        "chance": float(np.log(p)),
+    }
+
+
+def _shares_figure(tables: dict[int, Table]) -> Figure:
+    grids = [table.grid("step", "layer", "share") for table in tables.values()]
+    steps, layers = grids[0][0], grids[0][1]
+    values = np.stack([grid[2] for grid in grids])  # [seed, step, layer]
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for column, layer in enumerate(layers):
+        axes.plot(steps, values[:, :, column].mean(0), color=f"C{column}", label=layer)
+        axes.fill_between(steps, values[:, :, column].min(0), values[:, :, column].max(0), color=f"C{column}", alpha=0.15)
+    axes.set(xlabel="step", ylabel="share of Σ |data|", title=f"Share of the credit by layer: mean and range of {len(tables)} seeds")
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _cosine_figure(matrices: dict[tuple[int, str], np.ndarray], steps: Sequence[int], groups: Sequence[str]) -> Figure:
+    figure = Figure(figsize=(2.2 * len(steps), 2.2 * len(groups)), layout="constrained")
+    for place, (group, step) in enumerate((g, s) for g in groups for s in steps):
+        axes = figure.add_subplot(len(groups), len(steps), place + 1)
+        axes.imshow(matrices[step, group], cmap="PiYG", vmin=-1, vmax=1)
+        axes.set(xticks=[], yticks=[], title=f"{group}, {step}")
+        axes.title.set_fontsize(8)
+    return figure
+
+
+def _progress_figure(tables: dict[int, Table]) -> Figure:
+    figure = Figure(figsize=(9, 3 * len(tables)), layout="constrained")
+    for place, (seed, table) in enumerate(tables.items()):
+        axes = figure.add_subplot(len(tables), 1, place + 1)
+        for name in ("train_loss", "val_loss", "restricted", "excluded", "excluded_difference"):
+            axes.plot(table["step"], table[name], label=name)
+        axes.set(yscale="log", ylabel="loss, nats", title=f"seed {seed}")
+        axes.legend(frameon=False, fontsize=7)
+    return figure
+
+
+def options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[43, 44, 45])
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--queries", type=int)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--small", action="store_true", help="a small prime, for a try")
+    parser.add_argument("--out", default="runs/grokking")
+    return parser
+
+
+def filled(given: argparse.Namespace) -> argparse.Namespace:
+    """With the sizes that --small means."""
+    given.steps = given.steps or (40 if given.small else 2000)
+    given.queries = given.queries or (12 if given.small else 64)
+    return given
+
+
+def main() -> None:
+    study = Study(filled(options().parse_args()))
+    for part in study.given.parts:
+        getattr(study, part)()
+        print(study.write(), flush=True)
+
+
+if __name__ == "__main__":
+    main()
