@@ -46,9 +46,10 @@ def training_curves(run: Run, task: Task, splits: tuple[str, ...] = ("train", "v
             for name, values in run.theta(step).items():
                 parameters[name].copy_(torch.from_numpy(values))
             for split, batch in batches.items():
-                loss[split][i], accuracy[split][i] = _evaluated(task, model, batch)
+                loss[split][i], accuracy[split][i] = evaluated(task, model, batch)
     return Curves(steps, loss, accuracy)
 
 
-def _evaluated(task: Task, model: nn.Module, batch: object) -> tuple[float, float]:
+def evaluated(task: Task, model: nn.Module, batch: object) -> tuple[float, float]:
+    """Mean loss and accuracy of a model, in the mode that it is in."""
     return float(task.losses(model, batch).mean()), float((task.predict(model, batch) == task.target(batch)).double().mean())

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from cyclopts import CycloptsError
 
-from explaind.cli import ledgers, studies
+from explaind.cli import ledgers, studies, transplanting
 from explaind.cli.terminal import BAD_INPUT, FINE, app
 from explaind.errors import ExplaindError
 
-VERBS = (ledgers, studies)
+VERBS = (ledgers, studies, transplanting)
 """Importing them is what fills the app."""
 
 

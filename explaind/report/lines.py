@@ -60,6 +60,20 @@ def analysis_lines(facts: dict[str, Any]) -> list[str]:
     return lines
 
 
+def transplant_lines(facts: dict[str, Any]) -> list[str]:
+    """What a transplant can do, or what became of it in training."""
+    lines = [f"{', '.join(facts['layers'])} from {facts['from']} into {facts['into']}"]
+    for name, found in facts.get("evaluated", {}).items():
+        lines.append(
+            f"  {name:<11} validation accuracy {found['val_accuracy']:.3f}, loss {found['val_loss']:.4g}; training accuracy "
+            f"{found['train_accuracy']:.3f}, loss {found['train_loss']:.4g}; KL from the host {found['kl_from_host']:.3g} nats"
+        )
+    for found in facts.get("trained", ()):
+        when = f"reached {found['stop']} after {found['steps']} steps" if found["steps"] is not None else f"not {found['stop']}"
+        lines.append(f"  seed {found['seed']}: validation {when}; {found['val_accuracy']:.3f} after {found['taken']}; {found['recorded']}")
+    return lines
+
+
 def info_lines(facts: dict[str, Any]) -> list[str]:
     """What a run is."""
     config = facts["config"] or {}

@@ -3,6 +3,8 @@
 import inspect
 import os
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,29 +28,57 @@ def train(task: Task, config: Config, path: str | os.PathLike[str], overwrite: b
 
     Raises ConfigError for settings that make no sense, RecordError for a training that breaks, StoreError for the path.
     """
+    _check(config, len(task.data("train")))
+    torch.manual_seed(config.train.seed)
+    model = task.model()
+    fit(task, config, model, path, overwrite, progress)
+    return model
+
+
+def fit(
+    task: Task,
+    config: Config,
+    model: nn.Module,
+    path: str | os.PathLike[str] | None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    stop: Callable[[int, nn.Module], bool] = lambda steps, model: False,
+) -> int:
+    """Train a model from the parameters that it has, as a configuration says, with a fresh optimizer; the steps taken.
+
+    path  of the recording; None: nothing is recorded
+    stop  (steps taken, model) -> whether that is enough; asked after every step
+
+    Raises as ``train``.
+    """
     settings = config.train
     data = task.data("train")
     _check(config, len(data))
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    torch.manual_seed(settings.seed)
     device = placed(settings.device)
-    model = task.model().to(device)
+    model.to(device)
     optimizer = make_optimizer(config.optimizer, model)
     schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, settings.warmup)))
     reduce = torch.mean if settings.reduction == "mean" else torch.sum
     batches = _batches(data, settings.batch, settings.seed, device)
-    with record(optimizer, model, path, reduction=settings.reduction, data=data, config=config.to_json(), overwrite=overwrite) as recorder:
-        for step in range(settings.steps):
+    recording: Any = nullcontext()
+    if path is not None:
+        recording = record(optimizer, model, path, reduction=settings.reduction, data=data, config=config.to_json(), overwrite=overwrite)
+    with recording as recorder:
+        for done in range(1, settings.steps + 1):
             ids, batch = next(batches)
-            recorder.examples(ids)
+            if recorder is not None:
+                recorder.examples(ids)
             optimizer.zero_grad()
             reduce(task.losses(model, batch)).backward()
             optimizer.step()
             schedule.step()
             if progress is not None:
-                progress(step + 1, settings.steps)
-    return model
+                progress(done, settings.steps)
+            if stop(done, model):
+                return done
+    return settings.steps
 
 
 def make_optimizer(named: Named, model: nn.Module) -> torch.optim.Optimizer:

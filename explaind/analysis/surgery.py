@@ -1,0 +1,154 @@
+"""Parameters moved between steps, runs and fresh models. Parameters are plain values here: {name: array}."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+from torch.utils.data import default_collate
+
+from explaind.analysis.curves import evaluated
+from explaind.errors import RequestError
+from explaind.kernel.groups import grouping
+from explaind.ledger.by_name import task_of
+from explaind.replay.functional import fitted
+from explaind.store.reader import Run, open_run
+from explaind.tasks.task import Grouped, Task
+
+Theta = Mapping[str, np.ndarray]
+"""Parameters by name, in their own shapes."""
+
+
+def layers_named(run: Run, task: Task, wanted: Sequence[str]) -> tuple[str, ...]:
+    """Parameter tensors by name, by pattern such as "heads.*", by module, or by the name of one of the task's
+    groups; in the model's order.
+
+    RequestError for one that matches nothing.
+    """
+    groups = task.layer_groups() if isinstance(task, Grouped) else {}
+    names = [layer.name for layer in run.manifest.layers]
+    modules = {name.rpartition(".")[0] for name in names}
+    patterns = [pattern for want in wanted for pattern in groups.get(want, (f"{want}.*" if want in modules else want,))]
+    found = grouping("layer", {"chosen": patterns}, names)
+    return tuple(name for name, group in zip(names, found.of, strict=True) if group == 0)
+
+
+def grafted(host: Theta, donor: Theta, layers: Sequence[str]) -> dict[str, np.ndarray]:
+    """The host's parameters with these layers from the donor; copies, in the host's order."""
+    for name in layers:
+        if host[name].shape != donor[name].shape:
+            raise RequestError(
+                "the donor's layer has another shape", where=name, expected=host[name].shape, got=donor[name].shape, do="take a like model"
+            )
+    return {name: np.array(donor[name] if name in set(layers) else values) for name, values in host.items()}
+
+
+def shuffled(theta: Theta, seed: int) -> dict[str, np.ndarray]:
+    """Every tensor with its entries in an order of their own: the same values and norms, and nothing that was learned."""
+    generator = np.random.default_rng(seed)
+    return {name: generator.permutation(values.reshape(-1)).reshape(values.shape) for name, values in theta.items()}
+
+
+def drawn(run: Run, task: Task, how: str, seed: int) -> dict[str, np.ndarray]:
+    """Fresh parameters: "init", as the task's model draws them, or "normal:SCALE", SCALE times a standard normal. The seed comes first."""
+    names = [layer.name for layer in run.manifest.layers]
+    kind, _, scale = how.partition(":")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if how == "init":
+            own = dict(task.model().named_parameters())
+            return {name: own[name].detach().numpy().copy() for name in names}
+        if kind == "normal" and _number(scale):
+            return {layer.name: (float(scale) * torch.randn(layer.shape)).numpy() for layer in run.manifest.layers}
+    raise RequestError("unknown way to draw parameters", expected="init, or normal:SCALE such as normal:0.1", got=repr(how))
+
+
+def parameters_at(run: Run, task: Task, where: str, seed: int) -> dict[str, np.ndarray]:
+    """The parameters that a few words name: a STEP of the run, "last", "init", "normal:SCALE", or another RUN or RUN@STEP.
+
+    RequestError, or StoreError, for what is not there.
+    """
+    if where == "init" or where.startswith("normal:"):
+        return drawn(run, task, where, seed)
+    path, at, step = where.rpartition("@")
+    if not at and (where == "last" or where.isdigit()):
+        return run.theta(run.steps if where == "last" else int(where))
+    other = open_run(Path(path if at else where))
+    names = [layer.name for layer in run.manifest.layers]
+    theta = other.theta(other.steps if not at or step == "last" else int(step) if step.isdigit() else -1)
+    missing = [name for name in names if name not in theta]
+    if missing:
+        raise RequestError("the other run has another model", where=other.path, expected=missing[0], got=", ".join(list(theta)[:3]))
+    return {name: theta[name] for name in names}
+
+
+class Bench:
+    """A task's model with parameters put in, and what it then does on both splits."""
+
+    def __init__(self, run: Run, task: Task | None = None) -> None:
+        self.run, self.task = run, task_of(run) if task is None else task
+        self.model = fitted(self.task.model(), run.manifest.layers, run.constants).eval()
+        data = {split: self.task.data(split) for split in ("train", "val")}
+        self.batches: dict[str, Any] = {split: default_collate([d[i] for i in range(len(d))]) for split, d in data.items()}
+
+    def on(self, device: torch.device) -> dict[str, Any]:
+        """The batches, where they are wanted."""
+        return {
+            split: tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, batch)
+            for split, batch in self.batches.items()
+        }
+
+    def put(self, theta: Theta) -> nn.Module:
+        """The model with these parameters, in eval mode."""
+        parameters = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, values in theta.items():
+                parameters[name].copy_(torch.from_numpy(np.ascontiguousarray(values)))
+        return self.model.eval()
+
+    def measured(self, theta: Theta) -> dict[str, float]:
+        """Mean loss and accuracy of each split."""
+        return self.of(self.put(theta))
+
+    def of(self, model: nn.Module) -> dict[str, float]:
+        """The same of any model of the task, in eval mode; its modes are put back."""
+        modes, found = [module.training for module in model.modules()], dict[str, float]()
+        model.eval()
+        with torch.no_grad():
+            for split, batch in self.on(next(model.parameters()).device).items():
+                found[f"{split}_loss"], found[f"{split}_accuracy"] = evaluated(self.task, model, batch)
+        for module, mode in zip(model.modules(), modes, strict=True):
+            module.training = mode
+        return found
+
+    def log_probabilities(self, theta: Theta, split: str = "val") -> torch.Tensor:
+        """Float64[query, output]; RequestError where the task has no such measure."""
+        measures = self.task.measures()
+        if "log_probabilities" not in measures:
+            raise RequestError("the task gives no log-probabilities", expected="a measure log_probabilities", got=", ".join(measures))
+        with torch.no_grad():
+            return measures["log_probabilities"](self.put(theta), self.batches[split]).double()
+
+    def divergence(self, theta: Theta, other: Theta, split: str = "val") -> float:
+        """KL(theta ‖ other) of the predictions, mean over a split, in nats."""
+        one, two = self.log_probabilities(theta, split), self.log_probabilities(other, split)
+        return float((one.exp() * (one - two)).sum(-1).mean())
+
+    def confusion(self, theta: Theta, split: str = "val") -> np.ndarray:
+        """How often each true class is taken for each class: [true, predicted]."""
+        classes = len(self.task.outputs())
+        with torch.no_grad():
+            predicted = self.task.predict(self.put(theta), self.batches[split]).numpy()
+        found = np.zeros((classes, classes), dtype=np.int64)
+        np.add.at(found, (self.task.target(self.batches[split]).numpy(), predicted), 1)
+        return found
+
+
+def _number(text: str) -> bool:
+    try:
+        return float(text) > 0
+    except ValueError:
+        return False
