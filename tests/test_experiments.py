@@ -111,3 +111,28 @@ def test_the_grokking_study_runs_from_end_to_end_and_goes_on(tmp_path, capsys):
     assert len(times) == 2 * 3  # a run and two ledgers each
     assert results("credit") == found
     assert times == {p: p.stat().st_mtime_ns for p in tmp_path.glob("seed-*/**/commit.json")}
+
+
+def test_the_transplant_study_runs_from_end_to_end_and_in_shares(tmp_path, capsys):
+    study = loaded("transplant")
+
+    def made(*options):
+        return study.Study(study.filled(study.options().parse_args(["--small", "--seeds", "2", "--out", str(tmp_path), *options])))
+
+    made("--share", "1/2").share()
+    half = {p: p.stat().st_mtime_ns for p in (tmp_path / "trainings").iterdir()}
+    made().all()
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["self_transplant_is_bitwise"] == {"middle": True, "outer": True}
+    whole = {p: p.stat().st_mtime_ns for p in (tmp_path / "trainings").iterdir()}
+    assert half.items() <= whole.items()  # nothing was trained twice
+    # Two sides, two donors, two seeds, four kinds; from scratch, and whole, look at less than that.
+    assert len(whole) == 2 * 2 * 2 * 2 + 2 + 2 * 2
+    assert len(half) < len(whole)
+    for side in study.SIDES:
+        table = found["transplants"][side]
+        assert len(table["kind"]) == 2 * 2 * 4
+        assert set(table["kind"]) == {"transplant", "random", "shuffled", "whole"}
+        assert found["swap"][side]["kl"][-1] == 0.0  # the last donor is the host
+        assert (tmp_path / "figures" / f"{side}.png").exists()
+    assert "middle layers kept" in capsys.readouterr().out

@@ -122,9 +122,10 @@ class Patient:
 def outcome(bench: Bench, patient: Patient, training: Training, folder: Path) -> Outcome:
     """Train a patient, or read what became of it from `folder`: one small file each, written when it is done."""
     config = configured(bench.run, training, patient.seed).to_json()
-    # A control that does not look at the donor is the same for all of them.
-    told = {**asdict(patient), "donor": None, "layers": None} if patient.kind == "random" else asdict(patient)
-    told = {**told, "seed": patient.seed, "training": asdict(training), "config": config, "run": bench.run.identity}
+    told = asdict(patient)
+    if patient.kind in ("random", "whole"):  # one training serves all for which it is the same
+        told |= {"layers": None, "donor": patient.donor if patient.kind == "whole" else None}
+    told |= {"training": asdict(training), "config": config, "run": bench.run.identity}
     path = folder / f"{hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:24]}.json"
     try:
         return Outcome(**json.loads(path.read_text())["outcome"])

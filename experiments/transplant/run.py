@@ -1,0 +1,131 @@
+"""Do grokked representations put into a fresh network make it generalise faster, and which side carries it?
+
+python experiments/transplant/run.py [--config configs/mod53.toml] [--every 100] [--seeds 5] [--share 0/2] [--small]
+
+Records the run that gives donors, keeps one side of it at every donor step (middle: attention and MLP; outer: embedding and decoder), draws
+the rest anew, and trains on until validation accuracy is 0.95. Beside each stand the controls of explaind/analysis/transplant.py. Every
+training is kept in --out and not done again. --share I/N does every N-th training and no more, for N processes at once; a run without it
+collects what all have done, does what is missing, and writes the tables, results.json and figures.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+import explaind
+from explaind.analysis.surgery import Bench, grafted, layers_named
+from explaind.analysis.table import Table, stacked
+from explaind.analysis.transplant import KINDS, Patient, Training, compared, outcome, patients, swapped, transplants
+from explaind.config import read
+from explaind.tasks import load
+from explaind.tasks.training import train
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SIDES = {"middle": ("attention in", "attention out", "linear1", "linear2"), "outer": ("embedding", "decoder")}
+SMALL = ("--task.p", "11", "--task.width", "16", "--task.mlp", "16", "--train.steps", "40")
+
+
+class Study:
+    """Donors from one run, both sides, all controls."""
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        self.given, self.out = given, Path(given.out)
+        path = self.out / "donor"
+        if not (path / "commit.json").exists() or not explaind.open(path).complete:
+            config = read(given.config, ["--train.threads", "1", *(SMALL if given.small else ())])
+            train(load(config.task.name, config.task.options), config, path, overwrite=True)
+        self.run = explaind.open(path)
+        self.bench = Bench(self.run)
+        self.donors = list(range(given.every, self.run.steps + 1, given.every))
+        self.training = Training(given.steps or self.run.steps, every=5 if given.small else 10)
+        self.sides = {side: layers_named(self.run, self.bench.task, groups) for side, groups in SIDES.items()}
+        self.found: dict[str, Any] = {"donors": self.donors, "seeds": given.seeds, "fresh": given.fresh, "steps": self.training.steps}
+
+    def patients(self, side: str) -> list[Patient]:
+        return patients(self.donors, self.sides[side], range(self.given.seeds), self.given.fresh, self.given.kinds)
+
+    def share(self) -> None:
+        """Some of the trainings, for one of several processes; those of late donors first."""
+        index, of = (int(part) for part in self.given.share.split("/"))
+        every = sorted((p for side in self.sides for p in self.patients(side)), key=lambda p: (p.seed, -p.donor))
+        for patient in every[index::of]:
+            outcome(self.bench, patient, self.training, self.out / "trainings")
+
+    def all(self) -> None:
+        """Everything, then tables, results and figures."""
+        last = self.run.theta(self.run.steps)
+        for side, layers in self.sides.items():
+            table = transplants(self.bench, self.patients(side), self.training, self.out / "trainings")
+            summed = compared(table, self.training.steps)
+            made = grafted(last, last, layers)
+            swap = swapped(self.bench, last, self.donors, layers)
+            for name, one in (("transplants", table), ("compared", summed), ("swap", swap)):
+                stacked([one], side=[side]).write(self.out / "tables" / side)
+                self.found.setdefault(name, {})[side] = {column: one[column].tolist() for column in one.columns}
+            identical = all(np.array_equal(made[name], last[name]) for name in last)
+            self.found.setdefault("self_transplant_is_bitwise", {})[side] = identical
+            (self.out / "figures").mkdir(exist_ok=True)
+            _figure(side, summed, table).savefig(self.out / "figures" / f"{side}.png", dpi=120)
+            _print(side, summed)
+        (self.out / "results.json").write_text(json.dumps(self.found, indent=1))
+        print(self.out / "results.json")
+
+
+def _figure(side: str, summed: Table, table: Table) -> Figure:
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for place, kind in enumerate(dict.fromkeys(summed["kind"].tolist())):
+        mine = summed.where(kind=kind)
+        top = np.where(np.isinf(mine["most"]), np.nan, mine["most"])
+        axes.plot(mine["donor"], np.where(np.isinf(mine["median"]), np.nan, mine["median"]), "o-", color=f"C{place}", label=kind, ms=3)
+        axes.fill_between(mine["donor"], mine["least"], top, color=f"C{place}", alpha=0.15)
+    first = table.where(kind=table["kind"][0], seed=table["seed"][0])
+    axes.plot(first["donor"], first["still"], "k--", label="the run itself, from there")
+    axes.set(xlabel="donor step", ylabel="steps to validation accuracy 0.95", title=f"{side} layers kept; median and range over seeds")
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _print(side: str, summed: Table) -> None:
+    print(f"{side} layers kept; steps to 0.95: median [least, most], share of seeds that got there", flush=True)
+    for row in range(len(summed)):
+        values = {name: summed[name][row] for name in summed.columns}
+        print(
+            f"  {values['kind']:>10} of step {values['donor']:>5}: {values['median']:>6.0f} [{values['least']:.0f}, {values['most']:.0f}] "
+            f"{values['reached']:.0%}; {values['faster_than_random']:.2f} × random, {values['faster_than_run']:.2f} × the run itself",
+            flush=True,
+        )
+
+
+def options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=CONFIGS / "mod53.toml")
+    parser.add_argument("--every", type=int, help="steps between donors")
+    parser.add_argument("--seeds", type=int)
+    parser.add_argument("--steps", type=int, help="of a training, at most; by default as many as the run's")
+    parser.add_argument("--fresh", default="normal:0.1", help="how the other layers are drawn: normal:SCALE (the paper: 0.1) or init")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--share")
+    parser.add_argument("--small", action="store_true", help="a small prime and few steps, for a try")
+    parser.add_argument("--out", default="runs/transplant")
+    return parser
+
+
+def filled(given: argparse.Namespace) -> argparse.Namespace:
+    """With the sizes that --small means."""
+    given.every = given.every or (20 if given.small else 100)
+    given.seeds = given.seeds or (2 if given.small else 5)
+    return given
+
+
+def main() -> None:
+    study = Study(filled(options().parse_args()))
+    study.share() if study.given.share else study.all()
+
+
+if __name__ == "__main__":
+    main()
