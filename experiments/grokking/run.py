@@ -155,7 +155,8 @@ class Study:
         self._table(whole)
         self.found["progress"] = [{"seed": seed, **_flat(table, self.task.p)} for seed, table in tables.items()]
         for row in self.found["progress"]:
-            print(f"seed {row['seed']}: {row}", flush=True)
+            told = ", ".join(f"{name} {row[name][0]:.2f} → {row[name][1]:.2f}" for name in ("val_loss", "excluded", "excluded_difference"))
+            print(f"seed {row['seed']}, steps {row['from']} to {row['until']}: {told}", flush=True)
         self._figure("progress", _progress_figure(tables))
 
     def write(self) -> Path:
@@ -194,19 +195,15 @@ def _checks(ledger: explaind.Ledger) -> dict[str, float]:
 
 
 def _flat(table: Table, p: int) -> dict[str, Any]:
-    """How far the excluded loss rose while the validation loss had not begun to fall: up to its last state above 0.9 of the highest."""
-    highest = int(np.argmax(table["val_loss"]))
-    fell = np.flatnonzero(table["val_loss"][highest:] < 0.9 * table["val_loss"][highest])
-    until = highest + (int(fell[0]) if len(fell) else len(table) - highest) - 1
-    known = int(np.argmax(table["train_loss"] < 0.1)) if (table["train_loss"] < 0.1).any() else 0
-    start = min(known, until)
-    return {
-        "from": int(table["step"][start]),
-        "until": int(table["step"][until]),
-        **{name: [float(table[name][i]) for i in (start, until)] for name in ("train_loss", "val_loss", "excluded", "restricted")},
-        "excluded_difference": [float(table["excluded_difference"][i]) for i in (start, until)],
-        "chance": float(np.log(p)),
-    }
+    """How the losses changed while the validation loss was no better than chance: from the first state with a training loss below 0.95 of
+    log p to the last one with a validation loss of at least log p."""
+    chance = float(np.log(p))
+    learning, guessing = np.flatnonzero(table["train_loss"] < 0.95 * chance), np.flatnonzero(table["val_loss"] >= chance)
+    until = int(guessing[-1]) if len(guessing) else 0
+    start = min(int(learning[0]) if len(learning) else until, until)
+    losses = ("train_loss", "val_loss", "excluded", "excluded_difference", "restricted")
+    found = {name: [float(table[name][i]) for i in (start, until)] for name in losses}
+    return {"from": int(table["step"][start]), "until": int(table["step"][until]), **found, "chance": chance}
 
 
 def _shares_figure(tables: dict[int, Table]) -> Figure:
