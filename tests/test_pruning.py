@@ -1,11 +1,14 @@
 """Pruning by scores: exact facts about scores, components and what stays."""
 
+import json
+
 import numpy as np
 import pytest
 
 import explaind
 from explaind.analysis.pruning import ablation, baseline_scores, components, credit_scores, mask, pruned, pruning_curve, scores_of
 from explaind.analysis.surgery import Bench
+from explaind.cli import main
 from explaind.config import Decompose, read
 from explaind.errors import RequestError
 from explaind.ledger.by_name import decompose_by_name
@@ -13,7 +16,7 @@ from explaind.store.manifest import Layer
 from explaind.tasks import load
 from explaind.tasks.training import train
 from tests.closeness import algebra, rounding, same
-from tests.test_cli import SMALL
+from tests.test_cli import SMALL, asked, refused
 
 LAYERS = (
     Layer("heads.0.weight", (2, 3), 0, 6, 0),
@@ -131,3 +134,30 @@ def test_an_ablated_group_is_the_network_without_it(bench):
     made = bench.measured({n: np.zeros_like(v) if n.startswith("linear2") else v for n, v in theta.items()})
     assert found["val_loss_change"][0] == made["val_loss"] - bench.measured(theta)["val_loss"]
     assert found["kl"][1] == found["val_loss_change"][1] == 0.0
+
+
+def test_prune_on_the_command_line(bench, capsys):
+    run = bench.run.path
+    assert "no ledger of this run gives credit by parameter" in refused(capsys, "prune", run)
+    assert main(["decompose", str(run), "--keep", "query,param,step", "--windows", "4", "--name", "fine"]) == 0
+    capsys.readouterr()
+    options = ("prune", run, "--kept", "1, 0.5", "--levels", "param,module", "--spare", "decoder", "--json")
+    status, text = asked(capsys, *options)
+    found = json.loads(text)
+    assert status == 0
+    assert found["spared"] == ["decoder.weight"]
+    assert [row["kl"] for row in found["rows"] if row["kept"] == 1.0] == [0.0] * 8
+    assert [row["method"] for row in found["rows"][::4]] == ["credit", "magnitude", "gradient", "random"]
+    assert (run / "analysis" / "pruning" / "pruning.csv").exists()
+    assert "kept whole: nothing" in asked(capsys, "prune", run, "--kept", "0.5", "--methods", "credit")[1]
+    assert main(["decompose", str(run), "--keep", "query,param", "--name", "other"]) == 0
+    capsys.readouterr()
+    assert "several ledgers" in refused(capsys, "prune", run)
+    for option, words in (
+        (("--kept", "2"), "not a share"),
+        (("--kept", "half"), "not a share"),
+        (("--methods", "size"), "unknown way to score"),
+        (("--levels", "heads"), "unknown level"),
+        (("--spare", "head"), "names what is not there"),
+    ):
+        assert words in refused(capsys, "prune", run, "--ledger", "fine", *option)

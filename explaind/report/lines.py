@@ -74,6 +74,15 @@ def transplant_lines(facts: dict[str, Any]) -> list[str]:
     return lines
 
 
+def pruning_lines(facts: dict[str, Any]) -> list[str]:
+    """What is left of a network at each share of its parameters."""
+    lines = [f"{'method':<10} {'level':<7} {'kept':>6} {'accuracy':>9} {'loss':>9} {'KL, nats':>9}   on validation"]
+    for row in facts["rows"]:
+        numbers = f"{row['kept']:>6g} {row['val_accuracy']:>9.3f} {row['val_loss']:>9.4g} {row['kl']:>9.3g}"
+        lines.append(f"{row['method']:<10} {row['level']:<7} {numbers}")
+    return [*lines, f"kept whole: {', '.join(facts['spared']) or 'nothing'}; {facts['table']}"]
+
+
 def info_lines(facts: dict[str, Any]) -> list[str]:
     """What a run is."""
     config = facts["config"] or {}
