@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from explaind.errors import ExplaindError, RequestError
 from explaind.kernel.choosing import path_rule
+from explaind.kernel.gradients import separable
 from explaind.kernel.layout import Layout
 from explaind.kernel.measures import Measures
 from explaind.kernel.path import Segment, average, discrete_gradient
@@ -78,20 +79,70 @@ def test_every_route_give_the_dot_products_of_plain_autograd(finest, route, chun
     algebra(products(separate, finest, route, chunk), want)
 
 
-@pytest.mark.parametrize("finest", ["none", "layer"])
-@pytest.mark.parametrize("route", ["jvp", "auto"])
-def test_coupled_losses_go_through_jvp(finest, route):
-    want = summed(torch.einsum("rp,ep->rep", COSTATES, example_gradients(coupled)), finest)
-    algebra(products(coupled, finest, route), want)
+def halted(p, batch):
+    """A target without gradients, which forward derivatives do not know of."""
+    logits = network(p, batch[0])
+    with torch.no_grad():
+        target = network(p, batch[0]).roll(1, 0)
+    return (logits - target).square().sum(1)
+
+
+@pytest.mark.parametrize("losses", [coupled, halted])
+@pytest.mark.parametrize(("finest", "route"), [("none", "jvp"), ("layer", "jvp"), ("none", "auto"), ("layer", "auto"), ("param", "auto")])
+def test_coupled_losses_take_the_whole_batch(losses, finest, route):
+    if losses is halted and route == "jvp":
+        pytest.skip("refused below")
+    want = summed(torch.einsum("rp,ep->rep", COSTATES, example_gradients(losses)), finest)
+    algebra(products(losses, finest, route), want)
+    algebra(products(losses, finest, route, chunk=1), want)
+
+
+def test_a_part_of_one_example_tells_nothing_of_the_others():
+    made = Products(coupled, LAYOUT, "layer")
+    one = Part(tuple(t[:1] for t in PART.batch), PART.ids[:1], PART.weights[:1])
+    alone = THETA.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(coupled(LAYOUT.split(alone), one.batch).sum(), alone)
+    ((_, dots),) = made(THETA, one, COSTATES)
+    algebra(dots[..., 0], summed(COSTATES * gradient, "layer"), scale=1.0)
+    want = summed(torch.einsum("rp,ep->rep", COSTATES, example_gradients(coupled)), "layer")
+    algebra(torch.cat([dots for _, dots in made(THETA, PART, COSTATES)], dim=-1), want)
+
+
+def test_losses_may_be_of_another_kind_in_another_mode():
+    now = [coupled]
+    made = Products(lambda p, batch: now[0](p, batch), LAYOUT, "layer")
+    for losses, mode in ((coupled, (True,)), (separate, (False,)), (coupled, (True,))):
+        now[0] = losses
+        want = summed(torch.einsum("rp,ep->rep", COSTATES, example_gradients(losses)), "layer")
+        algebra(torch.cat([dots for _, dots in made(THETA, PART, COSTATES, None, mode)], dim=-1), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("share", [1e-2, 1e-4])
+def test_a_weak_coupling_is_seen(share, dtype):
+    def losses(p, batch):
+        logits = network(p, batch[0])
+        return 10.8 + 0.05 * logits[:, 0] + share * logits.softmax(1).mean(0).square().sum()
+
+    batch = tuple(t.to(dtype) if t.is_floating_point() else t for t in PART.batch)
+    assert not separable(losses, LAYOUT.split(THETA.to(dtype)), batch)
+    assert separable(lambda p, b: 10.8 + 0.05 * network(p, b[0])[:, 0], LAYOUT.split(THETA.to(dtype)), batch)
+
+
+def test_a_coupling_that_a_zero_head_hides_is_seen():
+    theta = THETA.clone()
+    theta[16:] = 0.0
+    assert not separable(mixed, LAYOUT.split(theta), QUERIES)
+    assert separable(measure, LAYOUT.split(theta), QUERIES)
 
 
 @pytest.mark.parametrize(
     ("losses", "finest", "route", "message"),
     [
-        (coupled, "none", "ghost", "losses of a batch depend on each other.*'ghost'.*use jvp"),
-        (coupled, "layer", "materialise", "losses of a batch depend on each other.*use jvp"),
-        (separate, "param", "jvp", "keep 'layer' instead of 'param'"),
-        (coupled, "param", "auto", "drop 'example' from keep"),
+        (coupled, "none", "ghost", "losses of a batch depend on each other.*'ghost'.*use auto"),
+        (coupled, "layer", "materialise", "losses of a batch depend on each other.*use auto"),
+        (separate, "param", "jvp", "use auto, or keep 'layer'"),
+        (halted, "layer", "jvp", "not what the training differentiated"),
     ],
 )
 def test_products_that_would_be_wrong_are_refused(losses, finest, route, message):

@@ -19,7 +19,7 @@ from explaind.kernel.products import Products, batch_gradient
 from explaind.replay.steps import Part
 from explaind.store.manifest import Layer
 from tests.cases import normal
-from tests.closeness import algebra
+from tests.closeness import algebra, rounding
 
 EXAMPLES = 6
 
@@ -240,3 +240,47 @@ def test_the_gradient_of_the_batch_comes_with_those_of_its_groups(name, monkeypa
     whole = asked.slow(a) * asked.part.weights
     for places, credit in pieces:
         algebra(credit[..., 0], whole[..., torch.from_numpy(entries) == places[0]].sum(-1), scale=1.0)
+
+
+@torch.jit.script
+def scripted(x: torch.Tensor, by: torch.Tensor):
+    return x * by
+
+
+class Invisible(nn.Module):
+    """A parameter that is used where no call of torch is seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.into, self.by, self.out = nn.Linear(3, 5), nn.Parameter(torch.randn(5)), nn.Linear(5, 2)
+
+    def forward(self, x):
+        return self.out(scripted(torch.tanh(self.into(x)), self.by))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
+@pytest.mark.parametrize("silent", [0, 2])
+def test_what_is_taken_apart_is_compared_on_its_own_scale_and_on_more_than_one_example(silent, scale, monkeypatch):
+    monkeypatch.setitem(MODELS, "invisible", (Invisible, normal(EXAMPLES, 3, seed=2)))
+    asked = Asked("invisible")
+    plain = asked.losses
+
+    def losses(p, batch):
+        return scale * plain(p, batch) * (batch[0][:, 0] != first).to(torch.float64)
+
+    first = asked.part.batch[0][silent, 0]
+    made = Products(losses, asked.layout, "layer")
+    a = normal(2, asked.layout.params, seed=4)
+    found = torch.cat([dots for _, dots in made(asked.theta, asked.part, a)], -1)
+    want = asked.slow(a) * scale
+    want[..., silent] = 0.0
+    algebra(found / scale, want / scale, scale=1.0)
+
+
+def test_losses_in_float32_are_taken_as_they_are():
+    asked = Asked("linear")
+    plain, total = asked.losses, torch.zeros(asked.layout.params, dtype=torch.float64)
+    made = Products(lambda p, batch: plain(p, batch).float(), asked.layout, "layer")
+    a = normal(2, asked.layout.params, seed=4)
+    rounding(torch.cat([dots for _, dots in made(asked.theta, asked.part, a, total)], -1), asked.slow(a), scale=1.0)
+    rounding(batch_gradient(made.losses, asked.layout, asked.theta, (asked.part,)), total, scale=1.0)

@@ -7,6 +7,7 @@ from explaind.errors import RequestError
 from explaind.kernel.measures import Measures
 from explaind.kernel.path import Adaptive, Fixed, Kind, PathRule, Recipe, Segment
 from explaind.kernel.secant import NoSecant
+from explaind.kernel.secant.rules import refuse
 
 PARTS = (1, 2, 4, 8, 16, 32)
 """Numbers of equal parts that are tried for the secant."""
@@ -73,7 +74,10 @@ class Auto:
             return known[rung]
 
         def excess(rung: int) -> float:
-            return float(((split(rung) - split(rung + 1)).abs() * (4 / 3) / allowed).max())
+            off = float(((split(rung) - split(rung + 1)).abs() * (4 / 3) / allowed).max())
+            if off != off:
+                raise refuse("the secant", "it is not a number on a step")
+            return off
 
         top = sum(parts < below for parts in PARTS) - 1
         rung = min(self._rung, top)

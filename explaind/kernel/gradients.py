@@ -6,12 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.func import grad, jacrev, vmap
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from explaind.kernel.factored import Factored, Rearranged
 from explaind.kernel.layout import Layout
 from explaind.kernel.points import Function, Point
 
+JUDGED, COMPARED = 64, 4
+"""Rows on whose gradients it is judged whether rows are independent, and whether factors give the same."""
 CHUNK_BYTES = 256 << 20
 """Size of the gradients that one call of vmap may build, unless told otherwise."""
 
@@ -40,20 +42,55 @@ def one(function: Function) -> Function:
     return single
 
 
+def rows_of(batch: Any) -> int:
+    """How many rows a batch has."""
+    return min((leaf.shape[0] for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), default=1)
+
+
 def alike(one_way: Tensor, other: Tensor) -> bool:
     """Equal but for rounding: whether two ways to compute something compute the same."""
     close = 1e-9 if other.dtype == torch.float64 else 1e-3
     return bool((one_way - other).abs().max() <= close * (1.0 + other.abs().max()))
 
 
+def alike_by_layer(one_way: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Equal but for rounding, tensor by tensor, each on its own scale: small gradients are compared as strictly as large ones."""
+    largest = max((t.abs().max() for t in other.values() if t.numel()), default=torch.zeros(()))
+    for name, want in other.items():
+        if not want.numel():
+            continue
+        close, floor = (1e-8, 1e-12) if want.dtype == torch.float64 else (1e-3, 1e-5)  # a gradient may be nothing but rounding
+        if not bool((one_way[name] - want).abs().max() <= close * want.abs().max() + floor * largest):
+            return False
+    return True
+
+
 def separable(function: Function, parameters: Mapping[str, Tensor], batch: Any) -> bool:
-    """Whether each row of function(batch) depends on its own row of the batch alone, so that vmap gives the same function."""
+    """Whether each row of function(batch) depends on its own row of the batch alone, so that vmap gives the same function.
+
+    Judged by values and by gradients of a random combination, at the parameters and beside them, where nothing is zero by design.
+    """
     whole = function(parameters, batch)
+    alone = vmap(one(function), (None, batch_axes(batch)))
+    some = take(batch, slice(0, JUDGED))
+    generator = torch.Generator().manual_seed(0)
+    beside = {name: t + 0.02 * torch.randn(t.shape, generator=generator).to(t) * (1 + t.abs()) for name, t in parameters.items()}
+
+    def combined(of: Callable[[Any, Any], Tensor]) -> Callable[[Mapping[str, Tensor]], Tensor]:
+        count = rows_of(some)
+        weights = torch.randn(count, generator=torch.Generator().manual_seed(1)).to(whole)
+        return lambda p: (weights * of(p, some).reshape(count, -1).sum(1)).sum()
+
     try:
-        alone = vmap(one(function), (None, batch_axes(batch)))(parameters, batch)
-    except (RuntimeError, NotImplementedError, IndexError, ValueError):  # an operation that vmap lacks, or another number of rows
-        return False
-    return alone.shape == whole.shape and alike(alone, whole)
+        each = alone(parameters, batch)
+        if each.shape != whole.shape or not alike(each, whole):
+            return False
+        if rows_of(batch) < 2 or not torch.isfinite(function(beside, batch)).all():
+            return True
+        gradients = [grad(combined(of))(beside) for of in (alone, function)]
+        return alike(alone(beside, batch), function(beside, batch)) and alike_by_layer(*gradients)
+    except (RuntimeError, NotImplementedError, IndexError, ValueError, AssertionError):
+        return False  # an operation that vmap lacks, or a number of rows that the function does not take
 
 
 def gradient(function: Callable[[Mapping[str, Tensor]], Tensor], layout: Layout, theta: Tensor, into: Tensor, weight: float = 1.0) -> None:
@@ -76,24 +113,24 @@ def direct(into: Tensor, point: Point, outputs: int | None, layout: Layout, batc
 
 
 def taken_apart(point: Point, outputs: int | None, layout: Layout, batch: Any) -> Factored | None:
-    """The factors of a function's gradients, where there are any and they give the same numbers on the first row of the batch."""
-    first = take(batch, slice(0, 1))
+    """The factors of a function's gradients, where there are any and they give the same numbers on the first rows of the batch."""
+    first = take(batch, slice(0, COMPARED))
     try:
         factored = Factored(point.function, layout, layout.split(point.theta), row(first))
         if not factored.sites:
             return None
-        plain, apart = point.theta.new_zeros(2, outputs or 1, layout.params)
+        plain, apart = point.theta.new_zeros(2, rows_of(first) * (outputs or 1), layout.params)
         direct(plain, point, outputs, layout, first)
         factored.add(apart, [point], first, batch_axes(first))
     except (RuntimeError, NotImplementedError, ValueError, Rearranged):  # the model does what these transforms cannot
         return None
-    return factored if alike(plain, apart) else None
+    return factored if alike_by_layer(layout.split(apart), layout.split(plain)) else None
 
 
 class RowGradients:
     """∇ of every row of a separable function, or of every (row, output): [row · output, param].
 
-    Weights of linear maps and embeddings are kept as factors (see ``Factored``) where that is smaller and, on the first row of the
+    Weights of linear maps and embeddings are kept as factors (see ``Factored``) where that is smaller and, on the first rows of the
     batch that is given here, yields the same numbers as differentiating them directly.
     """
 

@@ -64,6 +64,7 @@ class Measures:
         self.by_query = "query" in keep and "query" not in groups and separable(function, layout.split(theta), queries)
         self._outputs = self.shape[1] if len(self.shape) == 2 else None
         self._rows: dict[bool, RowGradients] = {}
+        self._forward = True
 
     def _reduced(self, parameters: Mapping[str, Tensor], queries: Any) -> Tensor:
         values = self._function(parameters, queries)
@@ -91,10 +92,17 @@ class Measures:
             return self._reduced(self.layout.split(theta), self._queries).reshape(-1)
 
     def slopes(self, theta: Float[Tensor, " param"], delta: Float[Tensor, " param"]) -> Float[Tensor, " measure"]:
-        """<∇h_q(θ), Δ> of every measure at once: one forward-mode pass."""
-        with torch.no_grad():
-            at = partial(self._reduced, queries=self._queries)
-            return jvp(at, (self.layout.split(theta),), (self.layout.split(delta),))[1].reshape(-1)
+        """<∇h_q(θ), Δ> of every measure at once: one forward-mode pass, or gradients where the model has no forward mode."""
+        if self._forward:
+            try:
+                with torch.no_grad():
+                    at = partial(self._reduced, queries=self._queries)
+                    return jvp(at, (self.layout.split(theta),), (self.layout.split(delta),))[1].reshape(-1)
+            except (NotImplementedError, RuntimeError):
+                self._forward = False
+        gradients = theta.new_zeros(self.count, self.layout.params)
+        self.add_gradients(gradients, [self.node(theta, 1.0)])
+        return gradients @ delta
 
     def secants(
         self, start: Float[Tensor, " param"], end: Float[Tensor, " param"], along: Float[Tensor, "tangent param"], stride: int = 1

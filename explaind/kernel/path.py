@@ -35,6 +35,8 @@ class Segment:
     """Mean |δ| of each measure over the steps of the run: below it a relative error means nothing."""
     index: int = 0
     """The step's number."""
+    noise: Float[Tensor, " measure"] | float = 0.0
+    """What rounding alone makes of δ."""
 
     @property
     def delta(self) -> Float[Tensor, " param"]:
@@ -51,8 +53,8 @@ class Segment:
         return list(pairwise(ends))
 
     def allowed(self, tol: float) -> Float[Tensor, " measure"]:
-        """What a tolerance allows to miss: tol · max(|δ|, scale)."""
-        allowed = tol * torch.maximum(self.change.abs(), self.scale)
+        """What a tolerance allows to miss: tol · max(|δ|, scale), and what rounding makes of δ."""
+        allowed = tol * torch.maximum(self.change.abs(), self.scale) + self.noise
         return allowed.clamp_min(torch.finfo(allowed.dtype).tiny)
 
 

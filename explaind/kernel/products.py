@@ -1,16 +1,18 @@
-"""<a, ∇ℓ_i> of every example of a batch with every costate, in three ways that agree.
+"""<a, ∇ℓ_i> of every example of a batch with every costate, in ways that agree.
 
 materialise   the gradient of each example, then one matrix product per layer
 ghost         from the factors of each gradient, which is never formed (contracting.py)
 jvp           the forward derivative of the batch's loss vector along a; exact also where examples are coupled through the batch
+backward      one backward pass through the whole batch for every example, or for every group of examples
 
-Left to itself, the cheaper of the first two is taken for every layer, by an estimate from the rates of the machine (machine.py), and the
-third where losses are coupled, or where gradients have no factors and few forward derivatives do.
+Left to itself, the cheaper of the first two is taken for every layer, by an estimate from the rates of the machine (machine.py). Where
+losses are coupled it is the cheaper of the last two, the jvp only where it differentiates what the training did (no_grad and the padding
+row of a table are known to the backward pass alone).
 """
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -23,15 +25,17 @@ from torch.func import jvp
 from explaind.errors import RequestError
 from explaind.kernel.contracting import GATHERED, Contraction, Way
 from explaind.kernel.factored import Rearranged
-from explaind.kernel.gradients import CHUNK_BYTES, RowGradients, batch_axes, gradient, one, separable, take, taken_apart
+from explaind.kernel.gradients import CHUNK_BYTES, RowGradients, batch_axes, gradient, one, rows_of, separable, take, taken_apart
 from explaind.kernel.layout import Layout
 from explaind.kernel.machine import ORDINARY, Machine
 from explaind.kernel.points import Function, Point
 from explaind.replay.steps import Part
 
 Finest = Literal["none", "layer", "param"]
-Route = Literal["jvp"] | tuple[Way, ...]
-"""The forward derivative, or the way of every site; of none, where gradients are not taken apart."""
+Route = Literal["jvp", "backward"] | tuple[Way, ...]
+"""For the whole batch, or the way of every site; of none, where gradients are not taken apart."""
+Mode = tuple[bool, ...]
+"""Train or eval, module by module."""
 ROUTES = ("auto", "materialise", "ghost", "jvp")
 CALLS = 40
 """Operations of a backward pass for every tensor of parameters, roughly."""
@@ -48,7 +52,7 @@ def batch_gradient(losses: Function, layout: Layout, theta: Float[Tensor, " para
 
 
 def _weighted(losses: Function, part: Part, parameters: Mapping[str, Tensor]) -> Tensor:
-    return losses(parameters, part.batch) @ part.weights
+    return losses(parameters, part.batch).to(part.weights.dtype) @ part.weights
 
 
 @dataclass
@@ -63,38 +67,53 @@ class Products:
     """Bytes of example gradients that may be built at once."""
     machine: Machine = ORDINARY
     """What the cheapest way is judged by."""
-    _separable: bool | None = None
-    _apart: Contraction | None = None
-    _gradients: RowGradients | None = None
+    _kinds: dict[Mode, "Kind"] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._one = one(self.losses)
+        self._one, self._kind = one(self.losses), UNDECIDED
+
+    @property
+    def _separable(self) -> bool:
+        return self._kind.separable
+
+    @property
+    def _apart(self) -> Contraction | None:
+        return self._kind.apart
 
     def __call__(
-        self, theta: Tensor, part: Part, a: Float[Tensor, "row param"], total: Float[Tensor, " param"] | None = None
+        self, theta: Tensor, part: Part, a: Float[Tensor, "row param"], total: Float[Tensor, " param"] | None = None, mode: Mode = ()
     ) -> Iterator[tuple[slice, Tensor]]:
         """Yields (some examples of the part, products [fine, row, example]); fine is 1, layer or param. total: as for ``credits``."""
-        self.prepare(theta, part)
-        route = self._chosen(part, a)
+        self.prepare(theta, part, mode)
+        route = self._chosen(theta, part, a)
         if route == "jvp":
             return self._jvp(theta, part, a, total)
+        if route == "backward":
+            return self._backward(theta, part, a, total)
         return self._contracted(theta, part, a, route, total) if route else self._materialise(theta, part, a, total)
 
     def credits(
-        self, theta: Tensor, part: Part, a: Float[Tensor, "row param"], entries: np.ndarray, total: Float[Tensor, " param"] | None = None
+        self,
+        theta: Tensor,
+        part: Part,
+        a: Float[Tensor, "row param"],
+        entries: np.ndarray,
+        total: Float[Tensor, " param"] | None = None,
+        mode: Mode = (),
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields (entries [entry] of the example axis, weighted products [fine, row, entry]); an entry may come more than once.
 
         entries [example]: where each example of the part is booked. Where many share one, their gradients are summed first.
-        total: the weighted sum of the part's gradients is added to it, by the time that all is yielded.
+        total: the weighted sum of the part's gradients is added to it, by the time that all is yielded. mode: that the model is in, module
+        by module; losses may be of another kind in each.
         """
-        self.prepare(theta, part)
+        self.prepare(theta, part, mode)
         groups = np.unique(entries)
         if self.route == "auto" and self._sums_first(part, a, len(groups)):
             yield from self._of_groups(theta, part, a, entries, groups, total)
             return
         places = torch.from_numpy(entries).to(a.device, non_blocking=True)
-        for span, dots in self(theta, part, a, total):
+        for span, dots in self(theta, part, a, total, mode):
             yield places[span], dots * part.weights[span]
 
     def _sums_first(self, part: Part, a: Tensor, groups: int) -> bool:
@@ -102,8 +121,8 @@ class Products:
         examples, rows, params = len(part.ids), len(a), self.layout.params
         if 2 * groups > examples:
             return False
-        if not self._separable:  # passes through the whole batch, backwards for each group or forwards for each row and layer
-            return self.finest == "param" or groups <= rows * (len(self.layout.groups) if self.finest == "layer" else 1)
+        if not self._separable:
+            return True
         if self._apart is None:
             alone = self.machine.seconds(2 * rows * examples * params, 2 * examples * params * a.element_size())
         else:
@@ -132,41 +151,72 @@ class Products:
             return Part(take(part.batch, places), part.ids, part.weights[places])
         return replace(part, weights=torch.zeros_like(part.weights).index_copy_(0, places, part.weights[places]))
 
-    def prepare(self, theta: Tensor, part: Part) -> None:
-        """Find out, once, what kind of function the losses are."""
-        if self._separable is not None:
+    def prepare(self, theta: Tensor, part: Part, mode: Mode = ()) -> None:
+        """Find out, once a mode, what kind of function the losses are; a part of one example cannot tell."""
+        self._kind = self._kinds.get(mode, UNDECIDED)
+        if self._kind is not UNDECIDED or rows_of(part.batch) < 2:
             return
-        self._separable = separable(self.losses, self.layout.split(theta), part.batch)
+        self._kind = self._kinds[mode] = Kind(separable(self.losses, self.layout.split(theta), part.batch))
         if not self._separable:
             return
-        self._gradients = RowGradients(Point(self._one, theta), None, self.layout, part.batch, self.chunk)
+        self._kind.gradients = RowGradients(Point(self._one, theta), None, self.layout, part.batch, self.chunk)
         if self.finest != "param":
             factored = taken_apart(Point(self._one, theta), None, self.layout, part.batch)
             gathered = sys.maxsize if theta.is_cuda else GATHERED
-            self._apart = None if factored is None else Contraction(self.layout, factored, self.finest == "layer", gathered)
+            self._kind.apart = None if factored is None else Contraction(self.layout, factored, self.finest == "layer", gathered)
 
-    def _chosen(self, part: Part, a: Tensor) -> Route:
-        if self.route in ("materialise", "ghost") and not self._separable:
+    def _forward(self, theta: Tensor, part: Part) -> bool:
+        """Whether the forward derivative of the losses is the one that the backward pass takes; found out once a kind."""
+        if self._kind.forward is None:
+            tangent = torch.randn(1, len(theta), generator=torch.Generator().manual_seed(0)).to(theta)
+            whole = torch.zeros_like(theta)
+            gradient(partial(_weighted, self.losses, part), self.layout, theta, whole)
+            try:
+                found = _each_row(self._along(theta, part), self.layout.split(tangent)).to(theta) @ part.weights
+            except (RuntimeError, NotImplementedError):
+                found = torch.full_like(whole[:1], torch.nan)
+            scale = (tangent[0] * whole).abs().sum()
+            self._kind.forward = bool((found - tangent @ whole).abs().max() <= (1e-9 if theta.dtype == torch.float64 else 1e-4) * scale)
+        return self._kind.forward
+
+    def _chosen(self, theta: Tensor, part: Part, a: Tensor) -> Route:
+        if self.route in ("materialise", "ghost") and not self._separable and self._kind is not UNDECIDED:
             raise RequestError(
                 "the losses of a batch depend on each other (or vmap lacks an operation of the model)",
                 expected="products='jvp' or 'auto'",
                 got=f"products={self.route!r}",
-                do="use jvp, which takes the whole batch",
+                do="use auto, which takes the whole batch",
             )
-        if self.finest == "param" and (self.route == "jvp" or not self._separable):
-            raise RequestError(
-                "products of single examples with single parameters need each example's gradient",
-                expected="examples that do not depend on each other",
-                do="drop 'example' from keep, or keep 'layer' instead of 'param'",
-            )
-        if self.route == "jvp" or not self._separable:
+        passes = len(a) * (len(self.layout.groups) if self.finest == "layer" else 1)
+        if self.route == "jvp":
+            self._check_jvp(theta, part)
             return "jvp"
+        if not self._separable:
+            fewer = self.route == "auto" and self.finest != "param" and passes < 2 * len(part.ids)
+            return "jvp" if fewer and self._forward(theta, part) else "backward"
         if self._apart is None:
-            passes = len(a) * (len(self.layout.groups) if self.finest == "layer" else 1)
-            return "jvp" if self.route == "auto" and self.finest != "param" and passes <= FEW else ()
+            few = self.route == "auto" and self.finest != "param" and passes <= FEW
+            return "jvp" if few and self._forward(theta, part) else ()
         if self.route != "auto":
             return cast(tuple[Way, ...], (self.route,) * len(self._apart.sites))
         return self._apart.cheapest(self.machine, len(a), len(part.ids), a.element_size())
+
+    def _check_jvp(self, theta: Tensor, part: Part) -> None:
+        if self.finest == "param":
+            raise RequestError(
+                "forward derivatives do not tell single parameters apart",
+                expected="products='auto'",
+                got="products='jvp' with 'param' kept",
+                do="use auto, or keep 'layer'",
+            )
+        if not self._forward(theta, part):
+            raise RequestError(
+                "the forward derivative of the losses is not what the training differentiated (a part without gradients, the padding row "
+                "of a table, or an operation without a forward mode)",
+                expected="products='auto'",
+                got="products='jvp'",
+                do="use auto",
+            )
 
     def _factors(self, apart: Contraction, theta: Tensor, part: Part) -> Any:
         return apart.factored.factors(Point(self._one, theta), part.batch, batch_axes(part.batch))
@@ -191,14 +241,14 @@ class Products:
 
     def _materialise(self, theta: Tensor, part: Part, a: Tensor, total: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
         count = len(part.ids)
-        assert self._gradients is not None
+        assert self._kind.gradients is not None
         width = self.layout.params * a.element_size() * (len(a) if self.finest == "param" else 1)
         rows = max(1, min(count, self.chunk // width))
         gradients = a.new_empty(rows, self.layout.params)  # fresh memory for every chunk would cost more than the sums
         for start in range(0, count, rows):
             span = slice(start, min(start + rows, count))
             some = gradients[: span.stop - start].zero_()
-            self._gradients.add(some, [Point(self._one, theta)], take(part.batch, span), len(some))
+            self._kind.gradients.add(some, [Point(self._one, theta)], take(part.batch, span), len(some))
             if total is not None:
                 total.addmv_(some.T, part.weights[span])
             yield span, self._contract(some, a)
@@ -213,21 +263,39 @@ class Products:
             return into
         return (a @ gradients.T)[None]
 
-    def _jvp(self, theta: Tensor, part: Part, a: Tensor, total: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-        if total is not None:
-            gradient(partial(_weighted, self.losses, part), self.layout, theta, total)
+    def _along(self, theta: Tensor, part: Part) -> Callable[[Mapping[str, Tensor]], Tensor]:
+        """tangent -> the derivative of every loss of the part along it."""
         parameters = self.layout.split(theta)
 
         def along(tangent: Mapping[str, Tensor]) -> Tensor:
             moving = {name: parameters[name] for name in tangent}
-            return jvp(lambda p: self.losses({**parameters, **p}, part.batch), (moving,), (dict(tangent),))[1]
+            with torch.no_grad():
+                return jvp(lambda p: self.losses({**parameters, **p}, part.batch), (moving,), (dict(tangent),))[1]
 
-        tangents = self.layout.split(a)
+        return along
+
+    def _jvp(self, theta: Tensor, part: Part, a: Tensor, total: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+        if total is not None:
+            gradient(partial(_weighted, self.losses, part), self.layout, theta, total)
+        along, tangents = self._along(theta, part), self.layout.split(a)
         groups: list[dict[str, Tensor]] = [{} for _ in self.layout.groups] if self.finest == "layer" else [{}]
         for name, group in zip(self.layout.names, self.layout.group, strict=True):
             groups[group if self.finest == "layer" else 0][name] = tangents[name]
-        with torch.no_grad():
-            yield slice(0, len(part.ids)), torch.stack([_each_row(along, group) for group in groups])
+        yield slice(0, len(part.ids)), torch.stack([_each_row(along, group) for group in groups])
+
+    def _backward(self, theta: Tensor, part: Part, a: Tensor, total: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+        count = len(part.ids)
+        at_once = max(1, self.chunk // (self.layout.params * a.element_size() * (len(a) if self.finest == "param" else 1)))
+        for start in range(0, count, at_once):
+            span = slice(start, min(start + at_once, count))
+            gradients = a.new_zeros(span.stop - start, self.layout.params)
+            for into, example in zip(gradients, range(start, span.stop), strict=True):
+                alone = torch.zeros_like(part.weights)
+                alone[example] = 1.0
+                gradient(partial(_weighted, self.losses, replace(part, weights=alone)), self.layout, theta, into)
+            if total is not None:
+                total.addmv_(gradients.T, part.weights[span])
+            yield span, self._contract(gradients, a)
 
 
 def _some(part: Part, examples: slice) -> Part:
@@ -238,3 +306,19 @@ def _each_row(along: Any, tangents: Mapping[str, Tensor]) -> Tensor:
     """along(tangent) for each row of the tangents: [row, example]. One after another, so that every operation of torch will do."""
     rows = len(next(iter(tangents.values())))
     return torch.stack([along({name: t[r] for name, t in tangents.items()}) for r in range(rows)])
+
+
+@dataclass(eq=False)
+class Kind:
+    """What kind of function the losses are, in one mode of the model."""
+
+    separable: bool = False
+    """Whether each example's loss depends on that example alone."""
+    apart: Contraction | None = None
+    gradients: RowGradients | None = None
+    forward: bool | None = None
+    """Whether the forward derivative is the one that the training took; None: not known yet."""
+
+
+UNDECIDED = Kind(forward=False)
+"""Of parts of one example: they go backwards."""

@@ -39,6 +39,8 @@ from explaind.rules.rule import Coefficient, Filter
 
 FADED = {torch.float64: 1e-14, torch.float32: 1e-8}
 """A costate whose momentum has shrunk to this fraction is let go in the applied view: well below rounding."""
+NOISE = 16
+"""Roundings of a measure, that no path rule is asked to follow."""
 
 
 @dataclass(eq=False)
@@ -92,6 +94,7 @@ class Sweep:
         self.values = self._values()
         self.change = self.values[1:] - self.values[:-1]
         self.scale = self.change.abs().mean(0)
+        self.noise = NOISE * torch.finfo(self.values.dtype).eps * torch.maximum(self.values[1:].abs(), self.values[:-1].abs())
         entries = (len(examples) if groups is None else len(groups.names)) if "example" in resolution.keep else 1
         self.accounts: Accounts = empty(resolution, self.layout, measures.count, entries, self.values)
         self.costates: list[Costate] = []
@@ -129,7 +132,7 @@ class Sweep:
         if "example" in self.resolution.keep:
             last = self.steps.segment(self.steps.starts[-1]).steps[-1]
             self.losses.set_mode(last.mode)
-            self.products.prepare(last.theta, last.parts[0])  # at the same step as in the sweep that was stopped
+            self.products.prepare(last.theta, last.parts[0], last.mode)  # at the same step as in the sweep that was stopped
 
     def _anchor(self, start: int) -> Tensor | None:
         """The momentum with which the segment from here on began; None where none begins."""
@@ -164,7 +167,7 @@ class Sweep:
     def _step(self, step: Step, gradient: Tensor, known: bool = True) -> tuple[Tensor, Tensor]:
         """Credit a step; ḡ before and after the closure correction. Its batch gradient is given, or else added to zeros on the way."""
         s, f = step.index, step.filter
-        segment, mean = Segment(step.theta, step.after, self.change[s], self.scale, s), self._mean
+        segment, mean = Segment(step.theta, step.after, self.change[s], self.scale, s, self.noise[s]), self._mean
         path, recipe = average(self.rule, self.measures, segment, mean)
         self.accounts.recipes[s] = str(recipe)
         self._book_rest(s, 0, self.change[s])
@@ -225,7 +228,9 @@ class Sweep:
         self.losses.set_mode(step.mode)
         signed = a if isinstance(f.sign, float) and f.sign == 1.0 else f.sign * a
         for part in step.parts:
-            for places, credit in self.products.credits(step.theta, part, signed, self._entries(part), None if known else gradient):
+            for places, credit in self.products.credits(
+                step.theta, part, signed, self._entries(part), None if known else gradient, step.mode
+            ):
                 for row, entry in enumerate(entries):
                     self.accounts.data[entry].index_add_(2, places, credit[:, row * count : (row + 1) * count], alpha=-factor)
 

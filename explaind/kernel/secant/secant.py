@@ -19,7 +19,7 @@ from explaind.kernel.gradients import alike
 from explaind.kernel.points import Function
 from explaind.kernel.secant import elementwise, moving, normalising, products, selecting
 from explaind.kernel.secant.pair import Pair, at, has_pair
-from explaind.kernel.secant.rules import RULES, refuse
+from explaind.kernel.secant.rules import RULES, NoSecant, refuse
 from explaind.kernel.secant.tracing import last_uses, traced
 
 Parameters = Mapping[str, Tensor]
@@ -62,12 +62,20 @@ class Secant:
             return function(dict(zip(self.names, tensors, strict=False)), self._spec.unflatten(own))
 
         start = {name: parameters[name].detach() for name in self.names}
-        self._graph: GraphModule = traced(flat, [*start.values(), *(leaves[i] for i in self._tensors)])
+        self._graph: GraphModule = traced(flat, [*start.values(), *(leaves[i] for i in self._tensors)], len(start))
         self._frees = last_uses(self._graph.graph)
         with torch.no_grad():
-            pair = self.pair(start, start, {name: torch.zeros_like(t) for name, t in start.items()}, batch)
+            pair = self._tried(start, batch)
             if pair.a.shape != (whole := function(start, batch)).shape or not alike(pair.a, whole):
                 raise refuse("the traced function", "its graph gives other values than the function itself")
+
+    def _tried(self, start: Parameters, batch: Any) -> Pair:
+        try:
+            return self.pair(start, start, {name: torch.zeros_like(t) for name, t in start.items()}, batch)
+        except NoSecant:
+            raise
+        except Exception as error:  # arguments that no rule foresaw stop this rule alone
+            raise refuse("the traced function", str(error).strip().splitlines()[0][:160] if str(error) else type(error).__name__) from error
 
     def pair(self, start: Parameters, end: Parameters, change: Parameters, batch: Any) -> Pair:
         """h at both ends, and its change for any change of the parameters."""

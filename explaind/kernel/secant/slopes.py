@@ -64,8 +64,9 @@ def reciprocal(a: Tensor, b: Tensor) -> Tensor:
 
 
 def root(a: Tensor, b: Tensor) -> Tensor:
-    """Slope of √x: 1 / (√a + √b)."""
-    return 1.0 / (a.sqrt() + b.sqrt())
+    """Slope of √x: 1 / (√a + √b); at a = b = 0 it is 0, as torch has it for a norm."""
+    both = a.sqrt() + b.sqrt()
+    return torch.where(both == 0, torch.zeros_like(both), 1.0 / both)
 
 
 def reciprocal_root(a: Tensor, b: Tensor) -> Tensor:

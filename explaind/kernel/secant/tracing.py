@@ -50,8 +50,8 @@ def _taken_apart() -> Iterator[None]:
         torch._C._set_mkldnn_enabled(before)
 
 
-def traced(function: Flat, examples: Sequence[Tensor]) -> fx.GraphModule:
-    """The graph of function(*examples), without in-place operations; NoSecant where there is none."""
+def traced(function: Flat, examples: Sequence[Tensor], parameters: int) -> fx.GraphModule:
+    """The graph of function(*examples), without in-place operations; NoSecant where there is none. The first examples are parameters."""
     table = {op: how for op, how in core_aten_decompositions().items() if op._schema.name.removeprefix("aten::") not in WHOLE}
     try:
         with torch.no_grad(), _OneHot(), _taken_apart():
@@ -66,19 +66,20 @@ def traced(function: Flat, examples: Sequence[Tensor]) -> fx.GraphModule:
             got=why,
             do="use rule='auto', which falls back to the adaptive rule, or rule='adaptive'",
         ) from error
-    _restore_linear(graph.graph)
+    _restore_linear(graph.graph, parameters)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
 
 
-def _restore_linear(graph: fx.Graph) -> None:
-    """x @ Wᵀ (+ c) with W a placeholder becomes one call of ``F.linear`` again, as the user wrote it."""
+def _restore_linear(graph: fx.Graph, parameters: int) -> None:
+    """x @ Wᵀ (+ c) with W a parameter becomes one call of ``F.linear`` again, as the user wrote it."""
+    weights = [node for node in graph.nodes if node.op == "placeholder"][:parameters]
     for node in graph.nodes:
         if node.op != "call_function" or node.target not in (aten.mm.default, aten.addmm.default) or node.kwargs:
             continue
         turned = node.args[-1]
-        if turned.target in TURNS and turned.args[0].op == "placeholder":
+        if turned.target in TURNS and turned.args[0] in weights:
             node.args = (node.args[-2], turned.args[0], *node.args[:-2])
             node.target = F.linear
 
