@@ -33,8 +33,11 @@ class Auto:
     def __init__(self, tol: float) -> None:
         self._adaptive = Adaptive(tol)
         self.name, self.note, self._tol, self._rung = f"auto:{tol:g}", "", tol, 0
+        self._without = False
 
     def choose(self, measures: Measures, segment: Segment) -> Recipe:
+        if self._without and not self.note:  # taken up again after the secant was given up
+            self.note = measures.why_no_secant(segment.theta, segment.after) or "the secant was given up at a later step"
         if self.note:
             return self._adaptive.choose(measures, segment)
         worth = _cost(measures) / EXACT  # nodes that cost as much as a secant
@@ -91,10 +94,11 @@ class Auto:
         return PARTS[rung] if off <= 1 or below == float("inf") else 0
 
     def state(self) -> list[int]:
-        return [self._rung, *self._adaptive.state()]
+        return [self._rung, int(bool(self.note)), *self._adaptive.state()]
 
     def restore(self, state: list[int]) -> None:
-        self._rung, *rest = state
+        self._rung, without, *rest = state
+        self._without = bool(without)
         self._adaptive.restore(rest)
 
 

@@ -11,6 +11,7 @@ normalisations, are differentiated as usual.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -182,9 +183,14 @@ class Factored:
 
     @property
     def size(self) -> int:
-        """Numbers that one measure's gradient takes at one node, as factors."""
+        """Numbers that one measure's gradient takes at one node, as factors, with their inputs."""
         rest = sum(size for name, size in zip(self._layout.names, self._layout.sizes, strict=True) if name in self._rest)
-        return rest + sum(site.shape.numel() for site in self.sites)
+        return rest + sum(site.shape.numel() + site.positions * self._fan_in(site) for site in self.sites)
+
+    def _fan_in(self, site: Site) -> int:
+        """Numbers of x at one position."""
+        shape = self._layout.shapes[self._layout.names.index(site.weight)]
+        return 1 if site.lookup else prod(shape[1:])
 
     @property
     def widest(self) -> int:

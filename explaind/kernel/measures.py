@@ -15,7 +15,7 @@ from explaind.kernel.gradients import CHUNK_BYTES, RowGradients, batch_axes, gra
 from explaind.kernel.groups import Grouping
 from explaind.kernel.layout import Layout
 from explaind.kernel.points import Function, Point
-from explaind.kernel.secant import Secant
+from explaind.kernel.secant import NoSecant, Secant
 
 
 class Measures:
@@ -64,7 +64,7 @@ class Measures:
         self.by_query = "query" in keep and "query" not in groups and separable(function, layout.split(theta), queries)
         self._outputs = self.shape[1] if len(self.shape) == 2 else None
         self._rows: dict[bool, RowGradients] = {}
-        self._forward = True
+        self._forward: bool | None = None
 
     def _reduced(self, parameters: Mapping[str, Tensor], queries: Any) -> Tensor:
         values = self._function(parameters, queries)
@@ -92,17 +92,35 @@ class Measures:
             return self._reduced(self.layout.split(theta), self._queries).reshape(-1)
 
     def slopes(self, theta: Float[Tensor, " param"], delta: Float[Tensor, " param"]) -> Float[Tensor, " measure"]:
-        """<∇h_q(θ), Δ> of every measure at once: one forward-mode pass, or gradients where the model has no forward mode."""
-        if self._forward:
-            try:
-                with torch.no_grad():
-                    at = partial(self._reduced, queries=self._queries)
-                    return jvp(at, (self.layout.split(theta),), (self.layout.split(delta),))[1].reshape(-1)
-            except (NotImplementedError, RuntimeError):
-                self._forward = False
+        """<∇h_q(θ), Δ> of every measure at once: one forward-mode pass.
+
+        Where that is not what the gradient says (an operation without a forward mode, a part under no_grad, the padding row of a table),
+        the gradients are taken themselves.
+        """
+        if self._forward is None:
+            self._forward = self._trusted(theta)
+        return self._pushed(theta, delta) if self._forward else self._gradients(theta) @ delta
+
+    def _pushed(self, theta: Tensor, delta: Tensor) -> Tensor:
+        with torch.no_grad():
+            at = partial(self._reduced, queries=self._queries)
+            return jvp(at, (self.layout.split(theta),), (self.layout.split(delta),))[1].reshape(-1)
+
+    def _gradients(self, theta: Tensor) -> Tensor:
         gradients = theta.new_zeros(self.count, self.layout.params)
         self.add_gradients(gradients, [self.node(theta, 1.0)])
-        return gradients @ delta
+        return gradients
+
+    def _trusted(self, theta: Tensor) -> bool:
+        tangent = torch.randn(len(theta), generator=torch.Generator().manual_seed(0)).to(theta)
+        try:
+            found = self._pushed(theta, tangent)
+        except (RuntimeError, NotImplementedError):
+            return False
+        gradients = self._gradients(theta)
+        scale = gradients.abs() @ tangent.abs()
+        close = 1e-9 if theta.dtype == torch.float64 else 1e-4
+        return bool(((found - gradients @ tangent).abs() <= close * scale.max()).all())
 
     def secants(
         self, start: Float[Tensor, " param"], end: Float[Tensor, " param"], along: Float[Tensor, "tangent param"], stride: int = 1
@@ -131,6 +149,14 @@ class Measures:
         """ḡ of the secant between start and end. Raises NoSecant."""
         a, b, secant = self.layout.split(start), self.layout.split(end), self._secant
         return Point(lambda change, query: secant(a, b, change, query), end - start, weight)
+
+    def why_no_secant(self, start: Tensor, end: Tensor) -> str:
+        """What the secant rule says against the model; nothing where it takes it."""
+        try:
+            self.between(start, end, 1.0)
+        except NoSecant as error:
+            return str(error)
+        return ""
 
     def add_gradients(self, into: Float[Tensor, "measure param"], points: Sequence[Point], secant: bool = False) -> None:
         """into += Σ weight · ∇ over the points, which are all nodes or all secants, for every measure."""

@@ -20,6 +20,8 @@ from explaind.kernel.points import Point
 
 LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Numbers of Gauss nodes that the adaptive rule tries."""
+STALLED = 4
+"""So many rungs without any gain end the search."""
 Kind = Literal["gauss", "midpoint", "secant"]
 
 
@@ -163,11 +165,13 @@ class Adaptive:
             while rung and miss < 0.1 and (miss := self._miss(measures, segment, rung - 1)) <= 1:
                 rung -= 1
         else:
-            while miss > 1 and rung + 1 < len(LADDER):
+            stalled = 0  # a miss that more nodes do not lessen is not the quadrature's: the gradient itself is another
+            while miss > 1 and rung + 1 < len(LADDER) and stalled < STALLED:
                 rung += 1
                 if LADDER[rung] > most:
                     break
-                miss = self._miss(measures, segment, rung)
+                before, miss = miss, self._miss(measures, segment, rung)
+                stalled = stalled + 1 if miss > 0.9 * before else 0
         self._rung = rung
         return Recipe("gauss", LADDER[rung])
 

@@ -70,7 +70,8 @@ class Products:
     _kinds: dict[Mode, "Kind"] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._one, self._kind = one(self.losses), UNDECIDED
+        self._one, self._undecided = one(self.losses), Kind()
+        self._kind = self._undecided  # of parts of one example: they go backwards
 
     @property
     def _separable(self) -> bool:
@@ -153,8 +154,8 @@ class Products:
 
     def prepare(self, theta: Tensor, part: Part, mode: Mode = ()) -> None:
         """Find out, once a mode, what kind of function the losses are; a part of one example cannot tell."""
-        self._kind = self._kinds.get(mode, UNDECIDED)
-        if self._kind is not UNDECIDED or rows_of(part.batch) < 2:
+        self._kind = self._kinds.get(mode, self._undecided)
+        if self._kind is not self._undecided or rows_of(part.batch) < 2:
             return
         self._kind = self._kinds[mode] = Kind(separable(self.losses, self.layout.split(theta), part.batch))
         if not self._separable:
@@ -180,7 +181,7 @@ class Products:
         return self._kind.forward
 
     def _chosen(self, theta: Tensor, part: Part, a: Tensor) -> Route:
-        if self.route in ("materialise", "ghost") and not self._separable and self._kind is not UNDECIDED:
+        if self.route in ("materialise", "ghost") and not self._separable and self._kind is not self._undecided:
             raise RequestError(
                 "the losses of a batch depend on each other (or vmap lacks an operation of the model)",
                 expected="products='jvp' or 'auto'",
@@ -318,7 +319,3 @@ class Kind:
     gradients: RowGradients | None = None
     forward: bool | None = None
     """Whether the forward derivative is the one that the training took; None: not known yet."""
-
-
-UNDECIDED = Kind(forward=False)
-"""Of parts of one example: they go backwards."""

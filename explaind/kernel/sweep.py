@@ -20,7 +20,7 @@ In the applied view every window of steps has a costate of its own, fed only by 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -49,8 +49,8 @@ class Costate:
 
     mu: Tensor
     entry: int | None
-    memory: float = 1.0
-    """Bound on what is left of its newest source."""
+    memory: np.ndarray = field(default_factory=lambda: np.ones(1))
+    """Bound on what is left of its newest source in each layer; 0 where that had none."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,6 @@ class Sweep:
         self.accounts.decay[entry] -= self._fine(mean, f.R * step.theta)
         source = self._source(entry)
         _add(source.mu, f.C, mean)
-        source.memory = 1.0
         self._book_sources(step, source, mean, gradient, known)
         for costate in self.costates:
             costate.mu *= f.M
@@ -198,10 +197,12 @@ class Sweep:
 
     def _let_go(self, f: Filter, source: Costate) -> None:
         """Costates of windows whose momentum has faded."""
-        memory = abs(f.M) if isinstance(f.M, float) else float(f.M.abs().max())
+        fed = torch.stack([source.mu[:, cut].abs().amax() for cut in self.layout.slices])
+        source.memory = (fed > 0).double().cpu().numpy()
+        decay = [f.M] if isinstance(f.M, float) else torch.stack([f.M[cut].abs().amax() for cut in self.layout.slices]).tolist()
         for costate in self.costates:
-            costate.memory *= memory
-        self.costates = [c for c in self.costates if c.memory > FADED[c.mu.dtype] or c is source]
+            costate.memory = costate.memory * np.abs(decay)
+        self.costates = [c for c in self.costates if c.memory.max() > FADED[c.mu.dtype] or c is source]
 
     def _pulls(self, f: Filter, source: Costate, mean: Tensor) -> tuple[Tensor, float]:
         """a of all living costates, one below the other, and a factor on them: where a is a multiple of μ nothing is copied."""

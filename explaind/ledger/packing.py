@@ -36,14 +36,14 @@ def packed_snapshot(at: Snapshot) -> dict[str, np.ndarray]:
         "done": np.array(at.done),
         "rule": np.array(at.rule, dtype=np.int64),
         "entry": np.array([NOWHERE if c.entry is None else c.entry for c in at.costates], dtype=np.int64),
-        "memory": np.array([c.memory for c in at.costates], dtype=np.float64),
+        "memory": np.array([c.memory for c in at.costates], dtype=np.float64).reshape(len(at.costates), -1 if at.costates else 0),
         **{f"mu.{i}": _numbers(c.mu) for i, c in enumerate(at.costates)},
     }
 
 
 def unpacked_snapshot(arrays: Mapping[str, np.ndarray], device: torch.device) -> Snapshot:
     """Back from ``packed_snapshot``."""
-    places = zip(arrays["entry"].tolist(), arrays["memory"].tolist(), strict=True)
+    places = zip(arrays["entry"].tolist(), arrays["memory"], strict=True)
     return Snapshot(
         int(arrays["done"]),
         unpacked(arrays, device),

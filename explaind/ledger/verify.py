@@ -63,6 +63,8 @@ def verify(checks: "Checks", closure: np.ndarray, size: np.ndarray, settings: Ma
             f"{_share(checks.path, checks.movement)} and |arithmetic| {_share(checks.arithmetic, checks.movement)} of its movement"
             + ("; lower tol" if np.max(checks.path) > np.max(checks.arithmetic) else "")
         )
+    if checks.movement.size and not np.any(checks.movement):
+        reasons.append("no measure moved at any step: does the measure call the model that it is given?")
     maxima = {
         "path": float(np.max(checks.path, initial=0)),
         "arithmetic": float(np.max(checks.arithmetic, initial=0)),

@@ -28,12 +28,12 @@ Collate = Callable[[list[Any]], Any]
 
 
 def moved(batch: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """A batch on the device, its floating-point tensors in the kernel's dtype."""
+    """A copy of a batch on the device, its floating-point tensors in the kernel's dtype."""
 
     def move(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        return leaf.to(device, dtype) if leaf.is_floating_point() else leaf.to(device)
+        return leaf.to(device, dtype, copy=True) if leaf.is_floating_point() else leaf.to(device, copy=True)
 
     return tree_map(move, batch)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves, tree_map
 
 from explaind.errors import ReplayError
 from explaind.store.manifest import Layer
@@ -43,7 +44,22 @@ class Functional:
             module.training = training
 
     def __call__(self, parameters: Mapping[str, Tensor], batch: Any) -> Tensor:
-        return functional_call(self._call, {f"model.{name}": tensor for name, tensor in parameters.items()}, (batch,))
+        own = tree_map(lambda leaf: leaf, batch)  # containers of its own, which a function may change
+        before = _versions(own)
+        found: Tensor = functional_call(self._call, {f"model.{name}": tensor for name, tensor in parameters.items()}, (own,))
+        if _versions(batch) != before:
+            raise ReplayError(
+                "losses or measure change the batch that they are given",
+                expected="a function without side effects",
+                got="a tensor that was changed in place",
+                do="copy what you change, for instance x / 255 in place of x.div_(255)",
+            )
+        return found
+
+
+def _versions(batch: Any) -> list[int]:
+    """How often each tensor was changed in place."""
+    return [leaf._version for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and not leaf.is_inference()]
 
 
 def fitted(model: nn.Module, layers: Sequence[Layer], constants: Mapping[str, np.ndarray]) -> nn.Module:
