@@ -10,11 +10,12 @@ from explaind.errors import ConfigError
 from explaind.tasks.digits import Digits
 from explaind.tasks.measures import classification
 from explaind.tasks.modular import ModularArithmetic
+from explaind.tasks.pairs import Pairs
 from explaind.tasks.task import Batch, Measure, Split, Task
 
-__all__ = ["TASKS", "Batch", "Digits", "Measure", "ModularArithmetic", "Split", "Task", "classification", "load"]
+__all__ = ["TASKS", "Batch", "Digits", "Measure", "ModularArithmetic", "Pairs", "Split", "Task", "classification", "load"]
 
-TASKS: dict[str, type[Task]] = {"modular": ModularArithmetic, "digits": Digits}
+TASKS: dict[str, type[Task]] = {"modular": ModularArithmetic, "digits": Digits, "pairs": Pairs}
 """The built-in tasks; any other is named ``package.module:Name``."""
 
 
