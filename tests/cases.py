@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import ASGD, SGD, Adadelta, Adafactor, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop, Rprop
 from torch.optim.lr_scheduler import ExponentialLR, OneCycleLR
 from torch.utils.data import TensorDataset
 
@@ -29,9 +29,13 @@ class Case:
         return self.name
 
 
+ADAMS = (Adam, AdamW, NAdam, RAdam, Adamax)
+DEFAULTS: dict[type[Optimizer], dict[str, Any]] = {kind: {"lr": 0.03, "betas": (0.8, 0.95)} for kind in ADAMS}
+DEFAULTS |= {SGD: {"lr": 0.2}, ASGD: {"lr": 0.1, "t0": 2.0}, Rprop: {"lr": 0.01}}
+
+
 def row(name: str, kind: type[Optimizer], **options: Any) -> Case:
-    defaults = {"lr": 0.2} if kind is SGD else {"lr": 0.03, "betas": (0.8, 0.95)}
-    return Case(name, lambda params: kind(params, **{**defaults, **options}))
+    return Case(name, lambda params: kind(params, **{**DEFAULTS.get(kind, {"lr": 0.03}), **options}))
 
 
 def in_groups(kind: type[Optimizer], first: dict[str, Any], second: dict[str, Any]) -> Callable[[list[Tensor]], Optimizer]:
@@ -66,6 +70,30 @@ OPTIMIZERS = (
     row("adamw for-loop", AdamW, weight_decay=0.5, foreach=False),
     row("adamw foreach", AdamW, weight_decay=0.5, foreach=True),
     row("adamw fused", AdamW, weight_decay=0.5, fused=True),
+    row("adadelta", Adadelta, lr=1.0, rho=0.8),
+    row("adadelta l2 maximize", Adadelta, lr=1.0, weight_decay=0.1, maximize=True),
+    row("adadelta for-loop", Adadelta, lr=1.0, foreach=False),
+    row("adafactor", Adafactor, weight_decay=0.1),
+    row("adafactor maximize", Adafactor, lr=0.3, d=1.0, eps=(1e-12, 1e-2), maximize=True, foreach=False),
+    row("adagrad", Adagrad, weight_decay=0.1, lr_decay=0.2),
+    row("adagrad fused", Adagrad, initial_accumulator_value=0.1, fused=True),
+    row("adagrad maximize", Adagrad, maximize=True, foreach=True),
+    row("adamax", Adamax, weight_decay=0.1),
+    row("adamax maximize", Adamax, maximize=True, foreach=False),
+    row("asgd", ASGD, lambd=0.01, weight_decay=0.1),
+    row("asgd maximize", ASGD, lambd=0.2, maximize=True, foreach=False),
+    row("nadam", NAdam, weight_decay=0.1),
+    row("nadam decoupled maximize", NAdam, weight_decay=0.1, decoupled_weight_decay=True, momentum_decay=0.05, maximize=True),
+    row("nadam for-loop", NAdam, foreach=False),
+    row("radam", RAdam, weight_decay=0.1),
+    row("radam decoupled", RAdam, betas=(0.8, 0.7), weight_decay=0.1, decoupled_weight_decay=True),
+    row("radam rectified early maximize", RAdam, betas=(0.5, 0.9), maximize=True, foreach=False),
+    row("rmsprop", RMSprop, alpha=0.8, weight_decay=0.1),
+    row("rmsprop momentum", RMSprop, alpha=0.8, momentum=0.5),
+    row("rmsprop centred momentum maximize", RMSprop, alpha=0.8, momentum=0.5, centered=True, weight_decay=0.1, maximize=True),
+    row("rmsprop centred", RMSprop, alpha=0.8, centered=True, foreach=False),
+    row("rprop", Rprop),
+    row("rprop maximize", Rprop, step_sizes=(1e-4, 0.05), maximize=True, foreach=False),
     Case("sgd in groups", in_groups(SGD, {"momentum": 0.8}, {"lr": 0.3, "weight_decay": 0.1, "nesterov": False})),
     Case("adam in groups", in_groups(Adam, {"betas": (0.7, 0.9)}, {"lr": 0.01, "weight_decay": 0.3, "amsgrad": True})),
     Case("adamw in groups", in_groups(AdamW, {"betas": (0.7, 0.9), "weight_decay": 0.0}, {"lr": 0.01, "weight_decay": 0.3})),
@@ -146,6 +174,8 @@ class Problem:
     """ids -> factor on each loss, where it is neither a mean nor a sum."""
     trains: Callable[[int], bool] = field(default=lambda step: True)
     """Whether the model is in train mode at a step."""
+    touch: Callable[[nn.Module], Any] | None = None
+    """What is done to gradients before the optimizer steps."""
 
     def __str__(self) -> str:
         return self.name
@@ -161,6 +191,20 @@ class Problem:
         return torch.full((len(ids),), 1 / len(ids) if self.reduction == "mean" else 1.0, dtype=DTYPE)
 
 
+def dropping() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Dropout(0.4), nn.Linear(4, 2))
+
+
+def normalised() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4, momentum=0.3), nn.Tanh(), nn.Linear(4, 2))
+
+
+def clip_halves(model: nn.Module) -> None:
+    """Both parts of a model on their own, the second one hardly ever."""
+    nn.utils.clip_grad_norm_(model[0].parameters(), 0.05)
+    nn.utils.clip_grad_norm_(model[2].parameters(), 1.0)
+
+
 PLAIN = Problem("mean loss")
 PROBLEMS = (
     PLAIN,
@@ -170,7 +214,29 @@ PROBLEMS = (
     Problem("frozen parameter", frozen),
     Problem("tied weights", tied),
     Problem("branch unused in some steps", Sometimes, trains=lambda step: step in (1, 2, 5)),
+    Problem("clipped by norm", touch=lambda model: nn.utils.clip_grad_norm_(model.parameters(), 0.3)),
+    Problem("clipped by value", touch=lambda model: nn.utils.clip_grad_value_(model.parameters(), 0.05)),
+    Problem("clipped in micro-batches", steps=MICRO_BATCHES, touch=lambda model: nn.utils.clip_grad_norm_(model.parameters(), 0.2)),
 )
+WHOLE = (
+    Problem("dropout", dropping),
+    Problem("dropout in micro-batches", dropping, steps=MICRO_BATCHES, trains=lambda step: step != 1),
+    Problem("batch norm", normalised, steps=tuple(step for step in STEPS if len(step[0]) > 1)),
+    Problem(
+        "batch norm, partly in eval mode",
+        normalised,
+        steps=(((0, 1, 2), (3, 4)), ((5, 6, 7),), ((7, 0), (5, 6), (0, 1))),
+        trains=lambda step: step != 1,
+    ),
+    Problem("dropout, clipped", dropping, touch=lambda model: nn.utils.clip_grad_norm_(model.parameters(), 0.3)),
+)
+"""Trainings in which only the whole batch has a gradient."""
+
+
+def problem_named(name: str) -> Problem:
+    return next(problem for problem in (*PROBLEMS, *WHOLE) if problem.name == name)
+
+
 every_problem = pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 
 
@@ -187,12 +253,15 @@ def gradient(problem: Problem, model: nn.Module, step: int, recorder: explaind.R
     """One step of an ordinary training loop, up to ``optimizer.step()``."""
     model.train(problem.trains(step))
     model.zero_grad()
-    for part in problem.steps[step]:
+    for index, part in enumerate(problem.steps[step]):
         ids = torch.tensor(part)
+        torch.manual_seed(100 * step + index)  # for models that draw random numbers
         if recorder is not None:
             recorder.examples(ids, None if problem.weight is None else problem.weight(ids))
         x, y = DATA[ids]
         (losses(model, (x.to(DTYPE), y)) @ problem.weights(ids)).backward()
+    if problem.touch is not None:
+        problem.touch(model)
 
 
 def train(problem: Problem, model: nn.Module, optimizer: Optimizer, case: Case, recorder: explaind.Recorder | None = None) -> None:
@@ -221,7 +290,7 @@ def blank(problem: Problem) -> nn.Module:
     model = problem.model()
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
-            tensor.fill_(torch.nan)
+            tensor.fill_(torch.nan if tensor.is_floating_point() else 0)
     return model
 
 

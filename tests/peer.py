@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from explaind.rules import rule_named
-from explaind.store.manifest import Layer, Manifest
+from explaind.store.manifest import Layer, Manifest, Optimized
 from explaind.store.writer import RunWriter, StepRow
 from explaind.tasks.modular import PaperNetwork
 
@@ -60,10 +60,7 @@ def write_run(path: Path) -> None:
     offsets = np.concatenate([[0], np.cumsum(sizes)]).tolist()
     layers = tuple(Layer(n, tuple(p.shape), o, p.numel(), 0) for (n, p), o in zip(model.named_parameters(), offsets, strict=False))
     manifest = Manifest(
-        rule="AdamW",
-        optimizer="torch.optim.AdamW",
-        flags={},
-        options=rule_named("AdamW").options,
+        optimizers=(Optimized("AdamW", "torch.optim.AdamW", (), rule_named("AdamW").options, ()),),
         layers=layers,
         dtype="float32",
         block=16,
@@ -72,6 +69,7 @@ def write_run(path: Path) -> None:
         modules=tuple(n for n, _ in model.named_modules()),
         examples=40,
         seed=43,
+        random_bytes=0,
         threads=1,
         device="cpu",
         versions={},
@@ -93,7 +91,7 @@ def write_run(path: Path) -> None:
                 ids.astype(np.int64),
                 np.zeros(len(ids), np.int32),
                 np.full(len(ids), 1 / len(ids)),
-                np.array([list(OPTIONS.values())]),
+                np.array([list(OPTIONS.values())] * len(layers)),
                 age,
                 tuple(False for _ in model.modules()),
                 second.astype(np.float32),

@@ -178,7 +178,7 @@ def test_record_alone(tmp_path, capsys):
         (["run", SMALL, "--train.stepz", "3"], ["expected steps", "'stepz'"]),
         (["run", SMALL, "--task.operatoin", "add"], ["expected operation"]),
         (["run", SMALL, "--task.p", "1"], ["modular.p", "at least 2"]),
-        (["run", SMALL, "--optimizer.name", "Adagrad"], ["unknown optimizer", "'Adagrad'"]),
+        (["run", SMALL, "--optimizer.name", "Lookahead"], ["unknown optimizer", "'Lookahead'"]),
         (["run", SMALL, "--optimizer.lrr", "1"], ["unknown option", "expected lr"]),
         (["run", SMALL, "--optimizer.lr", "-1"], ["the optimizer refuses its options"]),
         (["run", SMALL, "--train.batch", "1000"], ["train.batch", "at most the 22"]),

@@ -5,6 +5,7 @@ import torch
 
 from explaind.errors import RuleError
 from explaind.rules import rule_named, rule_of
+from explaind.rules.rule import Facts
 from tests import cases, reference
 from tests.closeness import algebra
 
@@ -66,12 +67,13 @@ def test_the_shares_of_examples_decay_and_first_momentum_sum_to_the_update(case)
         algebra(sum(parts) + moved + by_first, moment.after - moment.theta, f"step {step}", scale=float(moment.theta.abs().max()))
 
 
-@pytest.mark.parametrize("kind", [torch.optim.LBFGS, torch.optim.SparseAdam, torch.optim.Adagrad], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [torch.optim.LBFGS, torch.optim.SparseAdam], ids=lambda kind: kind.__name__)
 def test_an_optimizer_without_a_rule_is_refused_by_name(kind):
     with pytest.raises(RuleError, match=kind.__name__) as caught:
         rule_of(kind(parameters()))
     assert "\n" not in str(caught.value)
-    assert "SGD, Adam, AdamW" in str(caught.value)
+    assert "Adam, AdamW" in str(caught.value)
+    assert "gradient" in str(caught.value) or "sparse" in str(caught.value)
 
 
 class Lookahead(torch.optim.SGD):
@@ -107,7 +109,7 @@ def test_a_subclass_that_keeps_the_step_is_accepted():
 def test_a_differentiable_adam_is_refused():
     optimizer = torch.optim.Adam(parameters(), differentiable=True)
     with pytest.raises(RuleError, match="differentiable"):
-        rule_of(optimizer).read(optimizer.param_groups[0])
+        rule_of(optimizer)
 
 
 def test_a_run_of_a_rule_that_is_not_here_is_refused_by_name():
@@ -119,4 +121,4 @@ def test_adam_without_its_second_moment_is_refused():
     rule = rule_named("Adam")
     options = dict(zip(rule.options, rule.read(torch.optim.Adam(parameters()).param_groups[0]), strict=True))
     with pytest.raises(RuleError, match="second moment"):
-        rule.filter(options, 0, None)
+        rule.filter(Facts(options))

@@ -9,7 +9,7 @@ from torch.func import functional_call, jacrev, jvp, vmap
 from torch.nn import functional as F
 
 from explaind.kernel.secant import NoSecant, Secant
-from explaind.replay.functional import differentiable_attention
+from explaind.replay.surroundings import differentiable_attention
 from tests.cases import normal
 from tests.closeness import algebra, same
 

@@ -12,7 +12,6 @@ import pytest
 import explaind
 from explaind.cli import main
 from explaind.ledger import parts
-from explaind.ledger.ledger import ROWS
 from tests import cases
 from tests.closeness import algebra, same
 from tests.stopped import ONE_QUERY, nothing_but, recorded, same_ledger, save_at_every_segment, steps_swept
@@ -43,12 +42,12 @@ def test_shards_make_the_ledger_of_the_whole(order, run, tmp_path):
         mine = cases.decomposed(run, shard=f"{index}/3", **asked)
         assert mine.coords["query"].tolist() == [index]
         assert mine.verify().ok
-        for row in ROWS:
+        for row in blocks.rows:
             same(mine[row], blocks[row][index : index + 1], row)
         assert explaind.shards_left(path, 3) == sorted(order[place + 1 :])
     same_ledger(explaind.open_ledger(path), blocks)
     assert explaind.open_ledger(path).settings == blocks.settings
-    for row in ROWS:  # one query a block and three make other matrix products of the same numbers
+    for row in blocks.rows:  # one query a block and three make other matrix products of the same numbers
         algebra(explaind.open_ledger(path)[row], whole[row], row, np.abs(whole["data"]).max())
     nothing_but(path)
 
@@ -76,7 +75,7 @@ def test_two_that_finish_at_the_same_time_leave_one_whole_ledger(overwrite, run,
     monkeypatch.setattr(parts, "save", slow)
     cases.decomposed(run, shard="1/2", **asked)
     want = cases.decomposed(run)
-    for row in ROWS:
+    for row in want.rows:
         algebra(explaind.open_ledger(path)[row], want[row], row, np.abs(want["data"]).max())
     nothing_but(path)
 
@@ -100,7 +99,7 @@ def test_every_memory_gives_the_same_ledger(memory, run, swept):
     want = cases.decomposed(run)
     del swept[:]
     got = cases.decomposed(run, memory=memory)
-    for row in ROWS:
+    for row in want.rows:
         algebra(got[row], want[row], row, np.abs(want["data"]).max())
     assert got.settings["memory"] == memory
     assert len(swept) == run.steps * {ONE_QUERY: 3, 2 * ONE_QUERY: 2}.get(memory, 1)

@@ -136,13 +136,29 @@ def test_another_reduction_is_found(tmp_path):
     refused(explaind.open(tmp_path / "run"), LINES["other"])
 
 
-def test_gradient_clipping_that_the_recorder_was_not_told_of_is_found(tmp_path):
+def noise(model):
+    for p in model.parameters():
+        p.grad += 0.1 * torch.randn_like(p)
+
+
+def half_of_them(model):
+    for p in model.parameters():
+        p.grad[::2] = 0
+
+
+def twice(model):
+    for p in model.parameters():
+        p.grad *= 2
+
+
+@pytest.mark.parametrize("touch", [noise, half_of_them, twice], ids=lambda touch: touch.__name__)
+def test_what_was_done_to_gradients_that_is_no_clipping_is_found(touch, tmp_path):
     model = cases.PLAIN.model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with explaind.record(optimizer, model, tmp_path / "run") as recorder:
         for step in range(7):
             cases.gradient(cases.PLAIN, model, step, recorder)
-            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            touch(model)
             optimizer.step()
     refused(explaind.open(tmp_path / "run"), LINES["other"])
 

@@ -61,7 +61,7 @@ def test_a_broken_training_says_so_and_keeps_what_was_recorded(tmp_path):
 @pytest.mark.parametrize(
     ("named", "words"),
     [
-        (Named("Adagrad"), "expected one of SGD, Adam, AdamW"),
+        (Named("Lookahead"), "expected one of Adadelta, Adafactor"),
         (Named("AdamV"), "expected Adam"),
         (Named("SGD", {"lr": 0.1, "momentun": 0.9}), "expected momentum"),
         (Named("SGD", {"lr": "fast"}), "the optimizer refuses its options"),

@@ -30,8 +30,9 @@ from explaind.kernel.path import Recipe, Segment
 from explaind.kernel.products import Products
 from explaind.ledger.by_name import DTYPES, config_of, decompose_by_name, measure_named, selection, task_of
 from explaind.record.device import placed
-from explaind.replay.functional import Functional, differentiable_attention
+from explaind.replay.functional import Functional
 from explaind.replay.steps import Part
+from explaind.replay.surroundings import differentiable_attention
 from explaind.tasks import load
 from explaind.tasks.training import make_optimizer
 

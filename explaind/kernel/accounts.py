@@ -19,6 +19,7 @@ class Accounts:
     data: Tensor
     decay: Tensor
     momentum0: Tensor  # [fine, measure]
+    buffers: Tensor
     arithmetic: Tensor
     path: Tensor  # [entry, measure]
     movement: Tensor  # Σ_step |δ| [measure]
@@ -44,6 +45,7 @@ def empty(resolution: Resolution, layout: Layout, measures: int, examples: int, 
         data=like.new_zeros(entries, fine, measures, examples),
         decay=zeros(entries, fine, measures),
         momentum0=zeros(fine, measures),
+        buffers=zeros(entries, fine, measures),
         arithmetic=zeros(entries, fine, measures),
         path=zeros(entries, measures),
         movement=zeros(measures),

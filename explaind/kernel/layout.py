@@ -21,6 +21,8 @@ class Layout:
         ends = tuple(accumulate(self.sizes))
         self.slices = tuple(slice(end - size, end) for end, size in zip(ends, self.sizes, strict=True))
         self.params = ends[-1] if ends else 0
+        self.moving = tuple(layer.optimizer < 0 for layer in layers)
+        """Which layers are buffers, that no optimizer moves."""
         self.groups = self.names if groups is None else groups.names
         self.group = tuple(range(len(self.names))) if groups is None else tuple(groups.of.tolist())
 
@@ -48,3 +50,11 @@ class Layout:
         for group, values in zip(self.group, by_layer, strict=True):
             into[group] += values
         return into
+
+    def parted(self, vector: Tensor) -> tuple[Tensor, Tensor]:
+        """A vector [param] without its buffers, and without anything else."""
+        buffers = torch.zeros_like(vector)
+        for cut, moving in zip(self.slices, self.moving, strict=True):
+            if moving:
+                buffers[cut] = vector[cut]
+        return vector - buffers, buffers

@@ -29,7 +29,7 @@ from explaind.kernel.gradients import CHUNK_BYTES, RowGradients, batch_axes, gra
 from explaind.kernel.layout import Layout
 from explaind.kernel.machine import ORDINARY, Machine
 from explaind.kernel.points import Function, Point
-from explaind.replay.steps import Part
+from explaind.replay.steps import Drawn, Part
 
 Finest = Literal["none", "layer", "param"]
 Route = Literal["jvp", "backward"] | tuple[Way, ...]
@@ -68,6 +68,7 @@ class Products:
     machine: Machine = ORDINARY
     """What the cheapest way is judged by."""
     _kinds: dict[Mode, "Kind"] = field(default_factory=dict)
+    _drawn: dict[Mode, "Kind"] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._one, self._undecided = one(self.losses), Kind()
@@ -154,6 +155,9 @@ class Products:
 
     def prepare(self, theta: Tensor, part: Part, mode: Mode = ()) -> None:
         """Find out, once a mode, what kind of function the losses are; a part of one example cannot tell."""
+        if isinstance(part.batch, Drawn):  # its random numbers belong to the whole batch
+            self._kind = self._drawn.setdefault(mode, Kind())
+            return
         self._kind = self._kinds.get(mode, self._undecided)
         if self._kind is not self._undecided or rows_of(part.batch) < 2:
             return
@@ -183,7 +187,7 @@ class Products:
     def _chosen(self, theta: Tensor, part: Part, a: Tensor) -> Route:
         if self.route in ("materialise", "ghost") and not self._separable and self._kind is not self._undecided:
             raise RequestError(
-                "the losses of a batch depend on each other (or vmap lacks an operation of the model)",
+                "the losses of a batch depend on each other (or draw random numbers, or vmap lacks an operation of the model)",
                 expected="products='jvp' or 'auto'",
                 got=f"products={self.route!r}",
                 do="use auto, which takes the whole batch",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from explaind.kernel.layout import Layout
 from explaind.kernel.products import batch_gradient
+from explaind.kernel.realised import realised
 from explaind.replay.steps import Segment, Step, Steps
 
 
@@ -39,16 +40,20 @@ class Rebuilt:
 
         The smaller of two readings: |error| / |Δ|, both of the layer, and the gradient that would make up for the error over the
         whole gradient. A parameter whose gradient is nothing but rounding (the bias of attention's keys) moves as far under Adam as any
-        other; the first reading alone would take that for a fault.
+        other; the first reading alone would take that for a fault. Where no gradient moves a parameter, the first reading is taken.
         """
         f = self.step.filter
-        needed = torch.where(self.error == 0, 0.0, self.error / (f.C * f.N + f.E))  # infinite where no gradient could
+        rate = torch.zeros_like(self.error) + (f.C * f.N + f.E)
+        for mix in f.P:
+            rate[mix.start : mix.start + mix.size] = 0.0  # where parameters are mixed, no single gradient makes up for an error
+        needed = torch.where(rate != 0, self.error / rate, 0.0)
         whole = f.consumed(self.gradient, self.step.theta).norm().double()
-        sizes, errors, gradients = (
-            torch.stack([v[cut].norm() for cut in layout.slices]).double() for v in (self.step.delta, self.error, needed)
-        )
-        of_update = torch.where(sizes > 0, errors / sizes, errors)
-        return torch.minimum(of_update, torch.where(whole > 0, gradients / whole, torch.inf))
+        found = (self.step.delta, self.error, needed, torch.where(rate != 0, 0.0, self.error))
+        sizes, errors, gradients, others = (torch.stack([v[cut].norm() for cut in layout.slices]).double() for v in found)
+        of_update, of_others = (torch.where(sizes > 0, error / sizes, error) for error in (errors, others))
+        of_gradient = torch.maximum(torch.where(whole > 0, gradients / whole, torch.inf), of_others)
+        smaller = torch.minimum(of_update, of_gradient)
+        return torch.where(torch.tensor(layout.moving, device=smaller.device), 0.0, smaller)
 
 
 def replayed(stretch: Segment, layout: Layout, losses: Losses) -> list[Tensor]:
@@ -60,11 +65,12 @@ def replayed(stretch: Segment, layout: Layout, losses: Losses) -> list[Tensor]:
     return found
 
 
-def rebuild(stretch: Segment, gradients: Sequence[Tensor]) -> tuple[list[Rebuilt], Tensor | None]:
+def rebuild(stretch: Segment, gradients: Sequence[Tensor], layout: Layout) -> tuple[list[Rebuilt], Tensor | None]:
     """Advance a segment by the gradients of its steps: the steps, and the momentum that it ends with (None for an optimizer without)."""
     rebuilt = []
     momentum = stretch.momentum
-    for step, gradient in zip(stretch.steps, gradients, strict=True):
+    for recorded, gradient in zip(stretch.steps, gradients, strict=True):
+        step = realised(recorded, gradient, layout)
         before = torch.zeros_like(gradient) if momentum is None else momentum
         after, delta = step.filter.advance(before, gradient, step.theta)
         momentum = None if momentum is None else after
@@ -76,7 +82,7 @@ def replay_errors(steps: Steps, layout: Layout, losses: Losses, progress: Callab
     """Relative error of every rebuilt update: float64 [step, layer]."""
     rows = []
     for stretch in steps.segments(steps.starts):
-        for item in rebuild(stretch, replayed(stretch, layout, losses))[0]:
+        for item in rebuild(stretch, replayed(stretch, layout, losses), layout)[0]:
             rows.append(item.relative_error(layout))
             progress()
     return torch.stack(rows)

@@ -2,11 +2,13 @@
 
 With a costate μ per measure (theory.md section 4; it starts at 0), for s = N−1 … 0:
 
-    μ ← μ + C ḡ_s
-    a = N μ + E ḡ_s                                what one unit of gradient at step s did to the measure, now and later
+    p = Pᵀ ḡ_s
+    μ ← μ + C p
+    a = N μ + E p                                  what one unit of gradient at step s did to the measure, now and later
     data[i]    = −sign · w_i <a, ∇ℓ_i(θ_s)>
     decay      = −<a, κ θ_s> − <ḡ_s, R θ_s>
-    arithmetic = <ḡ_s, Δ recorded − Δ rebuilt>
+    buffers    = <ḡ_s, Δ> of what no optimizer moves
+    arithmetic = <ḡ_s, Δ recorded − Δ rebuilt> of all else
     μ ← M μ
     after the sweep:  momentum0 = −<μ, z_0>
 
@@ -35,7 +37,7 @@ from explaind.kernel.rebuild import Losses, Rebuilt, rebuild, replayed
 from explaind.kernel.resolution import Resolution
 from explaind.replay.steps import Part, Step, Steps
 from explaind.replay.steps import Segment as Stretch
-from explaind.rules.rule import Coefficient, Filter
+from explaind.rules.filter import Coefficient, Filter
 
 FADED = {torch.float64: 1e-14, torch.float32: 1e-8}
 """A costate whose momentum has shrunk to this fraction is let go in the applied view: well below rounding."""
@@ -140,7 +142,7 @@ class Sweep:
 
     def _gradients_first(self, stretch: Stretch, following: Tensor | None, progress: Callable[[], None]) -> None:
         """Replay a segment forwards, then credit its steps backwards."""
-        rebuilt, momentum = rebuild(stretch, replayed(stretch, self.layout, self.losses))
+        rebuilt, momentum = rebuild(stretch, replayed(stretch, self.layout, self.losses), self.layout)
         self._book_jump(self.costates, following, momentum, stretch)
         for item in reversed(rebuilt):
             self._book_error(item, *self._step(item.step, item.gradient))
@@ -154,7 +156,7 @@ class Sweep:
             gradients.append(torch.zeros_like(step.theta))
             means.append(self._step(step, gradients[-1], known=False)[0].clone())
             progress()
-        rebuilt, momentum = rebuild(stretch, gradients[::-1])
+        rebuilt, momentum = rebuild(stretch, gradients[::-1], self.layout)
         self._book_jump(at_end, following, momentum, stretch)
         for item, mean in zip(reversed(rebuilt), means, strict=True):
             self._book_error(item, mean, mean)
@@ -162,7 +164,8 @@ class Sweep:
     def _has_room(self, stretch: Stretch) -> bool:
         """Whether ḡ of all steps of a segment can be kept, so that no gradient need be known beforehand."""
         size = len(stretch.steps) * self._mean.numel() * self._mean.element_size()
-        return "example" in self.resolution.keep and not self.correct and size <= self.products.chunk
+        changed = any(step.consumed is not None for step in stretch.steps)  # how, its gradient will tell
+        return "example" in self.resolution.keep and not self.correct and not changed and size <= self.products.chunk
 
     def _step(self, step: Step, gradient: Tensor, known: bool = True) -> tuple[Tensor, Tensor]:
         """Credit a step; ḡ before and after the closure correction. Its batch gradient is given, or else added to zeros on the way."""
@@ -180,8 +183,9 @@ class Sweep:
         self.accounts.path[entry] += path
         self.accounts.decay[entry] -= self._fine(mean, f.R * step.theta)
         source = self._source(entry)
-        _add(source.mu, f.C, mean)
-        self._book_sources(step, source, mean, gradient, known)
+        push = f.mixed(mean, transposed=True)
+        _add(source.mu, f.C, push)
+        self._book_sources(step, source, push, gradient, known)
         for costate in self.costates:
             costate.mu *= f.M
         if self.resolution.view == "applied":
@@ -204,21 +208,21 @@ class Sweep:
             costate.memory = costate.memory * np.abs(decay)
         self.costates = [c for c in self.costates if c.memory.max() > FADED[c.mu.dtype] or c is source]
 
-    def _pulls(self, f: Filter, source: Costate, mean: Tensor) -> tuple[Tensor, float]:
+    def _pulls(self, f: Filter, source: Costate, push: Tensor) -> tuple[Tensor, float]:
         """a of all living costates, one below the other, and a factor on them: where a is a multiple of μ nothing is copied."""
         if self.costates == [source]:
             if isinstance(f.N, float) and isinstance(f.E, float) and f.E == 0.0:
                 return source.mu, f.N
-            return _add(torch.mul(source.mu, f.N, out=self._pull), f.E, mean), 1.0
-        pulls = [_add(f.N * c.mu, f.E, mean) if c is source else f.N * c.mu for c in self.costates]
+            return _add(torch.mul(source.mu, f.N, out=self._pull), f.E, push), 1.0
+        pulls = [_add(f.N * c.mu, f.E, push) if c is source else f.N * c.mu for c in self.costates]
         return torch.cat(pulls), 1.0
 
-    def _book_sources(self, step: Step, source: Costate, mean: Tensor, gradient: Tensor, known: bool) -> None:
+    def _book_sources(self, step: Step, source: Costate, push: Tensor, gradient: Tensor, known: bool) -> None:
         """Credit the step's gradients and coupled decay through every living costate."""
         f, count = step.filter, self.measures.count
         here = self.resolution.entry(step.index)
         entries = [here if c.entry is None else c.entry for c in self.costates]
-        a, factor = self._pulls(f, source, mean)
+        a, factor = self._pulls(f, source, push)
         pull = factor * f.kappa * step.theta
         for row, entry in enumerate(entries):
             self.accounts.decay[entry] -= self._fine(a[row * count : (row + 1) * count], pull)
@@ -242,8 +246,11 @@ class Sweep:
 
     def _book_error(self, item: Rebuilt, before: Tensor, mean: Tensor) -> None:
         """What the recorded update was more than the rebuilt one; its size by ḡ before any correction."""
-        self.accounts.arithmetic[self.resolution.entry(item.step.index)] += self._fine(mean, item.error)
-        self._book_rest(item.step.index, 2, self.layout.dots(before, item.error))
+        entry, (error, buffers) = self.resolution.entry(item.step.index), self.layout.parted(item.error)
+        self.accounts.arithmetic[entry] += self._fine(mean, error)
+        if any(self.layout.moving):
+            self.accounts.buffers[entry] += self._fine(mean, buffers)
+        self._book_rest(item.step.index, 2, self.layout.dots(before, error))
         self.accounts.replay_error[item.step.index] = item.relative_error(self.layout)
 
     def _book_rest(self, step: int, column: int, values: Tensor) -> None:

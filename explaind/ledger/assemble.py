@@ -8,7 +8,7 @@ from torch import Tensor
 
 from explaind.kernel.accounts import Accounts
 from explaind.kernel.layout import Layout
-from explaind.ledger.ledger import Checks, Ledger, Row, ordered
+from explaind.ledger.ledger import ROWS, Checks, Ledger, Row, ordered
 from explaind.ledger.plan import Plan
 from explaind.ledger.sweeping import Swept
 
@@ -48,6 +48,9 @@ def assembled(
         "arithmetic": joined(lambda a: a.arithmetic, ("step", fine, "measure")),
         "path": joined(lambda a: a.path, ("step", "measure")),
     }
+    if any(layout.moving):
+        rows["buffers"] = joined(lambda a: a.buffers, ("step", fine, "measure"))
+    rows = {name: rows[name] for name in ROWS if name in rows}
     first = accounts[0]
     movement, path, arithmetic = (
         joined(pick, ("measure",)) for pick in (lambda a: a.movement, lambda a: a.path_absolute, lambda a: a.arithmetic_absolute)

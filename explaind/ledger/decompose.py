@@ -25,7 +25,8 @@ from explaind.ledger.sweeping import Swept, read, swept
 from explaind.record.device import placed
 from explaind.record.watched import model_name
 from explaind.replay.batches import Batches, Collate, Readable, changed_examples, moved
-from explaind.replay.functional import Functional, Readout, differentiable_attention, fitted
+from explaind.replay.functional import Functional, Readout, fitted
+from explaind.replay.surroundings import differentiable_attention
 from explaind.replay.trajectory import Trajectory
 from explaind.store.reader import Run
 
@@ -98,7 +99,8 @@ def decompose(
         check_free(Path(save), overwrite)
     layout = Layout(run.manifest.layers)
     own = fitted(model, run.manifest.layers, run.constants)
-    training, asking = Functional(own, losses, target, dtype), Functional(own, measure, target, dtype)
+    moving = any(layout.moving)
+    training, asking = (Functional(own, readout, target, dtype, moving) for readout in (losses, measure))
     batch = moved(queries, target, dtype)
     with differentiable_attention():
         theta = torch.from_numpy(run.states(0, 1)[0]).to(target, dtype)

@@ -16,7 +16,8 @@ from explaind.ledger.verify import replay_words
 from explaind.record.device import placed
 from explaind.record.watched import model_name
 from explaind.replay.batches import Batches, Readable, changed_examples
-from explaind.replay.functional import Functional, Readout, differentiable_attention, fitted
+from explaind.replay.functional import Functional, Readout, fitted
+from explaind.replay.surroundings import differentiable_attention
 from explaind.replay.trajectory import Trajectory
 from explaind.store.reader import Run
 
@@ -60,7 +61,7 @@ def verify_run(
 
 def _replayed(run: Run, model: nn.Module, data: Any, losses: Readout, device: torch.device, progress: Progress | None) -> np.ndarray:
     layout, done = Layout(run.manifest.layers), iter(range(1, run.steps + 1))
-    training = Functional(fitted(model, run.manifest.layers, run.constants), losses, device, torch.float64)
+    training = Functional(fitted(model, run.manifest.layers, run.constants), losses, device, torch.float64, any(layout.moving))
     steps = Trajectory(run, Batches(data, run.examples, None, device, torch.float64), device, torch.float64)
     tick: Callable[[], None] = (lambda: None) if progress is None else lambda: progress(next(done), run.steps)
     with differentiable_attention():

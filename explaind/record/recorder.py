@@ -12,14 +12,16 @@ import numpy as np
 import torch
 import zarr
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from explaind.errors import RecordError
 from explaind.record.examples import MapStyle, checked_ids, checked_weights, fingerprints
+from explaind.record.incoming import Incoming, random_state
+from explaind.record.update import Update
 from explaind.record.watched import Watched, model_name
-from explaind.rules import rule_of
 from explaind.store import schema
 from explaind.store.manifest import Manifest
-from explaind.store.writer import RunWriter, StepRow
+from explaind.store.writer import RunWriter
 
 BUFFER_BYTES = 256 << 20
 """Most memory that buffered steps may take before they go to disk."""
@@ -30,12 +32,13 @@ class Recorder:
 
     def __init__(
         self,
-        optimizer: torch.optim.Optimizer,
+        optimizers: Sequence[torch.optim.Optimizer],
         model: nn.Module,
         path: Path,
         reduction: str,
         data: MapStyle[Any] | None,
         config: Mapping[str, Any] | None,
+        watch: Sequence[str],
     ) -> None:
         if reduction not in ("mean", "sum"):
             raise RecordError(
@@ -45,13 +48,12 @@ class Recorder:
                 do="give other weights to recorder.examples",
             )
         self.path, self._reduction, self._config = path, reduction, config
-        self._optimizer, self._rule = optimizer, rule_of(optimizer)
-        self._watched = Watched(optimizer, model, self._rule)
+        self._watched = Watched(optimizers, model, watch)
         self._examples = None if data is None else len(data)
-        self._pending: list[tuple[np.ndarray, np.ndarray]] = []
         self._fault: str | None = None
+        self._update: Update | None = None
         self._theta = self._watched.theta()
-        self._rng = self._watched.random()
+        self._incoming = Incoming(self._watched.params, self._watched.device)
         block = max(1, min(16, BUFFER_BYTES // max(1, 2 * self._theta.nbytes)))
         self._writer = RunWriter(
             path,
@@ -59,10 +61,10 @@ class Recorder:
             self._theta,
             self._watched.constants(),
             None if data is None else fingerprints(data),
-            momentum=self._rule.momentum is not None,
-            preconditioner=self._watched.preconditioned,
+            momentum=self._watched.has_momentum,
+            preconditioner=self._watched.has_frozen,
         )
-        self._hooks = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
+        self._hooks = [hook for index, optimizer in enumerate(optimizers) for hook in self._hooked(index, optimizer)]
 
     @property
     def steps(self) -> int:
@@ -73,20 +75,25 @@ class Recorder:
         """Say whose gradient the next step consumes: ids [batch], once per micro-batch, before its forward pass.
 
         weights [batch] are the factors on the examples' losses where the recorder's reduction does not give them
-        ("mean": 1 / batch, "sum": 1).
+        ("mean": 1 / batch, "sum": 1). A micro-batch whose gradient is thrown away before the step (zeroed, as after a step that a
+        GradScaler skips) is not counted.
         """
         self._refuse_if_over()
         try:
             checked = checked_ids(ids, self._examples)
-            self._pending.append((checked, checked_weights(weights, self._reduction, len(checked))))
+            factors = checked_weights(weights, self._reduction, len(checked))
         except RecordError as error:
             raise self._fail(error) from None
-        self._rng = self._watched.random()
+        self._finish()
+        self._incoming.add(checked, factors)
 
     def close(self) -> None:
         """Write what is left and let go of the optimizer; safe to call twice."""
         for hook in self._hooks:
             hook.remove()
+        self._incoming.close()
+        if self._fault is None:
+            self._finish()
         self._writer.close(complete=self._fault is None)
 
     def __enter__(self) -> "Recorder":
@@ -97,55 +104,67 @@ class Recorder:
             self._fault = f"the training stopped with {kind.__name__}"
         self.close()
 
-    def _before(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _hooked(self, index: int, optimizer: torch.optim.Optimizer) -> list[RemovableHandle]:
+        def before(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._before(index, args[1] if len(args) > 1 else kwargs.get("closure"))
+
+        def after(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._after(index, optimizer)
+
+        return [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+
+    def _before(self, index: int, closure: Any) -> None:
         self._refuse_if_over()
         try:
-            if not self._pending:
-                raise RecordError(
-                    "the optimizer stepped, but nobody said on whose gradient",
-                    where=f"step {self.steps}",
-                    do="call recorder.examples(ids) before each forward pass",
-                )
-            self._watched.check_unchanged(self._theta, self.steps)
-            closure = args[0] if args else kwargs.get("closure")
-            if closure is None:
-                self._watched.check_gradients(self.steps)
-            first = self.steps % self._writer.manifest.block == 0
-            self._ages = self._watched.ages()
-            self._anchor = self._watched.momentum() if first else None
+            if self._update is not None and index in self._update.stepped:
+                self._finish()
+            if self._update is None:
+                self._watched.check_unchanged(self._theta, self.steps)
+                self._update = Update(self._watched, self._theta, first=self.steps % self._writer.manifest.block == 0)
+            if closure is None:  # with one, the gradient is made during the step
+                self._gather(self._update)
         except RecordError as error:
             raise self._fail(error) from None
 
-    def _after(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _after(self, index: int, optimizer: torch.optim.Optimizer) -> None:
+        update = self._update
+        assert update is not None
+        if bool(getattr(optimizer, "found_inf", None)):  # a fused optimizer that GradScaler told to skip the step
+            self._update = None
+            return
         try:
-            self._watched.check_gradients(self.steps)
-            self._check_random()
-            ids, weights = (np.concatenate([p[i] for p in self._pending]) for i in (0, 1))
-            part = np.repeat(np.arange(len(self._pending), dtype=np.int32), [len(p[0]) for p in self._pending])
-            self._theta = self._watched.theta()
-            row = StepRow(
-                ids,
-                part,
-                weights,
-                self._watched.hyper(),
-                self._watched.active(self._ages),
-                self._watched.mode(),
-                self._watched.preconditioner(),
-                self._anchor,
-            )
+            self._gather(update)
+            update.step(index)
         except RecordError as error:
             raise self._fail(error) from None
-        self._pending = []
-        self._writer.add(row, self._theta)
+        if len(update.stepped) == len(self._watched.rules):
+            self._finish()
 
-    def _check_random(self) -> None:
-        # Dropout masks can only be replayed where their random state is kept, which this version does not do.
-        if not torch.equal(self._rng, self._watched.random()):
+    def _gather(self, update: Update) -> None:
+        """Whose gradient the step consumes, once for all its optimizers."""
+        if update.taken:
+            return
+        self._watched.check_gradients(self.steps)
+        update.taken = self._incoming.taken()
+        if not update.taken:
             raise RecordError(
-                "random numbers were drawn between recorder.examples and the step, so that its gradient cannot be replayed",
+                "the optimizer stepped, but nobody said on whose gradient",
                 where=f"step {self.steps}",
-                do="set dropout to 0, and augment before calling recorder.examples",
+                do="call recorder.examples(ids) before each forward pass",
             )
+        update.drew = [self._incoming.drew(batch) for batch in update.taken]
+        update.consumed = None if self._incoming.untouched else self._watched.gradient_sizes()
+
+    def _finish(self) -> None:
+        """The step is made; optimizers that did not take part left their parameters as they were."""
+        update = self._update
+        if update is None or not update.stepped:
+            return
+        self._update = None
+        self._theta = self._watched.theta()
+        row = update.row()
+        self._incoming.clear()
+        self._writer.add(row, self._theta)
 
     def _refuse_if_over(self) -> None:
         if self._fault is not None or self._writer.closed:
@@ -160,14 +179,8 @@ class Recorder:
         return error
 
     def _manifest(self, block: int) -> Manifest:
-        flags = [
-            {k: v for k, v in g.items() if k in ("foreach", "fused", "capturable") and v is not None} for g in self._optimizer.param_groups
-        ]
         return Manifest(
-            rule=self._rule.optimizer.__name__,
-            optimizer=f"{type(self._optimizer).__module__}.{type(self._optimizer).__qualname__}",
-            flags={str(i): f for i, f in enumerate(flags)},
-            options=self._rule.options,
+            optimizers=self._watched.optimized,
             layers=self._watched.layers,
             dtype=str(self._theta.dtype),
             block=block,
@@ -176,6 +189,7 @@ class Recorder:
             modules=self._watched.modules,
             examples=self._examples,
             seed=torch.initial_seed(),
+            random_bytes=len(random_state(self._watched.device)),
             threads=torch.get_num_threads(),
             device=str(self._watched.device),
             config=self._config,
@@ -184,22 +198,25 @@ class Recorder:
 
 
 def record(
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
     model: nn.Module,
     path: str | os.PathLike[str],
     *,
     reduction: str = "mean",
     data: MapStyle[Any] | None = None,
     config: Mapping[str, Any] | None = None,
+    watch: Sequence[str] = (),
     overwrite: bool = False,
 ) -> Recorder:
     """Record every step of a training to a run folder; use as a context manager, or call ``close()`` at the end.
 
     optimizer, model  the user's own objects; the training is bitwise the one without a recorder
+    optimizer         or several of them, each with parameters of its own: they make a step together
     path              a new or empty folder (overwrite=True removes a run that is there)
     reduction         how the training loss reduces a batch: "mean" or "sum"
     data              optional: the training data; ids are then range-checked and each example's fingerprint is stored
     config            optional: a JSON-able mapping that is kept with the run
+    watch             names, or globs, of parameters that the optimizer will be given later (``add_param_group``)
 
     Raises RuleError for an optimizer without a rule, RecordError for parameters that cannot be recorded, StoreError for the path.
     """
@@ -207,4 +224,5 @@ def record(
     if overwrite and folder.exists():
         schema.open_group(folder, "run")  # only ever remove what is a run
         shutil.rmtree(folder)
-    return Recorder(optimizer, model, folder, reduction, data, config)
+    optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+    return Recorder(optimizers, model, folder, reduction, data, config, watch)

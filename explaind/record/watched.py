@@ -1,57 +1,99 @@
-"""What the recorder reads off a model and its optimizer: everything is laid end to end in one flat vector."""
+"""What the recorder reads off a model and its optimizers: everything is laid end to end in one flat vector."""
 
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from explaind.errors import RecordError, RuleError
-from explaind.rules.rule import Rule
-from explaind.store.manifest import Layer
+from explaind.rules import rule_of
+from explaind.rules.rule import Moment, Rule
+from explaind.store.manifest import Layer, Optimized
+
+FLAGS = ("foreach", "fused", "capturable")
 
 
 class Watched:
-    """A model and its optimizer, seen as flat vectors [param] in the order of ``model.named_parameters()``."""
+    """A model and its optimizers, seen as flat vectors [param] in the order of ``model.named_parameters()``."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, rule: Rule) -> None:
-        self.model, self._optimizer, self._rule = model, optimizer, rule
-        names = {id(p): name for name, p in model.named_parameters()}
-        groups = {id(p): g for g, group in enumerate(optimizer.param_groups) for p in group["params"]}
-        strangers = [tuple(p.shape) for group in optimizer.param_groups for p in group["params"] if id(p) not in names]
-        if strangers:
-            raise RecordError(
-                "the optimizer holds a parameter that the model does not have",
-                expected="parameters of the model",
-                got=f"one of shape {strangers[0]}",
-                do="pass the model that the optimizer trains",
-            )
-        self._params = [p for p in model.parameters() if id(p) in groups]
-        self._groups = [groups[id(p)] for p in self._params]
-        self._check_kinds()
+    def __init__(self, optimizers: Sequence[Optimizer], model: nn.Module, watch: Sequence[str] = ()) -> None:
+        """watch: names, or globs, of parameters that are recorded although no optimizer holds them yet."""
+        self.model, self._optimizers = model, tuple(optimizers)
+        self.rules: tuple[Rule, ...] = tuple(rule_of(optimizer) for optimizer in optimizers)
+        self._check_owners(dict(model.named_parameters()))
+        owners = {id(p): k for k, optimizer in enumerate(optimizers) for group in optimizer.param_groups for p in group["params"]}
+        own = {name: p for name, p in model.named_parameters() if id(p) in owners or _matches(name, watch)}
+        moving = {f"{name}.{own}".removeprefix(".") for name, module in model.named_modules() for own in statistics(module)}
+        buffers = {name: b for name, b in model.named_buffers() if b.is_floating_point() and (name in moving or _matches(name, watch))}
+        self._params: list[Tensor] = [*own.values(), *buffers.values()]
+        self.params = self._params
+        self._check_kinds(list(own.values()))
         offsets = np.concatenate([[0], np.cumsum([p.numel() for p in self._params])]).tolist()
         self.layers = tuple(
-            Layer(names[id(p)], tuple(p.shape), o, p.numel(), g) for p, o, g in zip(self._params, offsets, self._groups, strict=False)
+            Layer(name, tuple(p.shape), o, p.numel(), -1 if name in buffers else owners.get(id(p), 0))
+            for (name, p), o in zip([*own.items(), *buffers.items()], offsets, strict=False)
         )
-        self.device = self._params[0].device
-        self.dtype = torch.float32
+        self.device, self.dtype = self._params[0].device, torch.float32
         for p in self._params:
             self.dtype = torch.promote_types(self.dtype, p.dtype)
-        for group in optimizer.param_groups:
-            rule.read(group)  # refuse an option without a rule now rather than at the first step
-        self._keys = [rule.preconditioner(optimizer.param_groups[g]) for g in self._groups]
-        self.preconditioned = any(key is not None for key in self._keys)
-        recorded = {id(p) for p in self._params}
-        still = {n: p for n, p in model.named_parameters() if id(p) not in recorded} | dict(model.named_buffers())
+        self._options = max(len(rule.options) for rule in self.rules)
+        self._scalars = max(len(rule.scalars) for rule in self.rules)
+        self.hyper()  # refuse an option without a rule now rather than at the first step
+        still: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if n not in own}
+        still |= {n: b for n, b in model.named_buffers() if n not in buffers}
         self._still = {n: (t, t.detach().clone()) for n, t in still.items()}
+        self._counters = {name for name in moving if name.endswith(COUNTER)}
         self.modules = tuple(name for name, _ in model.named_modules())
 
-    def _check_kinds(self) -> None:
-        if not self._params:
+    def _check_owners(self, named: dict[str, Tensor]) -> None:
+        known, seen = {id(p): name for name, p in named.items()}, set[int]()
+        for optimizer in self._optimizers:
+            for p in (p for group in optimizer.param_groups for p in group["params"]):
+                if id(p) not in known:
+                    raise RecordError(
+                        "the optimizer holds a parameter that the model does not have",
+                        expected="parameters of the model",
+                        got=f"one of shape {tuple(p.shape)}",
+                        do="pass the model that the optimizer trains",
+                    )
+                if id(p) in seen:
+                    raise RecordError("two optimizers hold one parameter", where=known[id(p)], do="give each parameter to one optimizer")
+                seen.add(id(p))
+
+    def _check_kinds(self, params: list[nn.Parameter]) -> None:
+        if not params:
             raise RecordError("the optimizer holds no parameter of the model", do="pass the model that the optimizer trains")
-        for p in self._params:
+        for p in params:
             if p.is_complex() or p.is_sparse:
                 raise RuleError("complex and sparse parameters have no rule", got=str(p.dtype), do="train with dense real parameters")
+
+    @property
+    def optimized(self) -> tuple[Optimized, ...]:
+        """What a run says of its optimizers."""
+        return tuple(
+            Optimized(
+                rule.optimizer.__name__,
+                f"{type(optimizer).__module__}.{type(optimizer).__qualname__}",
+                tuple({k: v for k, v in group.items() if k in FLAGS and v is not None} for group in optimizer.param_groups),
+                rule.options,
+                rule.scalars,
+            )
+            for rule, optimizer in zip(self.rules, self._optimizers, strict=True)
+        )
+
+    @property
+    def has_momentum(self) -> bool:
+        """Whether any rule has one."""
+        return any(rule.momentum is not None for rule in self.rules)
+
+    @property
+    def has_frozen(self) -> bool:
+        """Whether any rule freezes a tensor."""
+        return any(rule.frozen_state is not None for rule in self.rules)
 
     def flat(self, tensors: list[Tensor | None]) -> np.ndarray:
         """One vector [param] on the host; None stands for zeros. bfloat16 and float16 embed in float32 without loss."""
@@ -61,44 +103,62 @@ class Watched:
         ]
         return torch.cat(parts).cpu().numpy()
 
-    def _state(self, p: Tensor) -> dict[str, Any]:
-        return self._optimizer.state.get(p, {})
+    def _states(self) -> list[tuple[Rule, dict[str, Any]]]:
+        """The rule and the optimizer's state of every parameter; a buffer has no state."""
+        pairs = zip(self._params, self.layers, strict=True)
+        return [(self.rules[a.optimizer], {} if a.optimizer < 0 else self._optimizers[a.optimizer].state.get(p, {})) for p, a in pairs]
 
     def theta(self) -> np.ndarray:
         """The parameters [param]."""
         return self.flat(list(self._params))
 
     def momentum(self) -> np.ndarray | None:
-        """The optimizer's momentum [param]; None where its rule has none."""
-        key = self._rule.momentum
-        return None if key is None else self.flat([self._state(p).get(key) for p in self._params])
-
-    def preconditioner(self) -> np.ndarray | None:
-        """The frozen preconditioner's state after the step [param]."""
-        if not self.preconditioned:
-            return None
-        return self.flat([self._state(p).get(key) if key else None for p, key in zip(self._params, self._keys, strict=True)])
+        """The optimizers' momentum [param]; None where no rule has one."""
+        return (
+            self.flat([None if rule.momentum is None else state.get(rule.momentum) for rule, state in self._states()])
+            if self.has_momentum
+            else None
+        )
 
     def ages(self) -> np.ndarray:
         """Updates that each parameter had so far: int32 [layer]."""
-        return np.array([self._rule.age(self._state(p)) for p in self._params], dtype=np.int32)
+        return np.array([rule.age(state) for rule, state in self._states()], dtype=np.int32)
 
-    def active(self, ages: np.ndarray) -> np.ndarray:
-        """ages, with −1 for parameters that had no gradient at this step."""
-        return np.array([age if p.grad is not None else -1 for p, age in zip(self._params, ages, strict=True)], dtype=np.int32)
+    def remembered(self) -> list[dict[str, Tensor]]:
+        """Copies of the state that the rules must know from before a step, parameter by parameter."""
+        return [{key: state[key].clone() for key in rule.remembers if key in state} for rule, state in self._states()]
+
+    def groups(self) -> list[dict[str, Any] | None]:
+        """The parameter group of every parameter, as they stand; None where no optimizer holds it."""
+        held = {id(p): group for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]}
+        return [held.get(id(p)) for p in self._params]
+
+    def moments(self, optimizer: int, theta: np.ndarray, remembered: list[dict[str, Tensor]]) -> list[Moment | None]:
+        """The step that one optimizer has just made from theta [param]; None for parameters that it did not step."""
+        found = list[Moment | None]()
+        for p, layer, group, before, (_, state) in zip(self._params, self.layers, self.groups(), remembered, self._states(), strict=True):
+            if layer.optimizer != optimizer or group is None or p.grad is None:
+                found.append(None)
+                continue
+            own = torch.from_numpy(theta[layer.offset : layer.offset + layer.size].reshape(layer.shape)).to(p)
+            found.append(Moment(own, p.grad, before, state, group))
+        return found
+
+    def no_scalars(self) -> np.ndarray | None:
+        """Room for the numbers that the rules need of every update: zeros, float64 [layer, scalar]; None where none needs any."""
+        return np.zeros((len(self.layers), self._scalars)) if self._scalars else None
 
     def hyper(self) -> np.ndarray:
-        """Hyper-parameters as they stand: float64 [group, option]."""
-        return np.array([self._rule.read(group) for group in self._optimizer.param_groups], dtype=np.float64)
+        """Hyper-parameters of every parameter's group, as they stand: float64 [layer, option], nan where there is none."""
+        found = np.full((len(self.layers), self._options), np.nan)
+        for i, (group, layer) in enumerate(zip(self.groups(), self.layers, strict=True)):
+            values = () if group is None else self.rules[layer.optimizer].read(group)
+            found[i, : len(values)] = values
+        return found
 
     def mode(self) -> tuple[bool, ...]:
         """Whether each module is in train mode."""
         return tuple(m.training for m in self.model.modules())
-
-    def random(self) -> Tensor:
-        """State of the generators that a forward pass may draw from: the host's, and the model's device's where that has its own."""
-        own = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
-        return torch.cat([torch.get_rng_state(), *own])
 
     def constants(self) -> dict[str, np.ndarray]:
         """Frozen parameters and buffers, by name."""
@@ -107,33 +167,38 @@ class Watched:
     def check_unchanged(self, theta: np.ndarray, step: int) -> None:
         """RecordError when anything but the optimizer changed the model since the last step."""
         now = self.theta()
-        if not np.array_equal(now, theta, equal_nan=True):
-            differs = [
-                a.name for a in self.layers if not np.array_equal(now[a.offset : a.offset + a.size], theta[a.offset : a.offset + a.size])
-            ]
+        spans = [(a.name, slice(a.offset, a.offset + a.size)) for a in self.layers if a.optimizer >= 0]
+        differs = [name for name, cut in spans if not np.array_equal(now[cut], theta[cut], equal_nan=True)]
+        if differs:
             raise RecordError(
                 "the model was changed between two steps",
                 where=f"before step {step}: {', '.join(differs)}",
                 expected="only the optimizer to change recorded parameters",
                 do="start another recording after the change",
             )
-        count = sum(len(group["params"]) for group in self._optimizer.param_groups)
-        if count != len(self._params):
-            raise RecordError(
-                "the optimizer's parameters changed",
-                where=f"before step {step}",
-                expected=len(self._params),
-                got=count,
-                do="start another recording after adding parameters",
-            )
+        recorded = {id(p) for p in self._params}
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        for p in (p for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]):
+            if id(p) not in recorded:
+                raise RecordError(
+                    "the optimizer was given a parameter that is not recorded",
+                    where=f"before step {step}: {names.get(id(p), tuple(p.shape))}",
+                    do="name it when recording begins: explaind.record(…, watch=['head.*'])",
+                )
         for name, (tensor, copy) in self._still.items():
-            if not torch.equal(tensor, copy):
+            if name not in self._counters and not torch.equal(tensor, copy):
                 raise RecordError(
                     "a buffer or frozen parameter moved",
                     where=f"before step {step}: {name}",
-                    expected="only the optimizer's parameters to move",
-                    do="put such modules (BatchNorm) in eval mode",
+                    expected="only the optimizer's parameters, and running statistics, to move",
+                    do=f"let it be recorded: explaind.record(…, watch=[{name!r}]), or keep it still",
                 )
+
+    def gradient_sizes(self) -> np.ndarray:
+        """Norm and largest absolute value of every gradient, 0 where there is none: float64 [layer, 2]."""
+        grads = [torch.zeros(1) if p.grad is None else p.grad.detach() for p in self._params]
+        pairs = [[torch.linalg.vector_norm(g, ord, dtype=torch.float64) for ord in (2, torch.inf)] for g in grads]
+        return np.array([[float(size) for size in pair] for pair in pairs])
 
     def check_gradients(self, step: int) -> None:
         """RecordError when a gradient is not finite (a NaN loss), sparse, or when there is none at all."""
@@ -151,6 +216,19 @@ class Watched:
                 )
         if not grads:
             raise RecordError("no parameter has a gradient", where=f"step {step}", do="call backward() before optimizer.step()")
+
+
+COUNTER = "num_batches_tracked"
+
+
+def statistics(module: nn.Module) -> tuple[str, ...]:
+    """Names of the module's own buffers that it moves in train mode, among them a counter that nothing else reads."""
+    tracks = isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
+    return ("running_mean", "running_var", COUNTER) if tracks else ()
+
+
+def _matches(name: str, globs: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, glob) for glob in globs)
 
 
 def model_name(model: nn.Module) -> str:

@@ -2,17 +2,19 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
 from explaind.errors import ReplayError
+from explaind.record.watched import statistics
+from explaind.replay.steps import Drawn
+from explaind.replay.surroundings import DifferentiableStatistics, drawing
 from explaind.store.manifest import Layer
 
 Readout = Callable[[nn.Module, Any], Tensor]
@@ -33,20 +35,37 @@ class _Call(nn.Module):
 class Functional:
     """readout(model, batch) as a function of parameters {name: tensor}; the user's model is copied, never touched."""
 
-    def __init__(self, model: nn.Module, readout: Readout, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, readout: Readout, device: torch.device, dtype: torch.dtype, moving: bool = False) -> None:
+        """moving: whether buffers are among the parameters that it will be given."""
+        self._moving = moving
         own = copy.deepcopy(model).to(device=device, dtype=dtype).requires_grad_(False)
         self._call = _Call(own.eval(), readout)
-        self.model = own
+        self.model, self._device = own, device
+        self._buffers = dict(own.named_buffers())
+        self._written: list[str] = []
 
     def set_mode(self, mode: Sequence[bool]) -> None:
         """Train or eval, module by module, as recorded."""
         for module, training in zip(self.model.modules(), mode, strict=True):
             module.training = training
+        # In train mode a normalisation writes statistics that it does not read: they are no parameters of the losses then.
+        self._written = [
+            f"{name}.{buffer}".removeprefix(".")
+            for name, module in self.model.named_modules()
+            if module.training
+            for buffer in statistics(module)
+        ]
 
     def __call__(self, parameters: Mapping[str, Tensor], batch: Any) -> Tensor:
+        if isinstance(batch, Drawn):
+            with drawing(batch.states, self._device):
+                return self(parameters, batch.batch)
+        if self._written:
+            parameters = {**parameters, **{name: self._buffers[name].clone() for name in self._written}}
         own = tree_map(lambda leaf: leaf, batch)  # containers of its own, which a function may change
         before = _versions(own)
-        found: Tensor = functional_call(self._call, {f"model.{name}": tensor for name, tensor in parameters.items()}, (own,))
+        with DifferentiableStatistics() if self._moving else nullcontext():
+            found: Tensor = functional_call(self._call, {f"model.{name}": tensor for name, tensor in parameters.items()}, (own,))
         if _versions(batch) != before:
             raise ReplayError(
                 "losses or measure change the batch that they are given",
@@ -91,22 +110,3 @@ def fitted(model: nn.Module, layers: Sequence[Layer], constants: Mapping[str, np
         for name, values in constants.items():
             still[name].copy_(torch.as_tensor(values))
     return own
-
-
-class _DifferentiableAttention(AbstractContextManager[None]):
-    """Attention in its math form: the fused kernels have no forward-mode derivative."""
-
-    def __enter__(self) -> None:
-        self._fast = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-        self._math = sdpa_kernel(SDPBackend.MATH)
-        self._math.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self._math.__exit__(*error)
-        torch.backends.mha.set_fastpath_enabled(self._fast)
-
-
-def differentiable_attention() -> AbstractContextManager[None]:
-    """Within it every attention of torch has reverse- and forward-mode derivatives; settings are put back afterwards."""
-    return _DifferentiableAttention()

@@ -7,12 +7,23 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from torch import Tensor
 
-from explaind.rules.rule import Filter
+from explaind.rules.filter import Filter
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """A batch, and the state of the random generators before its forward pass: the host's, and the device's where that has its own."""
+
+    batch: Any
+    states: tuple[Tensor, ...]  # uint8 [byte] each
 
 
 @dataclass(frozen=True)
 class Part:
-    """One micro-batch of a step: examples whose losses were computed in one forward pass."""
+    """One micro-batch of a step: examples whose losses were computed in one forward pass.
+
+    A batch whose forward pass drew random numbers is a ``Drawn``, of which no row can be taken alone.
+    """
 
     batch: Any
     ids: np.ndarray  # [batch]
@@ -30,6 +41,8 @@ class Step:
     filter: Filter
     parts: tuple[Part, ...]
     mode: tuple[bool, ...]
+    consumed: Tensor | None = None
+    """Norm and largest absolute value of each layer's consumed gradient [layer, 2], where it was changed after the backward pass."""
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from explaind.replay.ahead import ahead
-from explaind.replay.steps import Part, Segment, Step
+from explaind.replay.steps import Drawn, Part, Segment, Step
 from explaind.rules import rule_named
-from explaind.rules.rule import IDLE, Filter, joined
+from explaind.rules.filter import IDLE, STILL, Filter, joined
+from explaind.rules.rule import Facts
+from explaind.store.manifest import Layer
 from explaind.store.reader import Block, Run
 from explaind.store.writer import StepRow
 
@@ -20,7 +22,7 @@ class Trajectory:
 
     def __init__(self, run: Run, batches: Callable[[np.ndarray], Any], device: torch.device, dtype: torch.dtype) -> None:
         self.run, self._batches, self._device, self._dtype = run, batches, device, dtype
-        self._rule = rule_named(run.manifest.rule)
+        self._rules = tuple(rule_named(optimizer.rule) for optimizer in run.manifest.optimizers)
         self.steps = run.steps
         self.starts = tuple(range(0, run.steps, run.manifest.block))
 
@@ -52,18 +54,32 @@ class Trajectory:
 
     def _step(self, index: int, row: StepRow, theta: Tensor, after: Tensor) -> Step:
         parts = tuple(self._part(row, part) for part in np.unique(row.part).tolist())
-        return Step(index, theta, after, after - theta, self._filter(row, theta), parts, row.mode)
+        consumed = None if row.consumed is None else self.tensor(row.consumed)
+        return Step(index, theta, after, after - theta, self._filter(row, theta), parts, row.mode, consumed)
 
     def _part(self, row: StepRow, part: int) -> Part:
         mine = row.part == part
-        return Part(self._batches(row.batch[mine]), row.batch[mine], self.tensor(row.weight[mine]))
+        batch, wide = self._batches(row.batch[mine]), self.run.manifest.random_bytes
+        state = None if row.random is None else row.random[part * wide : (part + 1) * wide]
+        if state is not None and state.any():
+            host = len(torch.get_rng_state())
+            batch = Drawn(batch, tuple(torch.from_numpy(part.copy()) for part in (state[:host], state[host:]) if len(part)))
+        return Part(batch, row.batch[mine], self.tensor(row.weight[mine]))
 
     def _filter(self, row: StepRow, like: Tensor) -> Filter:
-        m = self.run.manifest
+        layers = self.run.manifest.layers
         frozen = None if row.preconditioner is None else self.tensor(row.preconditioner)
         filters = []
-        for layer, age in zip(m.layers, row.age.tolist(), strict=True):
-            options = dict(zip(m.options, row.hyper[layer.group].tolist(), strict=True))
-            own = None if frozen is None else frozen[layer.offset : layer.offset + layer.size]
-            filters.append(IDLE if age < 0 else self._rule.filter(options, age, own))
-        return joined(filters, [layer.size for layer in m.layers], like)
+        for i, layer in enumerate(layers):
+            own = None if frozen is None else frozen[layer.offset : layer.offset + layer.size].reshape(layer.shape)
+            filters.append(self._layer_filter(layer, row, i, own))
+        return joined(filters, [layer.size for layer in layers], like)
+
+    def _layer_filter(self, layer: Layer, row: StepRow, index: int, frozen: Tensor | None) -> Filter:
+        age = int(row.age[index])
+        if layer.optimizer < 0 or age < 0:
+            return STILL if layer.optimizer < 0 else IDLE
+        told = self.run.manifest.optimizers[layer.optimizer]
+        options = dict(zip(told.options, row.hyper[index].tolist(), strict=False))
+        scalars = {} if row.scalars is None else dict(zip(told.scalars, row.scalars[index].tolist(), strict=False))
+        return self._rules[layer.optimizer].filter(Facts(options, age, scalars, frozen))

@@ -15,7 +15,7 @@ from explaind.analysis.credit import balance, layer_shares
 from explaind.analysis.curves import Curves, training_curves
 from explaind.config import Report
 from explaind.errors import StoreError
-from explaind.ledger.ledger import ROWS, Ledger
+from explaind.ledger.ledger import Ledger
 from explaind.report import figures
 from explaind.report.summary import Labels, by_axes, ledger_facts, predictions, strongest
 from explaind.store import schema
@@ -135,7 +135,7 @@ def _terms(ledger: Ledger, place: tuple[int, ...]) -> tuple[list[str], list[floa
     """The rows of one prediction, the data row layer by layer where layers are kept."""
     names: list[str] = []
     values: list[float] = []
-    for row in ROWS:
+    for row in ledger.rows:
         if row == "data" and "layer" in ledger.axes:
             credit = by_axes(ledger, "data", (*ledger.final.dims, "layer"))[place]
             names += [f"data through {layer}" for layer in ledger.coords["layer"]]

@@ -1,101 +1,93 @@
-"""One optimizer step as a linear filter of gradients with a frozen preconditioner.
+"""What the package must know of an optimizer class; one file and one registry line each."""
 
-Per parameter tensor, with z the momentum, G the consumed gradient and θ the parameters before the step:
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
-    g  = sign · G + kappa · θ
-    z' = M z + N g
-    Δ  = −(C z' + E g) − R θ
-
-The coefficients are facts of the recorded run (theory: learning rates, bias corrections and second moments are constants of
-the decomposition). Credit is therefore conditional on the preconditioner that the run realised: it is an account of what
-happened, not a prediction of what another run would do.
-"""
-
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Protocol, runtime_checkable
-
-import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-Coefficient = float | Tensor
-"""A scalar, or a diagonal with the shape of the parameter."""
+from explaind.errors import RuleError
+from explaind.rules.filter import Filter
 
 
 @dataclass(frozen=True)
-class Filter:
-    """The coefficients of one step, of one parameter tensor or of all of them laid end to end."""
+class Moment:
+    """One update of one parameter tensor, as the optimizer has just made it."""
 
-    M: Coefficient = 0.0
-    N: Coefficient = 0.0
-    C: Coefficient = 0.0
-    E: Coefficient = 0.0
-    R: Coefficient = 0.0
-    kappa: Coefficient = 0.0
-    sign: Coefficient = 1.0
-
-    def consumed(self, gradient: Tensor, theta: Tensor) -> Tensor:
-        """g = sign · G + kappa · θ, in the shape of theta."""
-        return self.sign * gradient + self.kappa * theta
-
-    def advance(self, momentum: Tensor, gradient: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
-        """(z, G, θ) -> (z', Δ), all in the shape of theta."""
-        g = self.consumed(gradient, theta)
-        after = self.M * momentum + self.N * g
-        return after, -(self.C * after + self.E * g) - self.R * theta
+    theta: Tensor
+    """The parameter before the update."""
+    gradient: Tensor
+    """As the optimizer consumed it: before its own sign and coupled decay."""
+    before: Mapping[str, Tensor]
+    """Copies of the state that ``Rule.remembers`` names, from before the update; without what was not there yet."""
+    state: Mapping[str, Any]
+    """After the update."""
+    group: Mapping[str, Any]
 
 
-IDLE = Filter(M=1.0)
-"""A step in which a parameter had no gradient: torch leaves it and its momentum alone, decay included."""
+@dataclass(frozen=True)
+class Facts:
+    """What was recorded of one update of one parameter tensor."""
 
-
-def joined(filters: Sequence[Filter], sizes: Sequence[int], like: Tensor) -> Filter:
-    """One filter for all parameters laid end to end: a coefficient stays a float where it is the same float everywhere."""
-
-    def column(name: str) -> Coefficient:
-        values = [getattr(f, name) for f in filters]
-        if all(isinstance(v, float) and v == values[0] for v in values):
-            return values[0]
-        parts = [v.reshape(-1).to(like) if isinstance(v, Tensor) else like.new_full((n,), v) for v, n in zip(values, sizes, strict=True)]
-        return torch.cat(parts)
-
-    return Filter(**{f.name: column(f.name) for f in fields(Filter)})
-
-
-@runtime_checkable
-class Rule(Protocol):
-    """What the package must know of an optimizer class; one file and one registry line each."""
+    options: Mapping[str, float]
+    """The numbers of ``Rule.read``."""
+    age: int = 0
+    """Updates that the parameter had before."""
+    scalars: Mapping[str, float] = field(default_factory=dict)
+    """The numbers of ``Rule.facts``."""
+    frozen: Tensor | None = None
+    """The tensor of ``Rule.frozen``, in the shape of the parameter."""
 
     @property
-    def optimizer(self) -> type[torch.optim.Optimizer]:
-        """The class whose ``step`` the rule describes; subclasses that keep that ``step`` are covered."""
-        ...
+    def tensor(self) -> Tensor:
+        """The frozen tensor; RuleError where none was recorded."""
+        if self.frozen is None:
+            raise RuleError("the rule needs its second moment to rebuild a step", expected="a recorded preconditioner", got="none")
+        return self.frozen
 
     @property
-    def options(self) -> tuple[str, ...]:
-        """Names of the numbers that ``read`` returns, stored per step and parameter group."""
-        ...
+    def sign(self) -> float:
+        """−1 where the optimizer maximizes."""
+        return -1.0 if self.options.get("maximize") else 1.0
 
-    @property
-    def momentum(self) -> str | None:
-        """Key of z in the optimizer's state of a parameter; None where the optimizer has none."""
-        ...
+
+class Rule(ABC):
+    """How one optimizer class steps, as a filter of gradients (``Filter``): subclass, and give an instance to ``register``."""
+
+    optimizer: type[Optimizer]
+    """The class whose ``step`` the rule describes; subclasses that keep that ``step`` are covered."""
+    options: ClassVar[tuple[str, ...]]
+    """Names of the numbers that ``read`` returns, stored per step and parameter group."""
+    momentum: ClassVar[str | None] = None
+    """Key of z in the optimizer's state of a parameter; None where the optimizer has none."""
+    frozen_state: ClassVar[str | None] = None
+    """What ``frozen`` is, in words; None where no tensor need be stored."""
+    scalars: ClassVar[tuple[str, ...]] = ()
+    """Names of the numbers that ``facts`` returns, stored per step and parameter tensor."""
+    remembers: ClassVar[tuple[str, ...]] = ()
+    """Keys of the state that is copied before every step, for ``frozen`` and ``facts``."""
 
     def read(self, group: Mapping[str, Any]) -> tuple[float, ...]:
         """The options of a parameter group, as they stand at this step; RuleError for one that has no rule."""
-        ...
-
-    def preconditioner(self, group: Mapping[str, Any]) -> str | None:
-        """Key of the frozen preconditioner's state after the step, in the optimizer's state of a parameter."""
-        ...
+        return numbers(group, self.options)
 
     def age(self, state: Mapping[str, Any]) -> int:
         """How many updates this parameter had before this step, from the optimizer's state before the step."""
-        ...
+        return int(state["step"]) if "step" in state else 0
 
-    def filter(self, options: Mapping[str, float], age: int, preconditioner: Tensor | None) -> Filter:
-        """The coefficients of a step, from what was recorded of it."""
-        ...
+    def frozen(self, moment: Moment) -> Tensor | None:
+        """The tensor to store of an update, in the shape of the parameter: its preconditioner, or what that is made of."""
+        return None
+
+    def facts(self, moment: Moment) -> tuple[float, ...]:
+        """The numbers to store of an update."""
+        return ()
+
+    @abstractmethod
+    def filter(self, facts: Facts) -> Filter:
+        """The coefficients of an update, from what was recorded of it."""
 
 
 def numbers(group: Mapping[str, Any], keys: Iterable[str]) -> tuple[float, ...]:

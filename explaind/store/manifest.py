@@ -15,19 +15,30 @@ class Layer:
     shape: tuple[int, ...]
     offset: int
     size: int
-    group: int
-    """Index of its parameter group in the optimizer."""
+    optimizer: int = 0
+    """Index of the optimizer that trains it; −1 for a buffer that moves, which none does."""
+
+
+@dataclass(frozen=True)
+class Optimized:
+    """One optimizer of a run."""
+
+    rule: str
+    kind: str
+    """Its class."""
+    flags: tuple[Mapping[str, Any], ...]
+    """Options that choose an implementation (foreach, fused, …), per parameter group."""
+    options: tuple[str, ...]
+    """Names of the hyper-parameters that its rule needs."""
+    scalars: tuple[str, ...]
+    """Names of the numbers that its rule needs of every update of a parameter tensor."""
 
 
 @dataclass(frozen=True)
 class Manifest:
     """The facts of a run that do not change while it goes on."""
 
-    rule: str
-    optimizer: str
-    flags: Mapping[str, Any]
-    """Options of the optimizer that choose an implementation (foreach, fused, …), per group."""
-    options: tuple[str, ...]
+    optimizers: tuple[Optimized, ...]
     layers: tuple[Layer, ...]
     dtype: str
     """numpy dtype of theta; every layer's own dtype embeds in it without loss."""
@@ -40,11 +51,18 @@ class Manifest:
     examples: int | None
     """Number of examples in the data, where the recorder was given it."""
     seed: int
+    random_bytes: int
+    """Length of the state of the generators that a forward pass may draw from."""
     threads: int
     device: str
     versions: Mapping[str, str]
     config: Mapping[str, Any] | None
     """The resolved configuration, for runs of the command line."""
+
+    @property
+    def optimizer(self) -> str:
+        """The classes of its optimizers, in words."""
+        return " and ".join(o.kind for o in self.optimizers)
 
     @property
     def params(self) -> int:
@@ -58,10 +76,15 @@ class Manifest:
     def from_json(value: Mapping[str, Any], where: str) -> "Manifest":
         """Rebuild from attributes; StoreError when a field is missing or makes no sense."""
         try:
-            known = {**value, "options": tuple(value["options"]), "modules": tuple(value["modules"])}
+            known = {**value, "modules": tuple(value["modules"])}
+            known["optimizers"] = tuple(Optimized(**{**o, **_tuples(o, "flags", "options", "scalars")}) for o in value["optimizers"])
             known["layers"] = tuple(Layer(**{**layer, "shape": tuple(layer["shape"])}) for layer in value["layers"])
             return Manifest(**known)
         except (KeyError, TypeError, AttributeError) as error:
             raise StoreError(
                 "the run's attributes are damaged", where=where, got=repr(error), do="restore zarr.json from a copy"
             ) from error
+
+
+def _tuples(value: Mapping[str, Any], *names: str) -> dict[str, tuple[Any, ...]]:
+    return {name: tuple(value[name]) for name in names}

@@ -140,6 +140,8 @@ class Run:
         batch, part, weight = (self._read(n, rows) for n in ("batch", "part", "weight"))
         hyper, age, mode = (self._read(n, rows) for n in ("hyper", "age", "mode"))
         frozen = self._read("preconditioner", rows) if "preconditioner" in self._group else None
+        consumed, random = self._read("consumed", rows), self._read("random", rows)
+        scalars = self._read("scalar", rows) if "scalar" in self._group else None
         steps = []
         for i in range(len(batch)):
             used = part[i] >= 0
@@ -154,6 +156,9 @@ class Run:
                     self.modes[mode[i]] if mode[i] < len(self.modes) else (),
                     None if frozen is None else frozen[i],
                     self.anchor(start + i) if first else None,
+                    None if scalars is None else scalars[i],
+                    None if np.isnan(consumed[i]).any() else consumed[i],
+                    random[i][: self.manifest.random_bytes * (1 + part[i].max())] if random[i].any() else None,
                 )
             )
         return Block(start, self._read("theta", slice(start, stop + 1)), tuple(steps), tuple(int(m) for m in mode))

@@ -5,9 +5,13 @@ run/
   commit.json        how many steps are safely on disk; readers clamp to it
   theta              [state, param]          parameters before step `state` (one row more than steps)
   momentum           [anchor, param]         z before step `anchor`; one row a block
-  preconditioner     [step, param]           second moment after the step
+  preconditioner     [step, param]           second moment after the step, or whatever tensor the optimizer's rule freezes
+  scalar             [step, layer, scalar]   numbers that the rule needs of an update, where it needs any
   batch part weight  [step, slot]            example ids, micro-batch index, weight of each loss; −1, −1, 0 where unused
-  hyper              [step, group, option]
+  consumed           [step, layer, size]     norm and largest size of the gradients of a step that something changed after the
+                                             backward pass (clipping, scaling); nan where nothing did
+  random             [step, byte]            generators before each micro-batch, zeros where none was drawn from
+  hyper              [step, layer, option]
   age                [step, layer]           updates before this step; −1 where the parameter had no gradient
   mode               [step]                  index into commit.json's list of train/eval patterns
   checksum_theta     [state, layer]          crc32 of the tensor's bytes, chained to the previous row
@@ -33,6 +37,8 @@ from explaind.errors import StoreError
 VERSION = 1
 CHUNK_SLOTS = 1 << 10
 """Examples of a batch in one chunk."""
+CHUNK_BYTES = 1 << 16
+"""Of random states in one chunk."""
 CHUNK_PARAMS = 1 << 22
 """Longest stretch of parameters in one chunk, so that a reader of one layer does not load a whole large model."""
 

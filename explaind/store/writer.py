@@ -21,11 +21,14 @@ class StepRow:
     batch: np.ndarray  # int64 [slot]
     part: np.ndarray  # int32 [slot]
     weight: np.ndarray  # float64 [slot]
-    hyper: np.ndarray  # float64 [group, option]
+    hyper: np.ndarray  # float64 [layer, option]
     age: np.ndarray  # int32 [layer]
     mode: tuple[bool, ...]
     preconditioner: np.ndarray | None  # [param]
     anchor: np.ndarray | None  # momentum before the step, [param]; only at the first step of a block
+    scalars: np.ndarray | None = None  # float64 [layer, scalar]; where the rules need any
+    consumed: np.ndarray | None = None  # float64 [layer, 2]: norm and largest size of a gradient that was changed after the backward pass
+    random: np.ndarray | None = None  # uint8 [part · byte]: generators before each micro-batch, zeros where none was drawn from
 
 
 def theta_checksum(theta: np.ndarray, layers: Sequence[Layer], previous: np.ndarray) -> np.ndarray:
@@ -36,7 +39,19 @@ def theta_checksum(theta: np.ndarray, layers: Sequence[Layer], previous: np.ndar
 
 def step_checksum(row: StepRow, mode: int, previous: int) -> int:
     """crc32 of everything else that a step recorded, continued from the previous step's."""
-    for values in (row.batch, row.part, row.weight, row.hyper, row.age, np.int32(mode), row.preconditioner, row.anchor):
+    for values in (
+        row.batch,
+        row.part,
+        row.weight,
+        row.hyper,
+        row.age,
+        np.int32(mode),
+        row.preconditioner,
+        row.anchor,
+        row.scalars,
+        row.consumed,
+        row.random,
+    ):
         if values is not None:
             previous = zlib.crc32(values.tobytes(), previous)
     return previous
@@ -78,18 +93,21 @@ class RunWriter:
 
     def _create(self, group: zarr.Group, momentum: bool, preconditioner: bool) -> dict[str, zarr.Array]:
         m, d = self.manifest, self.manifest.params
-        groups = 1 + max(layer.group for layer in m.layers)
+        options, scalars = (max(len(names) for names in told) for told in zip(*((o.options, o.scalars) for o in m.optimizers), strict=True))
         columns = [
             schema.Column("theta", ("state", "param"), m.dtype, (d,)),
             schema.Column("batch", ("step", "slot"), "int64", (1,), -1, schema.CHUNK_SLOTS),
             schema.Column("part", ("step", "slot"), "int32", (1,), -1, schema.CHUNK_SLOTS),
             schema.Column("weight", ("step", "slot"), "float64", (1,), 0, schema.CHUNK_SLOTS),
-            schema.Column("hyper", ("step", "group", "option"), "float64", (groups, len(m.options))),
+            schema.Column("hyper", ("step", "layer", "option"), "float64", (len(m.layers), options), np.nan),
             schema.Column("age", ("step", "layer"), "int32", (len(m.layers),)),
             schema.Column("mode", ("step",), "int32", ()),
             schema.Column("checksum_theta", ("state", "layer"), "uint32", (len(m.layers),)),
             schema.Column("checksum_step", ("step",), "uint32", ()),
         ]
+        columns += [schema.Column("scalar", ("step", "layer", "scalar"), "float64", (len(m.layers), scalars))] if scalars else []
+        columns += [schema.Column("consumed", ("step", "layer", "size"), "float64", (len(m.layers), 2), np.nan)]
+        columns += [schema.Column("random", ("step", "byte"), "uint8", (1,), 0, schema.CHUNK_BYTES)]
         columns += [schema.Column("preconditioner", ("step", "param"), m.dtype, (d,))] if preconditioner else []
         arrays = {c.name: schema.create_column(group, c, m.block) for c in columns}
         if momentum:
@@ -134,6 +152,11 @@ class RunWriter:
                 "mode": np.array([self._modes.index(r.mode) for r in rows]),
                 "checksum_step": np.array(self._crc_step, dtype=np.uint32),
             }
+            if "scalar" in self._columns:
+                values["scalar"] = np.stack([r.scalars for r in rows if r.scalars is not None])
+            nothing = np.full((len(self.manifest.layers), 2), np.nan)
+            values["consumed"] = np.stack([nothing if r.consumed is None else r.consumed for r in rows])
+            values["random"] = _padded([r.random for r in rows])
             if "preconditioner" in self._columns:
                 values["preconditioner"] = np.stack([r.preconditioner for r in rows if r.preconditioner is not None])
             anchors = [r.anchor for r in rows if r.anchor is not None]
@@ -163,3 +186,9 @@ class RunWriter:
         except StoreError:
             self.closed = True
             raise
+
+
+def _padded(rows: Sequence[np.ndarray | None]) -> np.ndarray:
+    """uint8 [row, longest], at least one wide."""
+    wide = max(1, *(0 if row is None else len(row) for row in rows))
+    return np.stack([np.pad(np.zeros(0, np.uint8) if row is None else row, (0, wide - (0 if row is None else len(row)))) for row in rows])

@@ -1,0 +1,96 @@
+"""Whose gradient the coming step consumes: the micro-batches since the last step, less those whose gradient was thrown away."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def random_state(device: torch.device) -> Tensor:
+    """State of the generators that a forward pass may draw from: the host's, then the device's where that has its own. uint8 [byte]."""
+    own = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return torch.cat([torch.get_rng_state(), *own])
+
+
+@dataclass(eq=False)
+class MicroBatch:
+    """Examples of one forward and backward pass."""
+
+    ids: np.ndarray
+    weights: np.ndarray
+    random: Tensor
+    """State of the generators before the pass."""
+    drew: bool | None = None
+    """Whether its forward pass drew random numbers; None until its backward pass begins."""
+    over: bool = False
+    """Whether another one was announced after its backward pass."""
+    reached: dict[int, int] = field(default_factory=dict)
+    """By parameter: how often its gradient had begun anew when this backward pass reached it."""
+
+
+class Incoming:
+    """Watches the gradients of parameters grow, through hooks that torch calls when it has accumulated one.
+
+    A gradient that is not the one that was left, plus one addition, has begun anew: it was zeroed, or removed, in between. What a
+    micro-batch gave is then lost, as for a step that GradScaler skips. A version counter tells: nothing is compared or copied.
+    """
+
+    def __init__(self, params: Sequence[Tensor], device: torch.device) -> None:
+        self._params, self._device = params, device
+        self._pending: list[MicroBatch] = []
+        self._left: list[tuple[int, int] | None] = [None] * len(params)  # identity and version of each gradient when torch left it
+        self._begun = [0] * len(params)
+        self._hooks = [p.register_post_accumulate_grad_hook(self._grown(i)) for i, p in enumerate(params) if p.requires_grad and p.is_leaf]
+
+    def close(self) -> None:
+        """Let go of the parameters."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def add(self, ids: np.ndarray, weights: np.ndarray) -> None:
+        """Announce a micro-batch: ids and weights [batch]."""
+        for batch in self._pending:
+            batch.over = bool(batch.reached)
+        self._pending.append(MicroBatch(ids, weights, random_state(self._device)))
+
+    def taken(self) -> list[MicroBatch]:
+        """The micro-batches that the gradient as it stands is the sum of."""
+        return [batch for batch in self._pending if all(self._stands(i, begun) for i, begun in batch.reached.items())]
+
+    def clear(self) -> None:
+        """Begin another step."""
+        self._pending = []
+
+    def drew(self, batch: MicroBatch) -> bool:
+        """Whether its forward pass drew random numbers."""
+        if batch.drew is None:
+            batch.drew = not torch.equal(batch.random, random_state(self._device))
+        return batch.drew
+
+    @property
+    def untouched(self) -> bool:
+        """Whether every gradient is what backward passes left: not clipped, scaled or put there by hand."""
+        return all(p.grad is None or self._left[i] == _mark(p.grad) for i, p in enumerate(self._params))
+
+    def _stands(self, index: int, begun: int) -> bool:
+        return self._begun[index] == begun and self._params[index].grad is not None
+
+    def _grown(self, index: int):  # type: ignore[no-untyped-def]
+        def hook(param: Tensor) -> None:
+            assert param.grad is not None
+            now, left = _mark(param.grad), self._left[index]
+            if left is None or now != (left[0], left[1] + 1):
+                self._begun[index] += 1
+            self._left[index] = now
+            for batch in self._pending:
+                if not batch.over:
+                    self.drew(batch)
+                    batch.reached[index] = self._begun[index]
+
+        return hook
+
+
+def _mark(gradient: Tensor) -> tuple[int, int]:
+    return gradient._cdata, gradient._version

@@ -1,0 +1,224 @@
+"""What training loops do between a backward pass and a step, and around them; each ledger is checked to the last number."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import explaind
+from tests import cases
+from tests.closeness import algebra, same
+
+
+@pytest.fixture(autouse=True)
+def short_blocks(monkeypatch):
+    cases.shorten_blocks(monkeypatch)
+
+
+def closes(ledger, arithmetic=1e-10):
+    verdict = ledger.verify()
+    assert verdict.ok, verdict.reasons
+    assert verdict.maxima["closure"] <= 1e-9
+    assert verdict.maxima["arithmetic"] <= arithmetic * verdict.maxima["movement"]
+    return ledger
+
+
+def begun(path, network=cases.mlp, make=lambda params: torch.optim.AdamW(params, lr=0.03), **options):
+    model = cases.Problem("loop", network).model()
+    optimizer = make(list(model.parameters()))
+    return model, optimizer, explaind.record(optimizer, model, path, **options)
+
+
+def backward(model, recorder, ids, scale=1.0, part=1):
+    recorder.examples(ids)
+    x, y = cases.DATA[torch.tensor(ids)]
+    (scale * cases.losses(model, (x, y)).mean() / part).backward()
+
+
+def step(model, optimizer, recorder, ids):
+    optimizer.zero_grad()
+    backward(model, recorder, ids)
+    optimizer.step()
+
+
+BATCHES = ([0, 1, 2], [3, 4], [5, 6, 7, 0], [1, 2])
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+@pytest.mark.parametrize("lost", [(1,), (0, 1), (3,)], ids=str)
+def test_steps_that_a_grad_scaler_skips_are_no_steps(lost, to_none, tmp_path):
+    model, optimizer, recorder = begun(tmp_path / "run")
+    with recorder:
+        for i, ids in enumerate(BATCHES):
+            optimizer.zero_grad(set_to_none=to_none)
+            backward(model, recorder, ids, scale=1024.0)
+            for p in model.parameters():
+                p.grad.div_(1024.0)  # GradScaler.unscale_
+            if i not in lost:
+                optimizer.step()
+    run = explaind.open(tmp_path / "run")
+    kept = [ids for i, ids in enumerate(BATCHES) if i not in lost]
+    assert [row.batch.tolist() for row in run.block(0, run.steps).rows] == kept
+    closes(cases.decomposed(run))
+
+
+def test_a_real_grad_scaler_is_followed(tmp_path):
+    """It halves its scale when a loss overflows, and skips the step."""
+    model, optimizer, recorder = begun(tmp_path / "run", make=lambda params: torch.optim.SGD(params, lr=0.1))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
+    with recorder:
+        for i, ids in enumerate(BATCHES):
+            recorder.examples(ids)
+            optimizer.zero_grad()
+            x, y = cases.DATA[torch.tensor(ids)]
+            loss = cases.losses(model, (x, y)).mean() * (torch.inf if i == 2 else 1.0)
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.3)
+            scaler.step(optimizer)
+            scaler.update()
+    run = explaind.open(tmp_path / "run")
+    assert [row.batch.tolist() for row in run.block(0, run.steps).rows] == [BATCHES[i] for i in (0, 1, 3)]
+    closes(cases.decomposed(run))
+
+
+class Experts(nn.Module):
+    """Each example goes through one of two, so that a micro-batch may leave one without a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared, self.left, self.right = nn.Linear(3, 4), nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return (self.left if (x[:, 0] > 0).all() else self.right)(self.shared(x).tanh())
+
+
+def test_a_parameter_that_a_micro_batch_does_not_reach_keeps_the_others_share(tmp_path):
+    model, optimizer, recorder = begun(tmp_path / "run", Experts)
+    left = torch.nonzero(cases.DATA.tensors[0][:, 0] > 0)[:, 0].tolist()
+    right = [i for i in range(8) if i not in left]
+    with recorder:
+        for _ in range(3):
+            optimizer.zero_grad()
+            for ids in (left[:2], right[:2], left[2:]):
+                backward(model, recorder, ids)
+            optimizer.step()
+    rows = explaind.open(tmp_path / "run").block(0, 3).rows
+    assert all(sorted(row.batch.tolist()) == sorted([*left, *right[:2]]) for row in rows)
+
+
+def test_a_closure_makes_the_gradient_inside_the_step(tmp_path):
+    model, optimizer, recorder = begun(tmp_path / "run")
+    with recorder:
+        for ids in BATCHES:
+
+            def closure(ids=ids):
+                optimizer.zero_grad()
+                backward(model, recorder, ids)
+
+            optimizer.step(closure)
+    run = explaind.open(tmp_path / "run")
+    assert run.steps == len(BATCHES)
+    closes(cases.decomposed(run))
+
+
+def test_hyper_parameters_that_are_changed_by_hand_are_recorded_as_they_stand(tmp_path):
+    model, optimizer, recorder = begun(tmp_path / "run")
+    with recorder:
+        for i, ids in enumerate(BATCHES):
+            optimizer.param_groups[0].update(lr=0.01 * (i + 1), betas=(0.5 + 0.1 * i, 0.9), weight_decay=0.1 * i)
+            step(model, optimizer, recorder, ids)
+    closes(cases.decomposed(explaind.open(tmp_path / "run")))
+
+
+def test_parameters_may_be_frozen_and_given_back(tmp_path):
+    model, optimizer, recorder = begun(tmp_path / "run")
+    with recorder:
+        for i, ids in enumerate(BATCHES):
+            model[0].requires_grad_(i != 1)
+            step(model, optimizer, recorder, ids)
+    run = explaind.open(tmp_path / "run")
+    same(run.theta(1)["0.weight"], run.theta(2)["0.weight"])
+    ledger = closes(cases.decomposed(run))
+    assert not ledger["data"][..., ledger.coords["layer"].tolist().index("0.weight"), 1].any()
+
+
+def test_parameters_that_are_watched_may_be_added_later(tmp_path):
+    model, optimizer, recorder = begun(tmp_path / "run", make=lambda params: torch.optim.AdamW(params[:2], lr=0.03), watch=["2.*"])
+    with recorder:
+        for i, ids in enumerate(BATCHES):
+            if i == 2:
+                optimizer.add_param_group({"params": list(model[2].parameters()), "lr": 0.1})
+            step(model, optimizer, recorder, ids)
+    run = explaind.open(tmp_path / "run")
+    same(run.theta(0)["2.weight"], run.theta(2)["2.weight"])
+    assert (run.theta(3)["2.weight"] != run.theta(2)["2.weight"]).any()
+    closes(cases.decomposed(run))
+
+
+def test_several_optimizers_make_a_step_together(tmp_path):
+    model = cases.PLAIN.model()
+    hidden, others = [model[0].weight, model[2].weight], [model[0].bias, model[2].bias]
+    optimizers = [torch.optim.SGD(hidden, lr=0.1, momentum=0.8), torch.optim.AdamW(others, lr=0.03, weight_decay=0.3)]
+    with explaind.record(optimizers, model, tmp_path / "run") as recorder:
+        for i, ids in enumerate(BATCHES):
+            model.zero_grad()
+            backward(model, recorder, ids)
+            for optimizer in optimizers[: 1 if i == 1 else 2]:
+                optimizer.step()
+    run = explaind.open(tmp_path / "run")
+    assert run.steps == len(BATCHES)
+    assert run.manifest.optimizer == "torch.optim.sgd.SGD and torch.optim.adamw.AdamW"
+    same(run.theta(1)["0.bias"], run.theta(2)["0.bias"])
+    closes(cases.decomposed(run))
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+@pytest.mark.parametrize("options", [{}, {"nesterov": False, "adjust_lr_fn": "match_rms_adamw"}], ids=str)
+def test_muon_with_adamw_for_the_vectors(options, tmp_path, monkeypatch):
+    """In torch its iterations run in bfloat16, whose rounding is arithmetic; in float64 the ledger is exact."""
+
+    def exact(values):
+        return values.double().clone()
+
+    for round_, arithmetic in ((exact, 1e-9), (None, 0.02)):
+        if round_ is not None:
+            monkeypatch.setattr(torch.Tensor, "bfloat16", round_)
+        model = cases.PLAIN.model()
+        optimizers = [torch.optim.Muon([model[0].weight, model[2].weight], lr=0.02, **options), torch.optim.AdamW([model[0].bias], lr=0.03)]
+        path = tmp_path / str(arithmetic)
+        with explaind.record(optimizers, model, path) as recorder:
+            for ids in BATCHES:
+                model.zero_grad()
+                backward(model, recorder, ids)
+                for optimizer in optimizers:
+                    optimizer.step()
+        monkeypatch.undo()
+        cases.shorten_blocks(monkeypatch)
+        ledger = cases.decomposed(explaind.open(path))
+        maxima = ledger.verify().maxima
+        assert maxima["closure"] <= 1e-9
+        assert maxima["arithmetic"] <= arithmetic * maxima["movement"], maxima
+        assert (maxima["arithmetic"] > 1e-6 * maxima["movement"]) == (round_ is None)
+
+
+def test_random_numbers_are_kept_only_where_a_forward_pass_drew_some(tmp_path):
+    problem = cases.Problem("dropout", cases.dropping, trains=lambda s: s in (0, 3))
+    run = cases.recorded(tmp_path / "run", problem)
+    kept = [row.random is not None for row in run.block(0, run.steps).rows]
+    assert kept == [s in (0, 3) for s in range(run.steps)]
+    assert run.damage() == []
+
+
+def test_batch_norm_whose_statistics_matter_has_a_buffers_row(tmp_path):
+    problem = cases.WHOLE[2]
+    run = cases.recorded(tmp_path / "run", problem)
+    ledger = cases.decomposed(run, problem, rule="secant")
+    closes(ledger)
+    assert ledger.verify().maxima["path"] <= 1e-10
+    moved = np.abs(ledger["buffers"]).sum(axis=(0, 1, 3))
+    layers = ledger.coords["layer"].tolist()
+    assert {layers[i] for i in np.flatnonzero(moved)} == {"1.running_mean", "1.running_var"}
+    data = np.abs(ledger["data"]).sum(axis=(0, 1, 2, 4))
+    assert not data[moved > 0].any()
+    algebra(ledger.to_xarray()["buffers"].sum().item(), ledger["buffers"].sum(), "buffers")
