@@ -1,5 +1,6 @@
 """The table: every optimizer setting that has a rule, and the small trainings that the tests share."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +17,9 @@ from torch.utils.data import TensorDataset
 import explaind
 from explaind.record import recorder
 
+sys.path.append(str(Path(__file__).parents[1] / "experiments" / "lion"))
+from lion import Lion
+
 
 @dataclass(frozen=True)
 class Case:
@@ -30,7 +34,7 @@ class Case:
 
 
 ADAMS = (Adam, AdamW, NAdam, RAdam, Adamax)
-DEFAULTS: dict[type[Optimizer], dict[str, Any]] = {kind: {"lr": 0.03, "betas": (0.8, 0.95)} for kind in ADAMS}
+DEFAULTS: dict[type[Optimizer], dict[str, Any]] = {kind: {"lr": 0.03, "betas": (0.8, 0.95)} for kind in (*ADAMS, Lion)}
 DEFAULTS |= {SGD: {"lr": 0.2}, ASGD: {"lr": 0.1, "t0": 2.0}, Rprop: {"lr": 0.01}}
 
 
@@ -82,6 +86,7 @@ OPTIMIZERS = (
     row("adamax maximize", Adamax, maximize=True, foreach=False),
     row("asgd", ASGD, lambd=0.01, weight_decay=0.1),
     row("asgd maximize", ASGD, lambd=0.2, maximize=True, foreach=False),
+    row("lion", Lion, weight_decay=0.1),
     row("nadam", NAdam, weight_decay=0.1),
     row("nadam decoupled maximize", NAdam, weight_decay=0.1, decoupled_weight_decay=True, momentum_decay=0.05, maximize=True),
     row("nadam for-loop", NAdam, foreach=False),

@@ -136,3 +136,10 @@ def test_the_transplant_study_runs_from_end_to_end_and_in_shares(tmp_path, capsy
         assert found["swap"][side]["kl"][-1] == 0.0  # the last donor is the host
         assert (tmp_path / "figures" / f"{side}.png").exists()
     assert "middle layers kept" in capsys.readouterr().out
+
+
+def test_an_optimizer_of_ones_own_is_explained(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(FOLDER / "lion"))
+    monkeypatch.setattr(sys, "argv", ["run.py", "--steps", "20", "--out", str(tmp_path / "run")])
+    loaded("lion").main()
+    assert "steps of Lion: ok; explained 0.999" in capsys.readouterr().out

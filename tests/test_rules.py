@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from explaind.errors import RuleError
-from explaind.rules import rule_named, rule_of
-from explaind.rules.rule import Facts
+from explaind.rules import Facts, Filter, Rule, register, rule_named, rule_of
 from tests import cases, reference
 from tests.closeness import algebra
 
@@ -113,8 +112,21 @@ def test_a_differentiable_adam_is_refused():
 
 
 def test_a_run_of_a_rule_that_is_not_here_is_refused_by_name():
-    with pytest.raises(RuleError, match="'Lion'"):
-        rule_named("Lion")
+    with pytest.raises(RuleError, match="'Lookahead'"):
+        rule_named("Lookahead")
+
+
+def test_a_rule_may_not_take_the_name_of_another():
+    class Impostor(Rule):
+        optimizer = SGD
+        options = ()
+
+        def filter(self, facts):
+            return Filter()
+
+    with pytest.raises(RuleError, match=r"a rule for an optimizer named SGD already.*test_rules.SGD beside torch"):
+        register(Impostor())
+    assert rule_named("SGD").optimizer is torch.optim.SGD
 
 
 def test_adam_without_its_second_moment_is_refused():

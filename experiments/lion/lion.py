@@ -6,8 +6,8 @@ Lion (Chen et al., Symbolic Discovery of Optimization Algorithms, arXiv 2302.066
     z' = beta2 z + (1 − beta2) g
     Δ  = −lr sign(u) − lr · weight_decay · θ
 
-A sign is no linear filter of gradients, but sign(u) = u / |u| is one whose preconditioner 1 / |u| is frozen, as Adam's second moment is. And
-u can be written with the momentum after the step, as a rule must have it:
+A sign is no linear filter of gradients, but sign(u) = u / |u| is one whose preconditioner 1 / |u| is frozen, as Adam's second moment
+is. And u can be written with the momentum after the step, as a rule must have it:
 
     u = beta1 / beta2 · z' + (1 − beta1 / beta2) g
 """

@@ -41,10 +41,9 @@ def main() -> None:
         rule="secant",
     )
     verdict = ledger.verify()
-    shares = {name: f"{verdict.maxima[name]:.2g}" for name in ("closure", "path_share", "arithmetic_share")}
-    print(
-        f"{recorder.steps} steps of Lion: explained {1 - verdict.maxima['unexplained']:.6f}, {shares}, {'ok' if verdict.ok else verdict.reasons}"
-    )
+    print(f"{recorder.steps} steps of Lion: {'ok' if verdict.ok else verdict.reasons}; explained {1 - verdict.maxima['unexplained']:.6f}")
+    for name in ("closure", "path_share", "arithmetic_share"):
+        print(f"  {name:<18}{verdict.maxima[name]:.2g}")
 
 
 if __name__ == "__main__":

@@ -124,6 +124,7 @@ def decompose(
             "steps": run.steps,
             "model": model_name(model),
             "recorded_model": run.manifest.model,
+            "rounding": run.manifest.rounding,
             "config": None if config is None else dict(config),
         }
         bounds = blocks(plan, layout, asking, batch, theta, memory, share)

@@ -48,7 +48,7 @@ def verify(checks: "Checks", closure: np.ndarray, size: np.ndarray, settings: Ma
     with np.errstate(divide="ignore", invalid="ignore"):
         explained = np.where(checks.movement > 0, 1 - rest / checks.movement, np.where(rest > 0, -np.inf, 1.0))
     worst = checks.replay_error.max(axis=1, initial=0.0)
-    reasons = list(checks.doubts) + replay_words(checks.replay_error, checks.layers)
+    reasons = list(checks.doubts) + replay_words(checks.replay_error, checks.layers, settings["rounding"])
     if len(reasons) > len(checks.doubts) and settings["model"] != settings["recorded_model"]:
         reasons.append(f"the model given is a {settings['model']}, the run is of a {settings['recorded_model']}")
     allowed = CLOSURE[settings["dtype"]] * (1 + np.max(size, initial=0) + np.max(checks.movement, initial=0))
@@ -57,9 +57,10 @@ def verify(checks: "Checks", closure: np.ndarray, size: np.ndarray, settings: Ma
             f"the rows do not sum to the final value: off by {closure.max():.3g}, where {allowed:.3g} would be rounding; "
             "an array of the ledger was changed"
         )
-    if not np.all(explained >= EXPLAINED):
+    wanted = min(EXPLAINED, 1 - max(settings["rounding"], default=0.0))
+    if not np.all(explained >= wanted):
         reasons.append(
-            f"explained is {explained.min():.4g} for the worst measure (at least {EXPLAINED} wanted): |path| is "
+            f"explained is {explained.min():.4g} for the worst measure (at least {wanted} wanted): |path| is "
             f"{_share(checks.path, checks.movement)} and |arithmetic| {_share(checks.arithmetic, checks.movement)} of its movement"
             + ("; lower tol" if np.max(checks.path) > np.max(checks.arithmetic) else "")
         )
@@ -82,8 +83,12 @@ def _share(part: np.ndarray, whole: np.ndarray) -> str:
     return f"{float(np.max(part / np.maximum(whole, np.finfo(float).tiny))):.2%}"
 
 
-def replay_words(error: np.ndarray, layers: Sequence[str]) -> list[str]:
-    """What a [step, layer] table of relative replay errors says of the run, the data and the model."""
+def replay_words(error: np.ndarray, layers: Sequence[str], rounding: Sequence[float]) -> list[str]:
+    """What a [step, layer] table of relative replay errors says of the run, the data and the model.
+
+    rounding [layer]: what is no fault in any case, see ``Rule.rounding``.
+    """
+    error = np.where(error <= np.asarray(rounding), 0.0, error)  # a nan stays one
     worst = error.max(axis=1, initial=0.0)
     if not len(worst):
         return []

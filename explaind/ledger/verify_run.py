@@ -53,7 +53,7 @@ def verify_run(
             errors = _replayed(run, model, data, losses, placed(device), progress)
     except ReplayError as error:
         reasons.append(str(error))
-    words = replay_words(errors, [layer.name for layer in run.manifest.layers])
+    words = replay_words(errors, [layer.name for layer in run.manifest.layers], run.manifest.rounding)
     if words and model_name(model) != run.manifest.model:
         words.append(f"the model given is a {model_name(model)}, the run is of a {run.manifest.model}")
     return RunVerdict(not reasons + words, tuple(reasons + words), errors)

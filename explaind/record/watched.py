@@ -81,6 +81,7 @@ class Watched:
                 tuple({k: v for k, v in group.items() if k in FLAGS and v is not None} for group in optimizer.param_groups),
                 rule.options,
                 rule.scalars,
+                rule.rounding,
             )
             for rule, optimizer in zip(self.rules, self._optimizers, strict=True)
         )

@@ -66,6 +66,8 @@ class Rule(ABC):
     """What ``frozen`` is, in words; None where no tensor need be stored."""
     scalars: ClassVar[tuple[str, ...]] = ()
     """Names of the numbers that ``facts`` returns, stored per step and parameter tensor."""
+    rounding: ClassVar[float] = 0.0
+    """How far, relative to an update, the optimizer's own arithmetic may be from the filter, where that is coarser than float32."""
     remembers: ClassVar[tuple[str, ...]] = ()
     """Keys of the state that is copied before every step, for ``frozen`` and ``facts``."""
 

@@ -32,6 +32,8 @@ class Optimized:
     """Names of the hyper-parameters that its rule needs."""
     scalars: tuple[str, ...]
     """Names of the numbers that its rule needs of every update of a parameter tensor."""
+    rounding: float = 0.0
+    """How far, relative to an update, its arithmetic may be from its rule's, where that is coarser than float32."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,11 @@ class Manifest:
     def optimizer(self) -> str:
         """The classes of its optimizers, in words."""
         return " and ".join(o.kind for o in self.optimizers)
+
+    @property
+    def rounding(self) -> list[float]:
+        """Of the optimizer of each layer."""
+        return [0.0 if layer.optimizer < 0 else self.optimizers[layer.optimizer].rounding for layer in self.layers]
 
     @property
     def params(self) -> int:
