@@ -13,8 +13,9 @@ from explaind.kernel.gradients import separable
 from explaind.kernel.layout import Layout
 from explaind.kernel.measures import Measures
 from explaind.kernel.path import Segment, average, discrete_gradient
-from explaind.kernel.products import Products, batch_gradient
+from explaind.kernel.products import Products
 from explaind.kernel.resolution import check_budget, resolution
+from explaind.kernel.whole import batch_gradient
 from explaind.replay.steps import Part
 from explaind.store.manifest import Layer
 from tests import cases

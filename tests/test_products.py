@@ -15,7 +15,8 @@ from explaind.kernel.gradients import batch_axes
 from explaind.kernel.layout import Layout
 from explaind.kernel.machine import ORDINARY, Machine, machine, timed
 from explaind.kernel.points import Point
-from explaind.kernel.products import Products, batch_gradient
+from explaind.kernel.products import Products
+from explaind.kernel.whole import batch_gradient
 from explaind.replay.steps import Part
 from explaind.store.manifest import Layer
 from tests.cases import normal

@@ -1,6 +1,6 @@
 """Functions of a batch taken row by row: whether that is the same function, and the gradient of every row."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -102,6 +102,20 @@ def gradient(function: Callable[[Mapping[str, Tensor]], Tensor], layout: Layout,
             return
         found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
     layout.add(into, {name: g for name, g in zip(leaves, found, strict=True) if g is not None}, weight)
+
+
+def combinations(
+    function: Callable[[Mapping[str, Tensor]], Tensor], layout: Layout, theta: Tensor, weights: Iterable[Tensor], into: Iterable[Tensor]
+) -> None:
+    """into[param] += ∇ Σ_i w_i f_i for each w [row] of the weights: one forward pass, and a backward pass each."""
+    with torch.enable_grad():
+        leaves = {name: t.detach().requires_grad_() for name, t in layout.split(theta).items()}
+        values = function(leaves)
+        if not values.requires_grad:
+            return
+        for w, row_of in zip(weights, into, strict=True):
+            found = torch.autograd.grad(values, list(leaves.values()), w.to(values.dtype), retain_graph=True, allow_unused=True)
+            layout.add(row_of, {name: g for name, g in zip(leaves, found, strict=True) if g is not None})
 
 
 def direct(into: Tensor, point: Point, outputs: int | None, layout: Layout, batch: Any) -> None:

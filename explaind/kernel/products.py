@@ -12,7 +12,7 @@ row of a table are known to the backward pass alone).
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -25,10 +25,22 @@ from torch.func import jvp
 from explaind.errors import RequestError
 from explaind.kernel.contracting import GATHERED, Contraction, Way
 from explaind.kernel.factored import Rearranged
-from explaind.kernel.gradients import CHUNK_BYTES, RowGradients, batch_axes, gradient, one, rows_of, separable, take, taken_apart
+from explaind.kernel.gradients import (
+    CHUNK_BYTES,
+    RowGradients,
+    batch_axes,
+    combinations,
+    gradient,
+    one,
+    rows_of,
+    separable,
+    take,
+    taken_apart,
+)
 from explaind.kernel.layout import Layout
 from explaind.kernel.machine import ORDINARY, Machine
 from explaind.kernel.points import Function, Point
+from explaind.kernel.whole import Kind, each_row, of_batch, some_of, weighted
 from explaind.replay.steps import Drawn, Part
 
 Finest = Literal["none", "layer", "param"]
@@ -43,18 +55,6 @@ FEW = 4
 """Up to this many forward passes a batch are cheaper than gradients per example that are not taken apart."""
 
 
-def batch_gradient(losses: Function, layout: Layout, theta: Float[Tensor, " param"], parts: tuple[Part, ...]) -> Float[Tensor, " param"]:
-    """G = Σ_i w_i ∇ℓ_i(θ), one backward pass a micro-batch."""
-    total = torch.zeros_like(theta)
-    for part in parts:
-        gradient(partial(_weighted, losses, part), layout, theta, total)
-    return total
-
-
-def _weighted(losses: Function, part: Part, parameters: Mapping[str, Tensor]) -> Tensor:
-    return losses(parameters, part.batch).to(part.weights.dtype) @ part.weights
-
-
 @dataclass
 class Products:
     """Dot products of costates with example gradients, at the finest parameter axis that is kept."""
@@ -67,8 +67,8 @@ class Products:
     """Bytes of example gradients that may be built at once."""
     machine: Machine = ORDINARY
     """What the cheapest way is judged by."""
-    _kinds: dict[Mode, "Kind"] = field(default_factory=dict)
-    _drawn: dict[Mode, "Kind"] = field(default_factory=dict)
+    _kinds: dict[Mode, Kind] = field(default_factory=dict)
+    _drawn: dict[Mode, Kind] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._one, self._undecided = one(self.losses), Kind()
@@ -140,18 +140,16 @@ class Products:
         for start in range(0, len(groups), at_once):
             some = groups[start : start + at_once]
             gradients = a.new_zeros(len(some), self.layout.params)
-            for into, group in zip(gradients, some, strict=True):
-                of_group = self._group(part, torch.from_numpy(np.flatnonzero(entries == group)).to(a.device, non_blocking=True))
-                gradient(partial(_weighted, self.losses, of_group), self.layout, theta, into)
+            places = [torch.from_numpy(np.flatnonzero(entries == group)).to(a.device, non_blocking=True) for group in some]
+            if self._separable:
+                for into, of_group in zip(gradients, (Part(take(part.batch, p), part.ids, part.weights[p]) for p in places), strict=True):
+                    gradient(partial(weighted, self.losses, of_group), self.layout, theta, into)
+            else:
+                weights = (torch.zeros_like(part.weights).index_copy_(0, p, part.weights[p]) for p in places)
+                combinations(partial(of_batch, self.losses, part), self.layout, theta, weights, gradients)
             if total is not None:
                 total += gradients.sum(0)
             yield torch.from_numpy(some).to(a.device, non_blocking=True), self._contract(gradients, a)
-
-    def _group(self, part: Part, places: Tensor) -> Part:
-        """Some examples of a part; where examples depend on each other, all of them with no weight on the others."""
-        if self._separable:
-            return Part(take(part.batch, places), part.ids, part.weights[places])
-        return replace(part, weights=torch.zeros_like(part.weights).index_copy_(0, places, part.weights[places]))
 
     def prepare(self, theta: Tensor, part: Part, mode: Mode = ()) -> None:
         """Find out, once a mode, what kind of function the losses are; a part of one example cannot tell."""
@@ -175,9 +173,9 @@ class Products:
         if self._kind.forward is None:
             tangent = torch.randn(1, len(theta), generator=torch.Generator().manual_seed(0)).to(theta)
             whole = torch.zeros_like(theta)
-            gradient(partial(_weighted, self.losses, part), self.layout, theta, whole)
+            gradient(partial(weighted, self.losses, part), self.layout, theta, whole)
             try:
-                found = _each_row(self._along(theta, part), self.layout.split(tangent)).to(theta) @ part.weights
+                found = each_row(self._along(theta, part), self.layout.split(tangent)).to(theta) @ part.weights
             except (RuntimeError, NotImplementedError):
                 found = torch.full_like(whole[:1], torch.nan)
             scale = (tangent[0] * whole).abs().sum()
@@ -234,7 +232,7 @@ class Products:
         rows = max(1, min(count, self.chunk // (self._apart.held(ways, len(a)) * a.element_size())))
         for start in range(0, count, rows):
             span = slice(start, min(start + rows, count))
-            some = _some(part, span)
+            some = some_of(part, span)
             try:
                 factors = self._factors(self._apart, theta, some)
             except Rearranged:  # such as a branch that these examples take and the first did not
@@ -281,12 +279,12 @@ class Products:
 
     def _jvp(self, theta: Tensor, part: Part, a: Tensor, total: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
         if total is not None:
-            gradient(partial(_weighted, self.losses, part), self.layout, theta, total)
+            gradient(partial(weighted, self.losses, part), self.layout, theta, total)
         along, tangents = self._along(theta, part), self.layout.split(a)
         groups: list[dict[str, Tensor]] = [{} for _ in self.layout.groups] if self.finest == "layer" else [{}]
         for name, group in zip(self.layout.names, self.layout.group, strict=True):
             groups[group if self.finest == "layer" else 0][name] = tangents[name]
-        yield slice(0, len(part.ids)), torch.stack([_each_row(along, group) for group in groups])
+        yield slice(0, len(part.ids)), torch.stack([each_row(along, group) for group in groups])
 
     def _backward(self, theta: Tensor, part: Part, a: Tensor, total: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
         count = len(part.ids)
@@ -294,32 +292,8 @@ class Products:
         for start in range(0, count, at_once):
             span = slice(start, min(start + at_once, count))
             gradients = a.new_zeros(span.stop - start, self.layout.params)
-            for into, example in zip(gradients, range(start, span.stop), strict=True):
-                alone = torch.zeros_like(part.weights)
-                alone[example] = 1.0
-                gradient(partial(_weighted, self.losses, replace(part, weights=alone)), self.layout, theta, into)
+            alone = torch.eye(count, dtype=a.dtype, device=a.device)[span]
+            combinations(partial(of_batch, self.losses, part), self.layout, theta, alone, gradients)
             if total is not None:
                 total.addmv_(gradients.T, part.weights[span])
             yield span, self._contract(gradients, a)
-
-
-def _some(part: Part, examples: slice) -> Part:
-    return Part(take(part.batch, examples), part.ids[examples], part.weights[examples])
-
-
-def _each_row(along: Any, tangents: Mapping[str, Tensor]) -> Tensor:
-    """along(tangent) for each row of the tangents: [row, example]. One after another, so that every operation of torch will do."""
-    rows = len(next(iter(tangents.values())))
-    return torch.stack([along({name: t[r] for name, t in tangents.items()}) for r in range(rows)])
-
-
-@dataclass(eq=False)
-class Kind:
-    """What kind of function the losses are, in one mode of the model."""
-
-    separable: bool = False
-    """Whether each example's loss depends on that example alone."""
-    apart: Contraction | None = None
-    gradients: RowGradients | None = None
-    forward: bool | None = None
-    """Whether the forward derivative is the one that the training took; None: not known yet."""

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from explaind.kernel.layout import Layout
-from explaind.kernel.products import batch_gradient
 from explaind.kernel.realised import realised
+from explaind.kernel.whole import batch_gradient
 from explaind.replay.steps import Segment, Step, Steps
 
 

@@ -1,0 +1,54 @@
+"""A batch as a whole: its gradient, and what kind of function its losses are."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from explaind.kernel.contracting import Contraction
+from explaind.kernel.gradients import RowGradients, gradient, take
+from explaind.kernel.layout import Layout
+from explaind.kernel.points import Function
+from explaind.replay.steps import Part
+
+
+def batch_gradient(losses: Function, layout: Layout, theta: Float[Tensor, " param"], parts: tuple[Part, ...]) -> Float[Tensor, " param"]:
+    """G = Σ_i w_i ∇ℓ_i(θ), one backward pass a micro-batch."""
+    total = torch.zeros_like(theta)
+    for part in parts:
+        gradient(partial(weighted, losses, part), layout, theta, total)
+    return total
+
+
+def of_batch(losses: Function, part: Part, parameters: Mapping[str, Tensor]) -> Tensor:
+    return losses(parameters, part.batch)
+
+
+def weighted(losses: Function, part: Part, parameters: Mapping[str, Tensor]) -> Tensor:
+    return losses(parameters, part.batch).to(part.weights.dtype) @ part.weights
+
+
+def some_of(part: Part, examples: slice) -> Part:
+    return Part(take(part.batch, examples), part.ids[examples], part.weights[examples])
+
+
+def each_row(along: Any, tangents: Mapping[str, Tensor]) -> Tensor:
+    """along(tangent) for each row of the tangents: [row, example]. One after another, so that every operation of torch will do."""
+    rows = len(next(iter(tangents.values())))
+    return torch.stack([along({name: t[r] for name, t in tangents.items()}) for r in range(rows)])
+
+
+@dataclass(eq=False)
+class Kind:
+    """What kind of function the losses are, in one mode of the model."""
+
+    separable: bool = False
+    """Whether each example's loss depends on that example alone."""
+    apart: Contraction | None = None
+    gradients: RowGradients | None = None
+    forward: bool | None = None
+    """Whether the forward derivative is the one that the training took; None: not known yet."""
