@@ -7,10 +7,13 @@ import pytest
 import torch
 
 import explaind
+from explaind.analysis import speedup as of_speedup
+from explaind.analysis import surgery as of_surgery
 from explaind.analysis import transplant as of_transplant
-from explaind.analysis.surgery import Bench, drawn, grafted, layers_named, parameters_at, shuffled
+from explaind.analysis.speedup import compared, speedup
+from explaind.analysis.surgery import Bench, drawn, grafted, identities, layers_named, parameters_at, shuffled
 from explaind.analysis.table import Table
-from explaind.analysis.transplant import Patient, Training, compared, outcome, patients, swapped, trained_on, transplants
+from explaind.analysis.transplant import Patient, Training, confused, memorising, outcome, patients, swapped, trained_on, transplants
 from explaind.cli import main
 from explaind.config import read
 from explaind.errors import RequestError
@@ -191,9 +194,90 @@ def test_medians_count_those_that_never_arrived():
     assert found["reached"].tolist() == [1.0, 2 / 3]
     assert found["faster_than_run"].tolist() == [15.0, 3.0]
     assert found["faster_than_random"].tolist() == [5.0, 1.0]
-    assert of_transplant._ratio(np.inf, 5.0) == np.inf
-    assert np.isnan(of_transplant._ratio(0.0, 0.0))
-    assert of_transplant._ratio(5.0, np.inf) == 0.0
+    assert of_speedup._ratio(np.inf, 5.0) == np.inf
+    assert np.isnan(of_speedup._ratio(0.0, 0.0))
+    assert of_speedup._ratio(5.0, np.inf) == 0.0
+
+
+def outcomes(**kinds):
+    """A table of trainings of donor 500: {kind: steps by seed}, NaN where one did not arrive in 200."""
+    rows = [(kind, seed, steps) for kind, found in kinds.items() for seed, steps in enumerate(found)]
+    names, seeds, steps = (np.array(column) for column in zip(*rows, strict=True))
+    taken = np.nan_to_num(steps, nan=200.0)
+    donor, still = np.full(len(rows), 500), np.full(len(rows), 300.0)
+    return Table("t", "", "", {"kind": names, "donor": donor, "seed": seeds, "steps": steps, "taken": taken, "still": still})
+
+
+def test_factors_are_taken_seed_by_seed_and_have_an_interval():
+    table = outcomes(transplant=[10.0, 20.0, 40.0, 50.0, 100.0], random=[100.0, np.nan, 80.0, 100.0, 50.0])
+    found = speedup(table)
+    rows = {against: {name: found[name][i] for name in found.columns} for i, against in enumerate(found["against"].tolist())}
+    assert rows["run"]["median"] == rows["run"]["median_most"] == 300 / 40
+    assert (rows["run"]["low"], rows["run"]["high"]) == (3.0, 30.0)
+    # 10, at least 10, 2, 2, 0.5
+    assert (rows["random"]["median"], rows["random"]["median_most"]) == (2.0, 2.0)
+    assert (rows["random"]["low"], rows["random"]["high"]) == (0.5, np.inf)
+    assert found["confidence"].tolist() == [1 - 2 / 32] * 2
+
+
+def test_more_seeds_make_a_narrower_interval():
+    found = speedup(outcomes(transplant=[float(n) for n in range(1, 11)], random=[60.0] * 10))
+    row = found["against"].tolist().index("random")
+    assert found["confidence"][row] == pytest.approx(0.978515625)  # the second and the ninth of ten: 1 − 2 (1 + 10) / 1024
+    assert (found["low"][row], found["high"][row]) == (60 / 9, 60 / 2)
+    assert found["median"][row] == np.median(60 / np.arange(1, 11))
+
+
+def test_a_self_transplant_is_the_identity_bitwise(bench):
+    found = identities(bench.run, [0, 5, 12], ("decoder.weight",))
+    for name in ("self", "whole", "rest"):
+        assert found[name].all(), name
+
+
+def test_a_transplant_that_changes_a_bit_is_not_the_identity(bench, monkeypatch):
+    def careless(host, donor, layers):
+        made = grafted(host, donor, layers)
+        made["embedding.weight"].flat[0] = np.nextafter(made["embedding.weight"].flat[0], np.inf)
+        return made
+
+    monkeypatch.setattr(of_surgery, "grafted", careless)
+    found = identities(bench.run, [5], ("decoder.weight",))
+    for name in ("self", "whole", "rest"):
+        assert not found[name].any(), name
+
+
+def test_confusions_are_counted_by_class(bench):
+    table = confused(bench, bench.run.theta(12), [0, 12], ("decoder.weight",))
+    for step in (0, 12):
+        mine = table.where(donor=step)
+        assert mine["count"].sum() == len(bench.task.data("val"))
+        right = mine["count"][mine["true"] == mine["predicted"]].sum() / mine["count"].sum()
+        assert right == pytest.approx(swapped(bench, bench.run.theta(12), [step], ("decoder.weight",))["val_accuracy"][0])
+
+
+def test_the_memorisation_phase_is_where_training_fits_and_validation_does_not(bench):
+    accuracies = [bench.measured(bench.run.theta(step)) for step in range(13)]
+    fitted = accuracies[6]["train_accuracy"]
+    step = memorising(bench, Training(4, stop=2.0, every=1), fitted)
+    assert step == next(s for s, found in enumerate(accuracies) if found["train_accuracy"] >= fitted)
+    with pytest.raises(explaind.ExplaindError, match="no memorisation phase"):
+        memorising(bench, Training(4, stop=0.0), fitted)
+
+
+def test_frozen_layers_stay_as_they_are(bench, tmp_path):
+    theta = bench.run.theta(12)
+    trained_on(bench, theta, Training(4, stop=2.0), seed=0, path=tmp_path / "run", frozen=("decoder.weight",))
+    run = explaind.open(tmp_path / "run")
+    last = {**run.theta(4), **run.constants}
+    moved = {name for name in theta if not np.array_equal(last[name], theta[name])}
+    assert moved == set(theta) - {"decoder.weight"}
+    with pytest.raises(explaind.ExplaindError, match="nothing is left to train"):
+        trained_on(bench, theta, Training(4), seed=0, frozen=tuple(theta))
+
+
+def test_a_kind_of_patient_that_does_not_exist_is_refused():
+    with pytest.raises(explaind.ExplaindError, match=r"unknown kind of patient.*'moved'"):
+        Patient("moved", 3, (), 0)
 
 
 def test_transplant_on_the_command_line(bench, capsys):

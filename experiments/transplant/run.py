@@ -17,9 +17,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import explaind
-from explaind.analysis.surgery import Bench, grafted, layers_named
+from explaind.analysis.speedup import compared, speedup
+from explaind.analysis.surgery import Bench, identities, layers_named
 from explaind.analysis.table import Table, stacked
-from explaind.analysis.transplant import KINDS, Patient, Training, compared, outcome, patients, swapped, transplants
+from explaind.analysis.transplant import ALL_KINDS, KINDS, Patient, Training, confused, outcome, patients, swapped, transplants
 from explaind.config import read
 from explaind.tasks import load
 from explaind.tasks.training import train
@@ -60,17 +61,16 @@ class Study:
         last = self.run.theta(self.run.steps)
         for side, layers in self.sides.items():
             table = transplants(self.bench, self.patients(side), self.training, self.out / "trainings")
-            summed = compared(table, self.training.steps)
-            made = grafted(last, last, layers)
+            summed, factors = compared(table, self.training.steps), speedup(table)
             swap = swapped(self.bench, last, self.donors, layers)
-            for name, one in (("transplants", table), ("compared", summed), ("swap", swap)):
+            same = identities(self.run, self.donors, layers)
+            mixed = confused(self.bench, last, self.donors[-1:], layers)
+            for one in (table, summed, factors, swap, same, mixed):
                 stacked([one], side=[side]).write(self.out / "tables" / side)
-                self.found.setdefault(name, {})[side] = {column: one[column].tolist() for column in one.columns}
-            identical = all(np.array_equal(made[name], last[name]) for name in last)
-            self.found.setdefault("self_transplant_is_bitwise", {})[side] = identical
+                self.found.setdefault(one.name, {})[side] = {column: one[column].tolist() for column in one.columns}
             (self.out / "figures").mkdir(exist_ok=True)
             _figure(side, summed, table).savefig(self.out / "figures" / f"{side}.png", dpi=120)
-            _print(side, summed)
+            _print(side, summed, factors)
         (self.out / "results.json").write_text(json.dumps(self.found, indent=1))
         print(self.out / "results.json")
 
@@ -90,7 +90,7 @@ def _figure(side: str, summed: Table, table: Table) -> Figure:
     return figure
 
 
-def _print(side: str, summed: Table) -> None:
+def _print(side: str, summed: Table, factors: Table) -> None:
     print(f"{side} layers kept; steps to 0.95: median [least, most], share of seeds that got there", flush=True)
     for row in range(len(summed)):
         values = {name: summed[name][row] for name in summed.columns}
@@ -99,6 +99,11 @@ def _print(side: str, summed: Table) -> None:
             f"{values['reached']:.0%}; {values['faster_than_random']:.2f} × random, {values['faster_than_run']:.2f} × the run itself",
             flush=True,
         )
+    print(f"  times faster than …, seed by seed: median (its interval, {factors['confidence'].min():.0%})")
+    for row in range(len(factors)):
+        values = {name: factors[name][row] for name in factors.columns}
+        interval = f"{values['low']:.2f} … {values['high']:.2f}"
+        print(f"  {values['against']:>10} from step {values['donor']:>5}: {values['median']:>6.2f} ({interval})", flush=True)
 
 
 def options() -> argparse.ArgumentParser:
@@ -108,7 +113,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int)
     parser.add_argument("--steps", type=int, help="of a training, at most; by default as many as the run's")
     parser.add_argument("--fresh", default="normal:0.1", help="how the other layers are drawn: normal:SCALE (the paper: 0.1) or init")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--kinds", nargs="+", choices=ALL_KINDS, default=list(KINDS))
     parser.add_argument("--share")
     parser.add_argument("--small", action="store_true", help="a small prime and few steps, for a try")
     parser.add_argument("--out", default="runs/transplant")

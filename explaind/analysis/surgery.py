@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import default_collate
 
 from explaind.analysis.curves import evaluated
+from explaind.analysis.table import Table
 from explaind.errors import RequestError
 from explaind.kernel.groups import grouping
 from explaind.ledger.by_name import task_of
@@ -37,8 +38,11 @@ def layers_named(run: Run, task: Task, wanted: Sequence[str]) -> tuple[str, ...]
 
 
 def grafted(host: Theta, donor: Theta, layers: Sequence[str]) -> dict[str, np.ndarray]:
-    """The host's parameters with these layers from the donor; copies, in the host's order."""
+    """The host's parameters with these layers from the donor; copies, in the host's order. RequestError for a layer that does not fit."""
     for name in layers:
+        if name not in host or name not in donor:
+            side = "donor" if name in host else "host"
+            raise RequestError(f"the {side} has no such layer", where=name, got=", ".join(list(host)[:3]), do="name layers of both")
         if host[name].shape != donor[name].shape:
             raise RequestError(
                 "the donor's layer has another shape", where=name, expected=host[name].shape, got=donor[name].shape, do="take a like model"
@@ -74,15 +78,40 @@ def parameters_at(run: Run, task: Task, where: str, seed: int) -> dict[str, np.n
     if where == "init" or where.startswith("normal:"):
         return drawn(run, task, where, seed)
     path, at, step = where.rpartition("@")
-    if not at and (where == "last" or where.isdigit()):
+    if not at and (where == "last" or where.isdecimal()):
         return run.theta(run.steps if where == "last" else int(where))
     other = open_run(Path(path if at else where))
-    names = [layer.name for layer in run.manifest.layers]
-    theta = other.theta(other.steps if not at or step == "last" else int(step) if step.isdigit() else -1)
-    missing = [name for name in names if name not in theta]
-    if missing:
-        raise RequestError("the other run has another model", where=other.path, expected=missing[0], got=", ".join(list(theta)[:3]))
-    return {name: theta[name] for name in names}
+    theta = other.theta(other.steps if not at or step == "last" else int(step) if step.isdecimal() else -1)
+    for layer in run.manifest.layers:
+        got = theta[layer.name].shape if layer.name in theta else f"only {', '.join(list(theta)[:3])}"
+        if got != layer.shape:
+            raise RequestError(
+                "the other run has another model", where=other.path, expected=f"{layer.name} {layer.shape}", got=got, do="take a like run"
+            )
+    return {layer.name: theta[layer.name] for layer in run.manifest.layers}
+
+
+def identities(run: Run, steps: Sequence[int], layers: Sequence[str]) -> Table:
+    """The control that needs no training: one row a step, each true only where it holds bitwise.
+
+    self   the layers of a step put into that step change nothing
+    whole  all layers of a step put into the last one are that step
+    rest   with these layers of a step put into the last one, those are the step's and the others the last one's
+    """
+    last, rows = run.theta(run.steps), list[tuple[bool, ...]]()
+    for step in steps:
+        donor = run.theta(step)
+        made = grafted(last, donor, layers)
+        mixed = {name: (donor if name in layers else last)[name] for name in last}
+        pairs = (grafted(donor, donor, layers), donor), (grafted(last, donor, tuple(last)), donor), (made, mixed)
+        rows.append(tuple(_identical(one, two) for one, two in pairs))
+    columns = dict(zip(("self", "whole", "rest"), np.array(rows, dtype=bool).reshape(-1, 3).T, strict=True))
+    formula = f"bitwise identity of parameters; layers: {', '.join(layers)}"
+    return Table("identities", formula, "explaind", {"step": np.array(steps, dtype=np.int64), **columns})
+
+
+def _identical(one: Theta, two: Theta) -> bool:
+    return list(one) == list(two) and all(one[n].shape == two[n].shape and one[n].tobytes() == two[n].tobytes() for n in one)
 
 
 class Bench:

@@ -93,3 +93,10 @@ def _places(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
     return names[order], rank[inverse]
+
+
+def tabulated(name: str, source: str, formula: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """A table of rows that all have the same columns; RequestError where there is none."""
+    if not rows:
+        raise RequestError("nothing to tabulate", where=name, do="name at least one donor")
+    return Table(name, formula, source, {column: np.array([row[column] for row in rows]) for column in rows[0]})

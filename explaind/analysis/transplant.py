@@ -6,13 +6,16 @@ random    the kept layers are drawn anew too: a training from scratch
 shuffled  the donor's tensors with their entries permuted: the same values and norms, and nothing that was learned
 whole     all layers are the donor's: what a fresh optimizer alone changes
 
-A donor from the memorisation phase is a donor like any other: name an early step.
+memorised  a donor from the memorisation phase, such as ``memorising`` finds
+frozen  as transplant, but the kept layers stay as they are, so that only the others learn
+
+A self-transplant changes nothing, which ``surgery.identities`` says of every donor.
 """
 
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,14 +24,17 @@ import numpy as np
 from torch import nn
 
 from explaind.analysis.surgery import Bench, Theta, drawn, grafted, shuffled
-from explaind.analysis.table import Table
+from explaind.analysis.table import Table, tabulated
 from explaind.config import Config
+from explaind.errors import RequestError
 from explaind.ledger.by_name import config_of
 from explaind.store import schema
 from explaind.store.reader import Run
 from explaind.tasks.training import fit
 
 KINDS = ("transplant", "random", "shuffled", "whole")
+"""For every donor step. "memorised" and "frozen" are asked for by name."""
+ALL_KINDS = (*KINDS, "memorised", "frozen")
 PAPER = "Ranjan et al., ExPLAIND (arXiv 2505.20076): swapped and re-learned layers; controls and statistics: explaind"
 
 
@@ -56,17 +62,50 @@ class Outcome:
 def swapped(bench: Bench, host: Theta, donors: Sequence[int], layers: Sequence[str]) -> Table:
     """The host with some layers of each donor step: one row a donor; nothing is trained.
 
-    kl   KL(host ‖ swapped) of the validation predictions, in nats
+    kl, kl_train              KL(host ‖ swapped) of the predictions, in nats, mean over the validation or the training split
+    kl_donor, kl_donor_train  KL(donor ‖ swapped), likewise
     """
     rows = []
     for step in donors:
-        theta = grafted(host, bench.run.theta(step), layers)
-        rows.append({"donor": step, **bench.measured(theta), "kl": bench.divergence(host, theta)})
-    return Table(
+        donor = bench.run.theta(step)
+        theta, row = grafted(host, donor, layers), dict[str, float]()
+        for name, whole in (("kl", host), ("kl_donor", donor)):
+            row |= {name: bench.divergence(whole, theta), f"{name}_train": bench.divergence(whole, theta, "train")}
+        rows.append({"donor": step, **bench.measured(theta), **row})
+    return tabulated(
         "swap",
-        f"loss and accuracy of the host with {', '.join(layers)} of each donor step; kl = mean KL(host ‖ swapped) on validation, nats",
         PAPER,
-        {name: np.array([row[name] for row in rows]) for name in rows[0]},
+        f"loss and accuracy of the host with {', '.join(layers)} of each donor step; kl = mean KL(host ‖ swapped) on validation, nats; "
+        "kl_donor = mean KL(donor ‖ swapped); …_train: on the training split",
+        rows,
+    )
+
+
+def confused(bench: Bench, host: Theta, donors: Sequence[int], layers: Sequence[str], split: str = "val") -> Table:
+    """How often each true class is taken for each class by the host with layers of each donor step; pairs that never occur are left out."""
+    rows = []
+    for step in donors:
+        counts = bench.confusion(grafted(host, bench.run.theta(step), layers), split)
+        rows += [{"donor": step, "true": t, "predicted": p, "count": counts[t, p]} for t, p in np.argwhere(counts).tolist()]
+    return tabulated("confusion", PAPER, f"number of examples of {split}, by true and predicted class (places on the output axis)", rows)
+
+
+def memorising(bench: Bench, training: Training, fitted: float = 0.99) -> int:
+    """A step of the memorisation phase: the first one looked at whose training accuracy is at least `fitted`.
+
+    RequestError where there is none, or where validation has reached the aim of `training` by then.
+    """
+    for step in range(0, bench.run.steps + 1, training.every):
+        found = bench.measured(bench.run.theta(step))
+        if found["train_accuracy"] >= fitted:
+            if found["val_accuracy"] < training.stop:
+                return step
+            break
+    raise RequestError(
+        "the run has no memorisation phase",
+        where=bench.run.path,
+        expected=f"training accuracy of {fitted} before validation accuracy of {training.stop}",
+        do="leave this control out, or name a donor step",
     )
 
 
@@ -77,13 +116,24 @@ def configured(run: Run, training: Training, seed: int) -> Config:
 
 
 def trained_on(
-    bench: Bench, theta: Theta, training: Training, seed: int, path: Path | None = None, progress: Callable[[int, int], None] | None = None
+    bench: Bench,
+    theta: Theta,
+    training: Training,
+    seed: int,
+    path: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    frozen: Sequence[str] = (),
 ) -> Outcome:
     """Train on from these parameters as the run was trained, with a fresh optimizer; recorded at `path` where one is given.
 
-    What generalises from the beginning takes no step, unless it is recorded.
+    What generalises from the beginning takes no step, unless it is recorded. Layers that are `frozen` keep their parameters: they get no
+    gradient, so that the optimizer, decay included, leaves them alone. RequestError where nothing is left to train.
     """
     model = copy.deepcopy(bench.put(theta)).train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and name not in frozen)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise RequestError("nothing is left to train", got=f"{len(frozen)} frozen layers", do="freeze fewer")
     last = bench.of(model)
     if last["val_accuracy"] >= training.stop and path is None:
         return Outcome(0, 0, **last)
@@ -101,13 +151,20 @@ def trained_on(
 
 @dataclass(frozen=True)
 class Patient:
-    """One operation: layers of a donor step kept, the others drawn anew in the way `fresh` (``surgery.drawn``) says."""
+    """One operation: layers of a donor step kept, the others drawn anew in the way `fresh` (``surgery.drawn``) says.
+
+    RequestError for a kind that is not one of ``ALL_KINDS``.
+    """
 
     kind: str
     donor: int
     layers: tuple[str, ...]
     seed: int
     fresh: str = "init"
+
+    def __post_init__(self) -> None:
+        if self.kind not in ALL_KINDS:
+            raise RequestError("unknown kind of patient", expected=", ".join(ALL_KINDS), got=repr(self.kind), do="name one of these")
 
     def theta(self, bench: Bench) -> dict[str, np.ndarray]:
         """The parameters that it begins with."""
@@ -125,12 +182,14 @@ def outcome(bench: Bench, patient: Patient, training: Training, folder: Path) ->
     told = asdict(patient)
     if patient.kind in ("random", "whole"):  # one training serves all for which it is the same
         told |= {"layers": None, "donor": patient.donor if patient.kind == "whole" else None}
+    told |= {"kind": "transplant"} if patient.kind == "memorised" else {}
     told |= {"training": asdict(training), "config": config, "run": bench.run.identity}
     path = folder / f"{hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:24]}.json"
     try:
         return Outcome(**json.loads(path.read_text())["outcome"])
     except (OSError, ValueError, TypeError, KeyError):
-        found = trained_on(bench, patient.theta(bench), training, patient.seed)
+        frozen = patient.layers if patient.kind == "frozen" else ()
+        found = trained_on(bench, patient.theta(bench), training, patient.seed, frozen=frozen)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         schema.replace_file(path, json.dumps({"outcome": asdict(found), **told}, indent=1))
@@ -155,12 +214,12 @@ def transplants(
         steps = np.nan if found["steps"] is None else found["steps"]
         rows.append({"kind": patient.kind, "donor": patient.donor, "seed": patient.seed, **found, "steps": float(steps), "still": still})
         progress(done, len(patients))
-    return Table(
+    return tabulated(
         "transplants",
+        PAPER,
         f"steps until validation accuracy ≥ {training.stop} (looked at every {training.every}, at most {training.steps}); still: of the "
         "run itself from that donor",
-        PAPER,
-        {name: np.array([row[name] for row in rows]) for name in rows[0]},
+        rows,
     )
 
 
@@ -169,52 +228,6 @@ def patients(
 ) -> list[Patient]:
     """One of every kind for every donor step and seed."""
     return [Patient(kind, donor, tuple(layers), seed, fresh) for kind in kinds for donor in donors for seed in seeds]
-
-
-def compared(table: Table, most: int) -> Table:
-    """Medians over seeds, and how many times faster a transplant is than its controls: one row a kind and donor.
-
-    reached       share of seeds that reached the aim
-    median, least, most_steps  of steps; a seed that did not reach it counts as more than `most`, so that a median may be infinite
-    faster_than_run      still / median
-    faster_than_random   median of random / median, for the same seeds
-    """
-    rows = list(_compared(table, most))
-    return Table(
-        "compared",
-        "median, least and most over seeds of steps to the aim (∞ where it was not reached); with n seeds the range holds the true median "
-        "with probability 1 − 2^(1−n); faster: ratio of medians",
-        "explaind: order statistics",
-        {name: np.array([row[name] for row in rows]) for name in rows[0]},
-    )
-
-
-def _compared(table: Table, most: int) -> Iterator[dict[str, Any]]:
-    for kind in dict.fromkeys(table["kind"].tolist()):
-        for donor in dict.fromkeys(table["donor"].tolist()):
-            mine = table.where(kind=kind, donor=donor)
-            if not len(mine):
-                continue
-            steps, chance = (np.nan_to_num(t["steps"], nan=np.inf) for t in (mine, table.where(kind="random", donor=donor)))
-            median = float(np.median(steps))
-            scratch = float(np.median(chance)) if len(chance) else np.nan
-            yield {
-                "kind": kind,
-                "donor": donor,
-                "seeds": len(mine),
-                "reached": float((steps <= most).mean()),
-                "median": median,
-                "least": float(steps.min()),
-                "most": float(steps.max()),
-                "faster_than_run": _ratio(float(mine["still"][0]), median),
-                "faster_than_random": _ratio(scratch, median),
-            }
-
-
-def _ratio(one: float, two: float) -> float:
-    if two == 0 or np.isinf(one):
-        return float("nan") if one == two else np.inf
-    return one / two
 
 
 def _reached(bench: Bench, training: Training) -> int | None:

@@ -34,7 +34,7 @@ from zarr.errors import GroupNotFoundError
 
 from explaind.errors import StoreError
 
-VERSION = 1
+VERSION = 2
 CHUNK_SLOTS = 1 << 10
 """Examples of a batch in one chunk."""
 CHUNK_BYTES = 1 << 16
