@@ -15,10 +15,12 @@ from explaind.kernel.path import PathRule
 from explaind.kernel.products import Products
 from explaind.kernel.sweep import Sweep
 from explaind.ledger.assemble import assembled
+from explaind.ledger.causes import causes, words_of
 from explaind.ledger.key import digest, digest_of_data, values_of_losses, values_of_measure, versions
 from explaind.ledger.ledger import Ledger
 from explaind.ledger.plan import Plan
 from explaind.ledger.sweeping import Swept
+from explaind.ledger.verify import replay_words
 from explaind.replay.batches import Readable
 from explaind.replay.functional import Functional
 from explaind.replay.trajectory import Trajectory
@@ -77,10 +79,18 @@ class Prepared:
 
     def ledger(self, done: Sequence[Swept]) -> Ledger:
         """The ledger of all blocks."""
-        return assembled(done, self.plan, self.layout, self.settings, self.doubts)
+        return assembled(done, self.plan, self.layout, self.settings, self._doubts(done))
 
     def ledger_of(self, done: Mapping[int, Swept], shard: str) -> Ledger:
         """The ledger of some blocks, with the queries of these alone."""
         queries = np.concatenate([np.arange(self.bounds[i].start, self.bounds[i].stop) for i in done])
         settings = {**self.settings, "shard": shard}
-        return assembled(list(done.values()), self.plan.of_queries(queries), self.layout, settings, self.doubts)
+        found = list(done.values())
+        return assembled(found, self.plan.of_queries(queries), self.layout, settings, self._doubts(found))
+
+    def _doubts(self, done: Sequence[Swept]) -> tuple[str, ...]:
+        """With the likely causes of a replay that differs."""
+        errors = done[0].accounts.replay_error.cpu().numpy()
+        if not replay_words(errors, self.layout.names, self.steps.run.manifest.rounding):
+            return self.doubts
+        return (*self.doubts, *words_of(causes(self.steps, errors, self.layout, self.training, self.data)))

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 from explaind.errors import ReplayError
 from explaind.kernel.layout import Layout
 from explaind.kernel.rebuild import replay_errors
+from explaind.ledger.causes import causes, words_of
 from explaind.ledger.decompose import Progress
 from explaind.ledger.verify import replay_words
 from explaind.record.device import placed
@@ -45,24 +45,30 @@ def verify_run(
 
     model, data, losses as for ``explaind.decompose``. What does not fit is a reason, not an error.
     """
-    reasons = run.damage()
+    reasons, words = run.damage(), list[str]()
     errors = np.zeros((0, len(run.manifest.layers)))
     try:
         reasons += changed_examples(run, data, run.examples)
         if run.steps:
-            errors = _replayed(run, model, data, losses, placed(device), progress)
+            errors, words = replay(run, model, data, losses, placed(device), progress)
     except ReplayError as error:
         reasons.append(str(error))
-    words = replay_words(errors, [layer.name for layer in run.manifest.layers], run.manifest.rounding)
     if words and model_name(model) != run.manifest.model:
         words.append(f"the model given is a {model_name(model)}, the run is of a {run.manifest.model}")
     return RunVerdict(not reasons + words, tuple(reasons + words), errors)
 
 
-def _replayed(run: Run, model: nn.Module, data: Any, losses: Readout, device: torch.device, progress: Progress | None) -> np.ndarray:
+def replay(
+    run: Run, model: nn.Module, data: Readable, losses: Readout, device: torch.device, progress: Progress | None
+) -> tuple[np.ndarray, list[str]]:
+    """Replay every step in float64: (relative errors of the rebuilt updates [step, layer], what they say and its likely causes)."""
     layout, done = Layout(run.manifest.layers), iter(range(1, run.steps + 1))
     training = Functional(fitted(model, run.manifest.layers, run.constants), losses, device, torch.float64, any(layout.moving))
     steps = Trajectory(run, Batches(data, run.examples, None, device, torch.float64), device, torch.float64)
     tick: Callable[[], None] = (lambda: None) if progress is None else lambda: progress(next(done), run.steps)
     with differentiable_attention():
-        return replay_errors(steps, layout, training, tick).cpu().numpy()
+        errors = replay_errors(steps, layout, training, tick).cpu().numpy()
+        words = replay_words(errors, layout.names, run.manifest.rounding)
+        if words:
+            words += words_of(causes(steps, errors, layout, training, data))
+    return errors, words
