@@ -4,6 +4,7 @@ from importlib.metadata import version
 
 from explaind.errors import ExplaindError
 from explaind.ledger.decompose import decompose
+from explaind.ledger.doctor import Diagnosis, doctor
 from explaind.ledger.ledger import Ledger
 from explaind.ledger.parts import shards_left
 from explaind.ledger.saving import open_ledger
@@ -15,12 +16,14 @@ from explaind.store.reader import open_run as open
 __version__ = version("explaind-ledger")
 
 __all__ = [
+    "Diagnosis",
     "ExplaindError",
     "Ledger",
     "Recorder",
     "Run",
     "__version__",
     "decompose",
+    "doctor",
     "indexed",
     "open",
     "open_ledger",

@@ -4,8 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from explaind.cli.diagnosing import recommended
 from explaind.cli.studies import analysed, reported
-from explaind.cli.terminal import FAILED, FINE, Json, Overrides, Overwrite, app, ledgers_of, printed, progress, task_or_none
+from explaind.cli.terminal import FAILED, FINE, Auto, Json, Overrides, Overwrite, app, ledgers_of, printed, progress, task_or_none
 from explaind.config import Config, Decompose, checked, read
 from explaind.ledger.by_name import check_asked, config_of, decompose_by_name, ledger_name, task_of, words_of_groups
 from explaind.ledger.parts import is_begun, shards_left
@@ -22,14 +23,17 @@ from explaind.tasks.training import train
 
 
 @app.command
-def run(config: Path, /, *overrides: Overrides, out: Path | None = None, overwrite: Overwrite = False, json: Json = False) -> int:
-    """Record, decompose, verify, analyse and report: CONFIG [--out RUN] [--table.key value …]."""
+def run(
+    config: Path, /, *overrides: Overrides, out: Path | None = None, auto: Auto = False, overwrite: Overwrite = False, json: Json = False
+) -> int:
+    """Record, decompose, verify, analyse and report: CONFIG [--out RUN] [--auto] [--table.key value …]."""
     settings = read(config, overrides)
     folder = out or Path("runs") / config.stem
     check_asked(settings)
     _record(settings, folder, overwrite)
     recorded = open_run(folder)
-    path = _decompose(recorded, settings.decompose, None, overwrite)
+    asked = recommended(recorded, settings.decompose) if auto else settings.decompose
+    path = _decompose(recorded, asked, None, overwrite)
     tables = analysed(recorded, [path])
     facts = {"run": str(folder), "ledger": str(path), "analyses": tables, **reported(recorded, path)}
     verdict, sound = open_ledger(path).verify(), _verify_run(recorded)

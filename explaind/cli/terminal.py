@@ -26,6 +26,7 @@ app = App(
 
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
 Json = Annotated[bool, Parameter(name="--json", negative="", help="Print facts as one JSON value.")]
+Auto = Annotated[bool, Parameter(negative="", help="Decompose with the settings that `explaind doctor` recommends.")]
 Overwrite = Annotated[bool, Parameter(negative="", help="Replace a run, or a ledger, of the same name.")]
 
 

@@ -221,6 +221,16 @@ class Products:
                 do="use auto",
             )
 
+    def covered(self, theta: Tensor, part: Part, rows: int, mode: Mode = ()) -> dict[str, str]:
+        """How every layer's products are made for so many costates: {layer: "ghost", "materialise", "jvp" or "backward"}."""
+        self.prepare(theta, part, mode)
+        route = self._chosen(theta, part, theta.new_empty(rows, 0))
+        if isinstance(route, str):
+            return dict.fromkeys(self.layout.names, route)
+        sites = () if self._apart is None else self._apart.sites
+        ways = {name: way for site, way in zip(sites, route, strict=True) for name in (site.weight, site.bias)} if route else {}
+        return {name: ways.get(name, "materialise") for name in self.layout.names}
+
     def _factors(self, apart: Contraction, theta: Tensor, part: Part) -> Any:
         return apart.factored.factors(Point(self._one, theta), part.batch, batch_axes(part.batch))
 

@@ -177,6 +177,33 @@ def memory_of(asked: Decompose) -> int | None:
     return None if asked.memory == "" else bytes_of(asked.memory, "decompose.memory")
 
 
+def arguments(run: Run, asked: Decompose) -> dict[str, Any]:
+    """Model, and arguments of ``explaind.decompose``, by name: everything is taken from the run's own task."""
+    task = task_of(run)
+    name, measure = measure_named(task, asked.measure)
+    chosen = selection(task, asked.queries)
+    return {
+        "model": task.model(),
+        "data": task.data("train"),
+        "losses": task.losses,
+        "queries": chosen.batch(task),
+        "measure": measure,
+        "keep": asked.keep,
+        "groups": groups_named(asked.groups, run, task, chosen),
+        "rule": asked.rule,
+        "tol": float(asked.tol),
+        "dtype": DTYPES[asked.dtype],
+        "device": asked.device,
+        "view": asked.view,
+        "windows": asked.windows,
+        "products": asked.products,
+        "closure": asked.closure,
+        "budget": int(asked.budget * (1 << 30)),
+        "memory": memory_of(asked),
+        "config": {**asdict(asked), "measure": name, "keep": list(asked.keep)},
+    }
+
+
 def decompose_by_name(
     run: Run,
     asked: Decompose,
@@ -186,32 +213,5 @@ def decompose_by_name(
     overwrite: bool = False,
     shard: str | None = None,
 ) -> Ledger:
-    """``explaind.decompose`` with everything taken from the run's own task."""
-    task = task_of(run)
-    name, measure = measure_named(task, asked.measure)
-    chosen = selection(task, asked.queries)
-    return decompose(
-        run,
-        task.model(),
-        data=task.data("train"),
-        losses=task.losses,
-        queries=chosen.batch(task),
-        measure=measure,
-        keep=asked.keep,
-        groups=groups_named(asked.groups, run, task, chosen),
-        rule=asked.rule,
-        tol=float(asked.tol),
-        dtype=DTYPES[asked.dtype],
-        device=asked.device,
-        view=asked.view,
-        windows=asked.windows,
-        products=asked.products,
-        closure=asked.closure,
-        budget=int(asked.budget * (1 << 30)),
-        memory=memory_of(asked),
-        save=save,
-        overwrite=overwrite,
-        shard=shard,
-        progress=progress,
-        config={**asdict(asked), "measure": name, "keep": list(asked.keep)},
-    )
+    """``explaind.decompose`` of a run that was recorded from a configuration."""
+    return decompose(run, save=save, overwrite=overwrite, shard=shard, progress=progress, **arguments(run, asked))

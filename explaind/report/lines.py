@@ -114,3 +114,33 @@ def run_lines(facts: dict[str, Any]) -> list[str]:
     judged = [f"run {facts['run']} holds: its bytes, its replay and its ledger" if facts["ok"] else "the run or its ledger does not hold"]
     reasons = [f"  FAILED: {reason}" for reason in facts["reasons"]]
     return [*report_lines(facts), *ledger_lines({**facts["facts"], "ledger": facts["ledger"]}), *judged, *reasons]
+
+
+def doctor_lines(facts: dict[str, Any]) -> list[str]:
+    """What the doctor found."""
+    lines = [f"{facts['of']}: {'can be explained' if facts['ok'] else 'cannot be explained as it is'}"]
+    lines += [f"  REFUSED: {reason}" for reason in facts["refused"]]
+    lines += [f"  optimizer   {words}" for words in facts["optimizers"]]
+    lines += [f"  measure     {facts['measure']} (of {', '.join(facts['measures'])})"]
+    ways: dict[str, list[str]] = {}
+    for layer, way in facts["layers"].items():
+        ways.setdefault(way, []).append(layer)
+    lines += [f"  products    {way}: {', '.join(layers)}" for way, layers in ways.items()]
+    lines += [f"  buffers     {', '.join(facts['buffers'])} move, and have a row of their own"] if facts["buffers"] else []
+    lines += ["  random      numbers were drawn in forward passes; they are replayed"] if facts["random"] else []
+    if facts["replay_error"] is not None:
+        lines.append(f"  replay      updates rebuilt to {facts['replay_error']:.2g} of their size")
+    if facts["explained"] is not None:
+        lines.append(f"  trial       explained at least {facts['explained']:.6f}")
+    lines += [f"  warning     {words}" for words in facts["warnings"]]
+    lines += [_needs(facts)] if facts["seconds"] is not None else []
+    if facts["recommended"]:
+        lines.append("  recommended " + ", ".join(f"{name} = {value!r}" for name, value in facts["recommended"].items()))
+    return lines
+
+
+def _needs(facts: dict[str, Any]) -> str:
+    """Time, memory and disk of all steps."""
+    record = "" if facts.get("record_seconds") is None else f"recording {facts['record_seconds']:.3g} s, "
+    memory, disk = (facts[name] / (1 << 30) for name in ("memory", "disk"))
+    return f"  {facts['steps']} steps  {record}decomposing {facts['seconds']:.3g} s, memory {memory:.2f} GiB, disk {disk:.3f} GiB"

@@ -1,5 +1,6 @@
 """Reading a run: everything is clamped to what the commit marker vouches for."""
 
+import copy
 import hashlib
 import json
 import os
@@ -84,6 +85,14 @@ class Run:
     def __repr__(self) -> str:
         m = self.manifest
         return f"Run({str(self.path)!r}: {self.steps} steps of {m.optimizer}, {len(m.layers)} layers, {m.params} parameters)"
+
+    def first(self, steps: int) -> "Run":
+        """The same run as if it had ended after so many steps, or where it did."""
+        shorter = copy.copy(self)
+        for cached in ("identity", "examples"):
+            shorter.__dict__.pop(cached, None)
+        shorter.steps = min(steps, self.steps)
+        return shorter
 
     def theta(self, step: int) -> dict[str, np.ndarray]:
         """The parameters before a step (or after the last one, for step = steps), by name, in their own shapes."""

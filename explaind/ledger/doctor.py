@@ -1,0 +1,191 @@
+"""What will happen, said before hours are spent: a few steps of the run are replayed and decomposed, timed, and counted up."""
+
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from explaind.errors import ExplaindError
+from explaind.kernel.gradients import take
+from explaind.kernel.layout import Layout
+from explaind.kernel.machine import machine
+from explaind.kernel.products import Products
+from explaind.kernel.secant import NoSecant, Secant
+from explaind.ledger.decompose import decompose
+from explaind.ledger.ledger import Ledger
+from explaind.ledger.verify_run import replay
+from explaind.record.device import placed
+from explaind.replay.batches import Batches, Readable, changed_examples, count, moved
+from explaind.replay.functional import Functional, Readout, fitted
+from explaind.replay.steps import Drawn, Step
+from explaind.replay.surroundings import differentiable_attention
+from explaind.replay.trajectory import Trajectory
+from explaind.store.reader import Run
+
+TRIAL = 4
+"""Steps that are tried."""
+SAME = 1e-9
+"""Losses that do not depend on the rest of their batch differ by no more, relatively."""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What was found of a run, or of a few steps of one that is yet to be recorded."""
+
+    refused: list[str] = field(default_factory=list)
+    """Why it cannot be explained; nothing else is known then but what was found before."""
+    warnings: list[str] = field(default_factory=list)
+    optimizers: list[str] = field(default_factory=list)
+    layers: dict[str, str] = field(default_factory=dict)
+    """How each layer's example gradients meet costates."""
+    buffers: list[str] = field(default_factory=list)
+    """Running statistics that move, and get a row of their own."""
+    coupled: bool = False
+    """Whether an example's loss depends on the others of its batch."""
+    random: bool = False
+    """Whether forward passes drew random numbers, which are replayed."""
+    replay_error: float | None = None
+    """Largest relative error of a rebuilt update."""
+    explained: float | None = None
+    """Of the trial, the worst measure."""
+    steps: int = 0
+    seconds: float | None = None
+    """Estimated, of the whole decomposition."""
+    memory: int | None = None
+    """Estimated, bytes of the process at its largest."""
+    recommended: dict[str, Any] = field(default_factory=dict)
+    """Settings of a decomposition."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether it can be explained."""
+        return not self.refused
+
+
+def doctor(
+    run: Run,
+    model: nn.Module,
+    *,
+    data: Readable,
+    losses: Readout,
+    queries: Any,
+    measure: Readout,
+    steps: int | None = None,
+    **asked: Any,
+) -> Diagnosis:
+    """Try a few steps and say what a whole decomposition will be like; nothing is raised for what cannot be explained.
+
+    run, model, data, losses, queries, measure, asked  as for ``explaind.decompose``
+    steps                                              of the whole training, where the run holds only its beginning
+    """
+    whole = run.steps if steps is None else steps
+    trial = run.first(TRIAL)
+    found: dict[str, Any] = {"optimizers": [f"{o.kind} (rule {o.rule})" for o in run.manifest.optimizers], "steps": whole}
+    found["buffers"] = [layer.name for layer in run.manifest.layers if layer.optimizer < 0]
+    refused, warnings = list[str](), list[str]()
+    device, dtype = placed(asked.get("device", "cpu")), asked.get("dtype", torch.float64)
+    try:
+        refused += changed_examples(trial, data, trial.examples)
+        errors, words = replay(trial, model, data, losses, device, None)
+        refused += words
+        found["replay_error"] = float(np.nanmax(errors, initial=0.0))
+        with differentiable_attention():
+            known, doubts = _known(trial, model, data, losses, device, dtype, asked)
+        found |= known
+        warnings += doubts
+        if not refused:
+            found |= _tried(trial, model, whole, {"data": data, "losses": losses, "queries": queries, "measure": measure, **asked})
+            found["recommended"] = _recommended(trial, model, queries, measure, device, dtype, found)
+    except ExplaindError as error:
+        refused.append(str(error))
+    return Diagnosis(refused, warnings, **found)
+
+
+def _known(
+    run: Run, model: nn.Module, data: Readable, losses: Readout, device: torch.device, dtype: torch.dtype, asked: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """How every layer is covered, and whether examples are coupled or random; with what is worth a warning."""
+    layout = Layout(run.manifest.layers)
+    training = Functional(fitted(model, run.manifest.layers, run.constants), losses, device, dtype, any(layout.moving))
+    steps = Trajectory(run, Batches(data, run.examples, asked.get("collate"), device, dtype), device, dtype)
+    step = max(steps.segment(0).steps, key=lambda s: max(len(part.ids) for part in s.parts))
+    part = max(step.parts, key=lambda p: len(p.ids))
+    training.set_mode(step.mode)
+    products = Products(training, layout, "layer", asked.get("products", "auto"), machine=machine(device, dtype))
+    covered = products.covered(step.theta, part, 1, step.mode)
+    drawn = any(isinstance(p.batch, Drawn) for s in steps.segment(0).steps for p in s.parts)
+    coupled = _coupled(training, layout, step)
+    doubts = []
+    if coupled:
+        doubts.append(
+            "examples of a batch depend on each other (BatchNorm in train mode, a contrastive loss): each is credited within its batch"
+        )
+    if drawn and device.type != run.manifest.device.split(":")[0]:
+        doubts.append(f"random numbers were drawn on {run.manifest.device}: replay them there, other devices draw others")
+    if run.fingerprint is None:
+        doubts.append("the recorder was not given the data, so that changed examples cannot be found: explaind.record(…, data=…)")
+    return {"layers": covered, "random": drawn, "coupled": coupled}, doubts
+
+
+def _coupled(training: Functional, layout: Layout, step: Step) -> bool:
+    """Whether half a batch has other losses than the same examples within all of it."""
+    part = max(step.parts, key=lambda p: len(p.ids))
+    if isinstance(part.batch, Drawn) or len(part.ids) < 4:
+        return False
+    with torch.no_grad():
+        parameters, half = layout.split(step.theta), len(part.ids) // 2
+        whole, some = (training(parameters, batch) for batch in (part.batch, take(part.batch, slice(0, half))))
+    return bool((whole[:half] - some).abs().max() > max(SAME, 64 * torch.finfo(whole.dtype).eps) * (1 + whole.abs().max()))
+
+
+def _tried(run: Run, model: nn.Module, steps: int, asked: dict[str, Any]) -> dict[str, Any]:
+    """Decompose the trial as asked, timed: what the whole will take."""
+    ticks = [(0, time.perf_counter())]
+    ledger = decompose(run, model, progress=lambda done, total: ticks.append((done, time.perf_counter())), **asked)
+    blocks = max(1, ticks[-1][0] // run.steps)
+    pauses = np.diff([at for _, at in ticks])
+    per_step = float(np.median(pauses[1:])) if len(pauses) > 1 else float(pauses[0])
+    start = max(0.0, float(pauses[0]) - per_step)
+    verdict = ledger.verify()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {
+        "explained": 1 - verdict.maxima["unexplained"],
+        "seconds": blocks * (start + steps * per_step),
+        "memory": peak + _grown(ledger, run.steps, steps, asked),
+    }
+
+
+def _grown(ledger: Ledger, tried: int, steps: int, asked: Mapping[str, Any]) -> int:
+    """How many bytes larger the result of all steps is."""
+    size = sum(np.asarray(row.array).nbytes for row in ledger.rows.values())
+    return int(size * (steps / tried - 1)) if "step" in ledger.axes else 0
+
+
+def _recommended(
+    run: Run, model: nn.Module, queries: Any, measure: Readout, device: torch.device, dtype: torch.dtype, found: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Settings: the rule that closes exactly where the measure's operations have one; float32 where the whole takes long."""
+    rule = "secant" if _has_secant(run, model, queries, measure, device, dtype) else "adaptive"
+    slow = found["seconds"] > 600 and dtype == torch.float64
+    settings: dict[str, Any] = {"rule": rule, "products": "auto"}
+    return {**settings, "dtype": "float32"} if slow else settings
+
+
+def _has_secant(run: Run, model: nn.Module, queries: Any, measure: Readout, device: torch.device, dtype: torch.dtype) -> bool:
+    layout = Layout(run.manifest.layers)
+    asking = Functional(fitted(model, run.manifest.layers, run.constants), measure, device, dtype, any(layout.moving))
+    batch = take(moved(queries, device, dtype), slice(0, 1)) if count(queries) else queries
+    states = torch.from_numpy(run.states(0, 2)).to(device, dtype)
+    try:
+        with differentiable_attention():
+            Secant(asking, layout.split(states[0]), batch)
+    except NoSecant:
+        return False
+    return bool(tree_leaves(batch))

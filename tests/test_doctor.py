@@ -1,0 +1,145 @@
+"""Twelve set-ups before the doctor, of which four must be refused; and what it says of a configuration and a run."""
+
+import json
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+import explaind
+from explaind.cli import main
+from tests import cases
+from tests.test_causes import Augmented, half
+from tests.test_cli import SMALL as FILE
+from tests.test_coupled import losses as contrastive
+from tests.test_coupled import network as encoders
+from tests.test_coupled import pairs
+from tests.test_table import Recurrent
+
+
+@pytest.fixture(autouse=True)
+def short_blocks(monkeypatch):
+    cases.shorten_blocks(monkeypatch)
+
+
+SMALL = str(FILE)
+
+
+def sgd(params):
+    return torch.optim.SGD(params, lr=0.1, momentum=0.8)
+
+
+def examined(path, model, make=sgd, data=cases.DATA, losses=cases.losses, recorded=None, size=4, steps=6, **given):
+    """Record a plain loop, and let the doctor look at it."""
+    train_losses, train_data = losses if recorded is None else recorded, given.pop("trained_on", data)
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizers = make(params)
+    with explaind.record(optimizers, model, path, data=given.pop("fingerprinted", train_data)) as recorder:
+        for step in range(steps):
+            ids = torch.arange(step, step + size) % len(train_data)
+            recorder.examples(ids)
+            model.zero_grad()
+            batch = torch.utils.data.default_collate([train_data[i] for i in ids.tolist()])
+            train_losses(model, batch).mean().backward()
+            for optimizer in [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else optimizers:
+                optimizer.step()
+    queries = given.pop("queries", cases.QUERIES)
+    measure = given.pop("measure", cases.measure)
+    return explaind.doctor(
+        explaind.open(path), model, data=data, losses=losses, queries=queries, measure=measure, keep=("query", "example", "layer")
+    )
+
+
+def plain(problem):
+    return problem.model()
+
+
+def muon_and_adamw(params):
+    return [torch.optim.Muon([params[0], params[2]], lr=0.02), torch.optim.AdamW([params[1], params[3]], lr=0.03)]
+
+
+TOKENS = TensorDataset(torch.arange(24).reshape(8, 3) % 5, torch.tensor([0, 1, 1, 0, 1, 0, 0, 1]))
+PAIRS, _ = pairs(8, 0)
+SOUND = {
+    "mlp": (lambda: plain(cases.PLAIN), {}, {"coupled": False, "random": False}),
+    "batch norm": (lambda: plain(cases.WHOLE[2]), {}, {"coupled": True, "buffers": ["1.running_mean", "1.running_var"]}),
+    "dropout": (lambda: plain(cases.WHOLE[0]), {}, {"random": True, "coupled": False}),
+    "gru": (lambda: Recurrent().double(), {"data": TOKENS, "queries": TOKENS[:2][0]}, {"coupled": False}),
+    "contrastive": (encoders, {"data": PAIRS, "losses": contrastive, "queries": PAIRS[:], "measure": contrastive}, {"coupled": True}),
+    "tied weights": (lambda: plain(cases.problem_named("tied weights")), {}, {"coupled": False}),
+    "frozen parameter": (lambda: plain(cases.problem_named("frozen parameter")), {}, {"coupled": False}),
+    "two optimizers": (lambda: plain(cases.PLAIN), {"make": muon_and_adamw} if hasattr(torch.optim, "Muon") else {}, {"coupled": False}),
+}
+OTHER_LABELS = TensorDataset(cases.DATA.tensors[0], 1 - cases.DATA.tensors[1])
+REFUSED = {
+    "augmentation": ({"data": Augmented()}, "another one each time"),
+    "another loss": ({"losses": half, "recorded": cases.losses}, "2 times the replayed ones"),
+    "changed labels": (
+        {"trained_on": cases.DATA, "data": OTHER_LABELS},
+        "not the data of the training",
+    ),
+    "a measure of the wrong shape": ({"measure": lambda model, queries: model(queries)[None]}, "one number per query"),
+}
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_what_can_be_explained(name, tmp_path):
+    make, given, want = SOUND[name]
+    torch.manual_seed(0)
+    found = examined(tmp_path / "run", make(), **given)
+    assert found.ok, found.refused
+    for field, value in want.items():
+        assert getattr(found, field) == value, field
+    assert found.explained > (0.9 if name == "two optimizers" else 0.99)
+    whole = name in ("batch norm", "dropout", "gru", "contrastive")
+    assert set(found.layers.values()) <= ({"jvp", "backward"} if whole else {"ghost", "materialise"})
+    assert found.seconds > 0
+    assert found.memory > 1 << 20
+    assert found.recommended["rule"] in ("secant", "adaptive")
+    assert any("depend on each other" in words for words in found.warnings) == found.coupled
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_explained_is_refused_with_the_reason(name, tmp_path):
+    given, words = REFUSED[name]
+    torch.manual_seed(0)
+    found = examined(tmp_path / "run", plain(cases.PLAIN), **given)
+    assert not found.ok
+    assert any(words in reason for reason in found.refused), found.refused
+    assert not found.recommended
+
+
+def test_its_recommendation_is_what_auto_follows(tmp_path, capsys):
+    assert main(["run", SMALL, "--out", str(tmp_path / "run"), "--auto", "--json"]) == 0
+    capsys.readouterr()
+    ledgers = list((tmp_path / "run" / "ledgers").iterdir())
+    settings = explaind.open_ledger(ledgers[0]).settings
+    assert main(["doctor", str(tmp_path / "run"), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["recommended"]["rule"] == "secant"
+    assert settings["rule"] == "secant"
+
+
+def test_a_configuration_is_tried_and_its_disk_is_foretold(tmp_path, capsys):
+    assert main(["doctor", SMALL, "--train.steps", "60", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["ok"]
+    assert said["steps"] == 60
+    assert main(["record", SMALL, "--train.steps", "60", "--out", str(tmp_path / "run")]) == 0
+    have = sum(file.stat().st_size for file in (tmp_path / "run").rglob("*") if file.is_file())
+    assert have / 2 < said["disk"] < 2 * have
+    assert said["record_seconds"] > 0
+    assert said["measures"]
+    assert set(said["layers"]) == set(explaind.open(tmp_path / "run").theta(0))
+
+
+def test_the_doctor_prints_for_people(capsys):
+    assert main(["doctor", SMALL]) == 0
+    out = capsys.readouterr().out
+    for words in ("can be explained", "optimizer   torch.optim", "replay", "recommended rule = 'secant'", "GiB"):
+        assert words in out, words
+
+
+def test_a_training_that_cannot_be_recorded_is_refused_by_the_doctor(capsys):
+    assert main(["doctor", SMALL, "--optimizer.lr", "1e30"]) == 1
+    assert "REFUSED: " in capsys.readouterr().out
