@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from explaind.errors import RecordError
 from explaind.record.examples import MapStyle, checked_ids, checked_weights, fingerprints
 from explaind.record.incoming import Incoming, random_state
+from explaind.record.resuming import resumed
 from explaind.record.update import Update
 from explaind.record.watched import Watched, model_name
 from explaind.store import schema
@@ -39,6 +40,7 @@ class Recorder:
         data: MapStyle[Any] | None,
         config: Mapping[str, Any] | None,
         watch: Sequence[str],
+        resume: bool = False,
     ) -> None:
         if reduction not in ("mean", "sum"):
             raise RecordError(
@@ -55,15 +57,19 @@ class Recorder:
         self._theta = self._watched.theta()
         self._incoming = Incoming(self._watched.params, self._watched.device)
         block = max(1, min(16, BUFFER_BYTES // max(1, 2 * self._theta.nbytes)))
-        self._writer = RunWriter(
-            path,
-            self._manifest(block),
-            self._theta,
-            self._watched.constants(),
-            None if data is None else fingerprints(data),
-            momentum=self._watched.has_momentum,
-            preconditioner=self._watched.has_frozen,
-        )
+        prints = None if data is None else fingerprints(data)
+        if resume:
+            self._writer = resumed(path, self._manifest(block), self._watched, self._theta, prints)
+        else:
+            self._writer = RunWriter(
+                path,
+                self._manifest(block),
+                self._theta,
+                self._watched.constants(),
+                prints,
+                momentum=self._watched.has_momentum,
+                preconditioner=self._watched.has_frozen,
+            )
         self._hooks = [hook for index, optimizer in enumerate(optimizers) for hook in self._hooked(index, optimizer)]
 
     @property
@@ -207,12 +213,14 @@ def record(
     config: Mapping[str, Any] | None = None,
     watch: Sequence[str] = (),
     overwrite: bool = False,
+    resume: bool = False,
 ) -> Recorder:
     """Record every step of a training to a run folder; use as a context manager, or call ``close()`` at the end.
 
     optimizer, model  the user's own objects; the training is bitwise the one without a recorder
     optimizer         or several of them, each with parameters of its own: they make a step together
-    path              a new or empty folder (overwrite=True removes a run that is there)
+    path              a new or empty folder (overwrite=True removes a run that is there; resume=True goes on with it, at the recorded
+                      state that the model is in: load the training's checkpoint first)
     reduction         how the training loss reduces a batch: "mean" or "sum"
     data              optional: the training data; ids are then range-checked and each example's fingerprint is stored
     config            optional: a JSON-able mapping that is kept with the run
@@ -225,4 +233,4 @@ def record(
         schema.open_group(folder, "run")  # only ever remove what is a run
         shutil.rmtree(folder)
     optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
-    return Recorder(optimizers, model, folder, reduction, data, config, watch)
+    return Recorder(optimizers, model, folder, reduction, data, config, watch, resume and folder.exists())

@@ -16,7 +16,7 @@ import zarr
 from explaind.errors import RequestError, StoreError
 from explaind.store import schema
 from explaind.store.manifest import Manifest
-from explaind.store.writer import StepRow, step_checksum, theta_checksum
+from explaind.store.writer import Begun, StepRow, step_checksum, theta_checksum
 
 
 @dataclass(frozen=True)
@@ -171,6 +171,15 @@ class Run:
                 )
             )
         return Block(start, self._read("theta", slice(start, stop + 1)), tuple(steps), tuple(int(m) for m in mode))
+
+    def begun(self, steps: int) -> Begun:
+        """What a writer needs to go on after so many steps."""
+        start = steps - steps % self.manifest.block
+        rows = self.block(start, steps).rows if steps > start else ()
+        crc_step = self._read("checksum_step", slice(start, steps))
+        last = self._read("checksum_step", slice(steps - 1, steps)) if steps else np.zeros(1)
+        states, crc_theta = self.states(start, steps + 1), self._read("checksum_theta", slice(start, steps + 1))
+        return Begun(start, states, rows, self.modes, crc_theta, crc_step, int(last[0]))
 
     def damage(self) -> list[str]:
         """Where stored bytes are not what was recorded, in words; empty when every checksum holds."""

@@ -121,11 +121,24 @@ def create_column(group: zarr.Group, column: Column, rows: int) -> zarr.Array:
     )
 
 
+def growing(path: Path) -> dict[str, zarr.Array]:
+    """The growing arrays of a run, by name, for writing."""
+    group = zarr.open_group(path, mode="r+", zarr_format=3)
+    found = {
+        p.name: group[p.name] for p in sorted(path.iterdir()) if (p / "zarr.json").exists() and p.name not in ("constant", "fingerprint")
+    }
+    return {name: array for name, array in found.items() if isinstance(array, zarr.Array)}
+
+
 def append(array: zarr.Array, rows: np.ndarray, at: int) -> None:
-    """Write rows [at, at + len(rows)): whole chunks, but for the last block of a run. Other dimensions grow as needed."""
+    """Write rows [at, at + len(rows)), and nothing behind them: whole chunks, but for the last block of a run.
+
+    Other dimensions grow as needed; narrower rows are filled up, so that nothing is left of rows that stood there before.
+    """
     grown = tuple(max(old, new) for old, new in zip(array.shape[1:], rows.shape[1:], strict=True))
     array.resize((at + len(rows), *grown))
-    array[(slice(at, at + len(rows)), *(slice(0, n) for n in rows.shape[1:]))] = rows
+    wide = [(0, 0), *((0, n - m) for n, m in zip(grown, rows.shape[1:], strict=True))]
+    array[at : at + len(rows)] = np.pad(rows, wide, constant_values=array.fill_value)
 
 
 def write_array(group: zarr.Group, name: str, values: np.ndarray, dims: tuple[str, ...], chunks: tuple[int, ...] | None = None) -> None:

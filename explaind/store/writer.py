@@ -57,6 +57,19 @@ def step_checksum(row: StepRow, mode: int, previous: int) -> int:
     return previous
 
 
+@dataclass(frozen=True)
+class Begun:
+    """What a run holds of the block that it goes on with: states has one row more than rows."""
+
+    start: int
+    states: np.ndarray
+    rows: tuple[StepRow, ...]
+    modes: tuple[tuple[bool, ...], ...]
+    crc_theta: np.ndarray
+    crc_step: np.ndarray
+    last_crc: int
+
+
 class RunWriter:
     """Owns the folder of a run while it is recorded."""
 
@@ -87,9 +100,25 @@ class RunWriter:
                 schema.write_array(group, f"constant/{name}", values, tuple(f"{name}.{i}" for i in range(values.ndim)))
             if fingerprint is not None:
                 schema.write_array(group, "fingerprint", fingerprint, ("example",))
+            # The first state is written at once, so that a run that is killed in its first block still opens.
+            schema.append(self._columns["theta"], theta[None], 0)
+            schema.append(self._columns["checksum_theta"], self._crc_theta[0][None], 0)
         except OSError as error:
             raise schema.unwritable(path, error) from error
         self._commit(complete=False)
+
+    @classmethod
+    def resumed(cls, path: Path, manifest: Manifest, begun: "Begun") -> "RunWriter":
+        """Go on with a run after what it holds of its last block; steps behind that are forgotten."""
+        self = cls.__new__(cls)
+        self.path, self.manifest, self.steps, self.closed = path, manifest, begun.start + len(begun.rows), False
+        self._written = {"states": begun.start, "steps": begun.start, "anchors": begun.start // manifest.block}
+        self._modes, self._rows, self._states = list(begun.modes), list(begun.rows), list(begun.states)
+        self._crc_theta, self._crc_step = list(begun.crc_theta), begun.crc_step.tolist()
+        self._last_crc = begun.last_crc
+        self._columns = schema.growing(path)
+        self._mark(self.steps, complete=False)
+        return self
 
     def _create(self, group: zarr.Group, momentum: bool, preconditioner: bool) -> dict[str, zarr.Array]:
         m, d = self.manifest, self.manifest.params
@@ -179,7 +208,9 @@ class RunWriter:
 
     def _commit(self, complete: bool) -> None:
         # A step can be used when the state that it leads to is on disk too.
-        steps = max(0, min(self._written["steps"], self._written["states"] - 1))
+        self._mark(max(0, min(self._written["steps"], self._written["states"] - 1)), complete)
+
+    def _mark(self, steps: int, complete: bool) -> None:
         text = json.dumps({"steps": steps, "complete": complete, "modes": self._modes})
         try:
             schema.replace_file(self.path / "commit.json", text)

@@ -1,0 +1,204 @@
+"""A recording that was interrupted goes on, and is the one that was not."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import explaind
+from explaind.errors import RecordError
+from tests import cases
+from tests.closeness import same
+
+LENGTH = 11
+
+
+@pytest.fixture(autouse=True)
+def short_blocks(monkeypatch):
+    cases.shorten_blocks(monkeypatch)
+
+
+class Loop:
+    """A training whose steps depend on their number alone, with a checkpoint after every one."""
+
+    def __init__(self, path, name="adamw", network=cases.mlp):
+        self.path, self.model = path, cases.Problem("loop", network).model()
+        torch.manual_seed(0)  # which a run keeps
+        self.optimizer = cases.optimizer_named(name).make(list(self.model.parameters()))
+
+    def record(self, until, **options):
+        with explaind.record(self.optimizer, self.model, self.path, data=cases.DATA, **options) as recorder:
+            while recorder.steps < until:
+                self.step(recorder)
+        return explaind.open(self.path)
+
+    def step(self, recorder):
+        step = recorder.steps
+        ids = torch.arange(step, step + 2 + step % 3) % 8
+        torch.manual_seed(step)
+        recorder.examples(ids)
+        self.optimizer.zero_grad()
+        x, y = cases.DATA[ids]
+        cases.losses(self.model, (x, y)).mean().backward()
+        self.optimizer.step()
+        torch.save(
+            {"step": recorder.steps, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}, self.file(recorder.steps)
+        )
+
+    def file(self, step):
+        return f"{self.path}.{step}.pt"
+
+    def load(self, step):
+        found = torch.load(self.file(step))
+        self.model.load_state_dict(found["model"])
+        self.optimizer.load_state_dict(found["optimizer"])
+        return self
+
+
+def check_same(got, want):
+    assert (got.steps, got.complete, got.damage()) == (want.steps, want.complete, [])
+    assert got.identity == want.identity
+    same(got.states(0, got.steps + 1), want.states(0, want.steps + 1))
+    one, two = (run.block(0, run.steps) for run in (got, want))
+    for mine, theirs in zip(one.rows, two.rows, strict=True):
+        for name in ("batch", "part", "weight", "hyper", "age", "preconditioner"):
+            if getattr(theirs, name) is not None:
+                same(getattr(mine, name), getattr(theirs, name), name)
+    ledgers = [cases.decomposed(run, cases.Problem("loop")) for run in (got, want)]
+    for row in ledgers[1].rows:
+        same(ledgers[0][row], ledgers[1][row], row)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd momentum", "sgd", "adagrad"])
+@pytest.mark.parametrize("at", range(1, LENGTH, 2))
+def test_a_recording_goes_on_where_it_was_closed(at, name, tmp_path):
+    want = Loop(tmp_path / "whole", name).record(LENGTH)
+    Loop(tmp_path / "run", name).record(at)
+    check_same(Loop(tmp_path / "run", name).load(at).record(LENGTH, resume=True), want)
+
+
+@pytest.mark.parametrize(("reached", "at"), [(10, 4), (10, 3), (9, 9), (8, 1), (5, 2)])
+def test_a_checkpoint_older_than_the_record_forgets_the_steps_behind_it(reached, at, tmp_path):
+    want = Loop(tmp_path / "whole").record(LENGTH)
+    Loop(tmp_path / "run").record(reached)
+    loop = Loop(tmp_path / "run").load(at)
+    with explaind.record(loop.optimizer, loop.model, loop.path, data=cases.DATA, resume=True) as recorder:
+        assert recorder.steps == at
+        assert explaind.open(loop.path).steps == at
+        while recorder.steps < LENGTH:
+            loop.step(recorder)
+    check_same(explaind.open(loop.path), want)
+
+
+def test_resuming_a_run_that_is_not_there_begins_it(tmp_path):
+    check_same(Loop(tmp_path / "run").record(LENGTH, resume=True), Loop(tmp_path / "whole").record(LENGTH))
+
+
+KILLED = """
+import sys, pytest
+from tests import cases, test_resumed_recording as t
+from pathlib import Path
+cases.shorten_blocks(pytest.MonkeyPatch())
+loop = t.Loop(Path(sys.argv[1]))
+def step(recorder, plain=loop.step):
+    plain(recorder)
+    print(recorder.steps, flush=True)
+loop.step = step
+loop.record(1000)
+"""
+
+
+@pytest.mark.parametrize("after", [1, 6, 7, 10])
+def test_a_training_that_was_killed_and_resumed_is_the_uninterrupted_one(after, tmp_path):
+    root = Path(__file__).parents[1]
+    child = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "run")], cwd=root, stdout=subprocess.PIPE, text=True)
+    for line in child.stdout:
+        if int(line) == after:
+            break
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    child.stdout.close()
+    run = explaind.open(tmp_path / "run")
+    assert run.damage() == []
+    loop = Loop(tmp_path / "run")
+    if run.steps:
+        loop.load(run.steps)
+    length = run.steps + 4
+    check_same(loop.record(length, resume=True), Loop(tmp_path / "whole").record(length))
+
+
+def test_batch_norm_and_dropout_go_on_too(tmp_path):
+    def network():
+        return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Dropout(0.3), torch.nn.Linear(4, 2))
+
+    want = Loop(tmp_path / "whole", network=network).record(LENGTH)
+    Loop(tmp_path / "run", network=network).record(5)
+    got = Loop(tmp_path / "run", network=network).load(5).record(LENGTH, resume=True)
+    assert got.identity == want.identity
+    assert got.damage() == []
+    same(got.states(0, LENGTH + 1), want.states(0, LENGTH + 1))
+
+
+def without_a_checkpoint(path):
+    return Loop(path).record(LENGTH, resume=True)
+
+
+def with_the_model_alone(path):
+    loop = Loop(path)
+    loop.model.load_state_dict(torch.load(loop.file(5))["model"])
+    return loop.record(LENGTH, resume=True)
+
+
+def with_another_optimizer(path):
+    return Loop(path, "sgd").record(LENGTH, resume=True)
+
+
+def with_another_model(path):
+    return Loop(path, network=cases.tied).record(LENGTH, resume=True)
+
+
+def with_a_changed_model(path):
+    loop = Loop(path).load(5)
+    with torch.no_grad():
+        loop.model[0].bias.add_(1e-3)
+    return loop.record(LENGTH, resume=True)
+
+
+def with_damage(path):
+    chunk = next(p for p in sorted((path / "theta").rglob("*")) if p.is_file() and p.name != "zarr.json")
+    shutil.copy(chunk, chunk.with_name("0") if chunk.name != "0" else chunk.parent.parent / "1" / "0")
+    return Loop(path).load(5).record(LENGTH, resume=True)
+
+
+REFUSED = (
+    (with_the_model_alone, "the optimizer has not made the steps of the run.*expected 5 updates; got 0"),
+    (with_another_optimizer, "another training.*optimizers"),
+    (with_another_model, "another training.*layers"),
+    (with_a_changed_model, "the model is in none of the run's states.*load the training's checkpoint"),
+    (with_damage, "the run is damaged"),
+)
+
+
+@pytest.mark.parametrize(("fault", "message"), REFUSED, ids=[fault.__name__ for fault, _ in REFUSED])
+def test_what_cannot_go_on_is_refused_and_the_run_stays(fault, message, tmp_path):
+    before = Loop(tmp_path / "run").record(5)
+    states = before.states(0, 6)
+    with pytest.raises(RecordError, match=message):
+        fault(tmp_path / "run")
+    after = explaind.open(tmp_path / "run")
+    assert (after.steps, after.complete) == (5, True)
+    if fault is not with_damage:
+        same(after.states(0, 6), states)
+
+
+def test_a_fresh_model_resumes_at_the_beginning(tmp_path):
+    """Its parameters are the run's first state: the training begins anew, as it would without a checkpoint."""
+    Loop(tmp_path / "run").record(5)
+    check_same(without_a_checkpoint(tmp_path / "run"), Loop(tmp_path / "whole").record(LENGTH))
+    assert np.isfinite(explaind.open(tmp_path / "run").states(0, 1)).all()
