@@ -11,7 +11,8 @@ from torch.utils.data import TensorDataset
 
 from explaind.rules import rule_named
 from explaind.store.manifest import Layer, Manifest, Optimized
-from explaind.store.writer import RunWriter, StepRow
+from explaind.store.row import StepRow
+from explaind.store.writer import RunWriter
 from explaind.tasks.modular import PaperNetwork
 
 FILE = np.load(Path(__file__).parent / "data" / "peer_adamw.npz")

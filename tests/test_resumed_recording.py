@@ -10,9 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import zarr
 
 import explaind
-from explaind.errors import RecordError
+from explaind.cli import main
+from explaind.errors import RecordError, StoreError
+from explaind.store.repair import Repair, repair
+from explaind.store.tail import following, records
 from tests import cases
 from tests.closeness import same
 
@@ -114,23 +118,97 @@ loop.record(1000)
 """
 
 
-@pytest.mark.parametrize("after", [1, 6, 7, 10])
-def test_a_training_that_was_killed_and_resumed_is_the_uninterrupted_one(after, tmp_path):
+def killed(path, after):
+    """A recording that was killed when it had said that so many steps were done, or a few more."""
     root = Path(__file__).parents[1]
-    child = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "run")], cwd=root, stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen([sys.executable, "-c", KILLED, str(path)], cwd=root, stdout=subprocess.PIPE, text=True)
     for line in child.stdout:
         if int(line) == after:
             break
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
     child.stdout.close()
+
+
+@pytest.mark.parametrize("after", [1, 6, 7, 10])
+def test_a_training_that_was_killed_and_resumed_is_the_uninterrupted_one(after, tmp_path):
+    killed(tmp_path / "run", after)
     run = explaind.open(tmp_path / "run")
     assert run.damage() == []
-    loop = Loop(tmp_path / "run")
-    if run.steps:
-        loop.load(run.steps)
-    length = run.steps + 4
+    assert run.steps + run.logged >= after  # not a step is lost
+    length = run.steps + run.logged + 4
+    loop = Loop(tmp_path / "run").load(after)  # the training's own checkpoint may be older than the record
     check_same(loop.record(length, resume=True), Loop(tmp_path / "whole").record(length))
+
+
+def test_repair_takes_up_what_was_logged(tmp_path, capsys):
+    killed(tmp_path / "run", 7)
+    before = explaind.open(tmp_path / "run")
+    steps, logged = before.steps, before.logged
+    assert logged >= 2
+    assert main(["info", str(before.path)]) == 0
+    assert f"{logged} more steps: explaind repair takes them up" in capsys.readouterr().out
+    assert main(["repair", str(before.path)]) == 0
+    assert f"{logged} taken from its log" in capsys.readouterr().out
+    after = explaind.open(before.path)
+    assert (after.steps, after.logged, after.complete, after.damage()) == (steps + logged, 0, False, [])
+    whole = Loop(tmp_path / "whole").record(after.steps)
+    same(after.states(0, after.steps + 1), whole.states(0, whole.steps + 1))
+    assert main(["repair", str(before.path)]) == 0
+    assert "nothing to repair" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("cut", [1, 10, 400, 700])
+def test_a_log_that_is_cut_off_anywhere_gives_the_whole_steps_before_it(cut, tmp_path):
+    killed(tmp_path / "run", 7)
+    run = explaind.open(tmp_path / "run")
+    have, log = run.logged, run.path / "tail.log"
+    log.write_bytes(log.read_bytes()[:-cut])
+    left = run.logged
+    assert 0 <= left < have
+    assert repair(run.path).regained == left
+    assert explaind.open(run.path).damage() == []
+
+
+def test_no_change_of_a_byte_of_the_log_gives_a_wrong_step(tmp_path):
+    killed(tmp_path / "run", 7)
+    run = explaind.open(tmp_path / "run")
+    log, want = run.path / "tail.log", {record.step: record.theta for record in records(run.path)}
+    text, rng = log.read_bytes(), np.random.default_rng(0)
+    for place in rng.integers(0, len(text), 300):
+        log.write_bytes(text[:place] + bytes([text[place] ^ (1 << int(rng.integers(8)))]) + text[place + 1 :])
+        for record in following(records(run.path), run.steps):
+            same(record.theta, want[record.step])
+
+
+@pytest.mark.parametrize("state", [4, 0])
+def test_repair_cuts_a_damaged_run_off_before_the_fault(state, tmp_path, capsys):
+    run = Loop(tmp_path / "run").record(LENGTH)
+    group = zarr.open_group(run.path, mode="r+", use_consolidated=False)
+    theta = group["theta"]
+    theta[state, 3] = theta[state, 3] + 1.0
+    assert run.damage()
+    if state == 0:
+        assert main(["repair", str(run.path)]) == 2
+        assert "not even the first state" in capsys.readouterr().err
+        return
+    assert repair(run.path) == Repair(LENGTH, state - 1, 0, LENGTH - state + 1)
+    after = explaind.open(run.path)
+    assert (after.steps, after.complete, after.damage()) == (state - 1, False, [])
+    assert cases.decomposed(after, cases.Problem("loop")).verify().ok
+
+
+def test_a_second_recorder_on_one_path_is_refused(tmp_path):
+    loop, other = Loop(tmp_path / "run"), Loop(tmp_path / "run")
+    with explaind.record(loop.optimizer, loop.model, loop.path) as recorder:
+        loop.step(recorder)
+        with pytest.raises(StoreError, match="there is something here already"):
+            explaind.record(other.optimizer, other.model, other.path)
+        with pytest.raises(StoreError, match="another process is recording this run"):
+            explaind.record(other.optimizer, other.model, other.path, resume=True)
+        assert explaind.open(loop.path).steps == 0  # a reader sees what is committed
+        loop.step(recorder)
+    assert (explaind.open(loop.path).steps, explaind.open(loop.path).damage()) == (2, [])
 
 
 def test_batch_norm_and_dropout_go_on_too(tmp_path):

@@ -16,7 +16,8 @@ import zarr
 import explaind
 from explaind.errors import StoreError
 from explaind.store.manifest import Layer, Manifest, Optimized
-from explaind.store.writer import RunWriter, StepRow
+from explaind.store.row import StepRow
+from explaind.store.writer import RunWriter
 from tests import cases
 from tests.closeness import same
 

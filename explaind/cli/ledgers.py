@@ -1,6 +1,6 @@
 """Verbs that make a ledger and vouch for it: run, record, decompose, verify, info."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ from explaind.ledger.parts import is_begun, shards_left
 from explaind.ledger.plan import shard_named
 from explaind.ledger.saving import open_ledger
 from explaind.ledger.verify_run import RunVerdict, verify_run
-from explaind.report.lines import info_lines, ledger_lines, run_lines, shard_lines, verify_lines
+from explaind.report.lines import info_lines, ledger_lines, repair_lines, run_lines, shard_lines, verify_lines
 from explaind.report.report import run_facts
 from explaind.report.summary import ledger_facts
 from explaind.store import schema
 from explaind.store.reader import Run, open_run
+from explaind.store.repair import repair
 from explaind.tasks import load
 from explaind.tasks.training import train
 
@@ -182,6 +183,13 @@ def info(path: Path, /, *, json: Json = False) -> int:
     else:
         recorded = open_run(path)
         printed({**run_facts(recorded), "ledgers": [str(p) for p in ledgers_of(path)]}, json, info_lines)
+    return FINE
+
+
+@app.command(name="repair")
+def repaired(run: Path, /, *, json: Json = False) -> int:
+    """Put a RUN right that was killed or damaged: take up the steps of its log, and cut it off before the first fault."""
+    printed({"run": str(run), **asdict(repair(run))}, json, repair_lines)
     return FINE
 
 

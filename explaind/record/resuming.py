@@ -7,7 +7,8 @@ import numpy as np
 from explaind.errors import RecordError
 from explaind.record.watched import Watched
 from explaind.store.manifest import Manifest
-from explaind.store.reader import Run, open_run
+from explaind.store.reader import Run
+from explaind.store.repair import recovered
 from explaind.store.writer import RunWriter
 
 ALIKE = ("optimizers", "layers", "dtype", "reduction", "model", "modules", "random_bytes", "examples")
@@ -20,7 +21,7 @@ def resumed(path: Path, manifest: Manifest, watched: Watched, theta: np.ndarray,
     Steps that were recorded after that state are forgotten: the training is about to make them again. RecordError where the run is
     damaged or another one, the model is in none of its states, or the optimizer has not made as many steps.
     """
-    run = open_run(path)
+    run = recovered(path)
     for name in ALIKE:
         want, got = (_plain(getattr(m, name)) for m in (run.manifest, manifest))
         if want != got:

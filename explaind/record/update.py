@@ -6,7 +6,7 @@ from torch import Tensor
 
 from explaind.record.incoming import MicroBatch
 from explaind.record.watched import Watched
-from explaind.store.writer import StepRow
+from explaind.store.row import StepRow
 
 
 class Update:

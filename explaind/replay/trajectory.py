@@ -14,7 +14,7 @@ from explaind.rules.filter import IDLE, STILL, Filter, joined
 from explaind.rules.rule import Facts
 from explaind.store.manifest import Layer
 from explaind.store.reader import Block, Run
-from explaind.store.writer import StepRow
+from explaind.store.row import StepRow
 
 
 class Trajectory:

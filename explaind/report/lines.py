@@ -92,6 +92,8 @@ def info_lines(facts: dict[str, Any]) -> list[str]:
         f"  optimizer   {facts['optimizer']}, {facts['reduction']} loss, {facts['examples']} examples, seed {facts['seed']}",
         f"  made with   {', '.join(f'{name} {version}' for name, version in facts['versions'].items())} on {facts['device']}",
     ]
+    if facts["logged"]:
+        lines.append(f"  log         {facts['logged']} more steps: explaind repair takes them up")
     lines += [f"  task        {json.dumps(config['task'])}"] if "task" in config else []
     return lines + [f"  ledger      {path}" for path in facts["ledgers"]]
 
@@ -144,3 +146,9 @@ def _needs(facts: dict[str, Any]) -> str:
     record = "" if facts.get("record_seconds") is None else f"recording {facts['record_seconds']:.3g} s, "
     memory, disk = (facts[name] / (1 << 30) for name in ("memory", "disk"))
     return f"  {facts['steps']} steps  {record}decomposing {facts['seconds']:.3g} s, memory {memory:.2f} GiB, disk {disk:.3f} GiB"
+
+
+def repair_lines(facts: dict[str, Any]) -> list[str]:
+    """What a repair did."""
+    done = [f"{facts[name]} {words}" for name, words in (("regained", "taken from its log"), ("lost", "cut off")) if facts[name]]
+    return [f"run {facts['run']}: {facts['after']} steps" + (f" ({', '.join(done)})" if done else ", nothing to repair")]

@@ -75,6 +75,7 @@ def run_facts(run: Run) -> dict[str, Any]:
         "path": str(run.path),
         "steps": run.steps,
         "complete": run.complete,
+        "logged": run.logged,
         "model": m.model,
         "optimizer": m.optimizer,
         "parameters": m.params,

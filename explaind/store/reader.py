@@ -16,7 +16,9 @@ import zarr
 from explaind.errors import RequestError, StoreError
 from explaind.store import schema
 from explaind.store.manifest import Manifest
-from explaind.store.writer import Begun, StepRow, step_checksum, theta_checksum
+from explaind.store.row import StepRow
+from explaind.store.tail import following, records
+from explaind.store.writer import Begun, step_checksum, theta_checksum
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,27 @@ class Run:
         last = self._read("checksum_step", slice(steps - 1, steps)) if steps else np.zeros(1)
         states, crc_theta = self.states(start, steps + 1), self._read("checksum_theta", slice(start, steps + 1))
         return Begun(start, states, rows, self.modes, crc_theta, crc_step, int(last[0]))
+
+    @property
+    def logged(self) -> int:
+        """Steps behind the committed ones that the tail log of a killed recording still holds; ``explaind repair`` takes them up."""
+        found = following(records(self.path), self.steps)
+        return len(found)
+
+    def sound(self) -> int:
+        """Steps up to the first fault of what is stored: all of them where ``damage`` finds none."""
+        found, block = 0, self.manifest.block
+        try:
+            for start in range(0, self.steps + 1, block):
+                shorter = self.first(min(start + block, self.steps))
+                if shorter.damage():
+                    break
+                found = shorter.steps
+            while found < self.steps and not self.first(found + 1).damage():
+                found += 1
+        except StoreError:
+            pass
+        return found
 
     def damage(self) -> list[str]:
         """Where stored bytes are not what was recorded, in words; empty when every checksum holds."""

@@ -3,6 +3,7 @@
 run/
   zarr.json          attributes: schema version, manifest
   commit.json        how many steps are safely on disk; readers clamp to it
+  tail.log           steps since then, while the run is written or after it was killed (tail.py)
   theta              [state, param]          parameters before step `state` (one row more than steps)
   momentum           [anchor, param]         z before step `anchor`; one row a block
   preconditioner     [step, param]           second moment after the step, or whatever tensor the optimizer's rule freezes

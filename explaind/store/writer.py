@@ -12,23 +12,8 @@ import zarr
 from explaind.errors import StoreError
 from explaind.store import schema
 from explaind.store.manifest import Layer, Manifest
-
-
-@dataclass(frozen=True)
-class StepRow:
-    """What is recorded of one step beside the parameters that it leads to."""
-
-    batch: np.ndarray  # int64 [slot]
-    part: np.ndarray  # int32 [slot]
-    weight: np.ndarray  # float64 [slot]
-    hyper: np.ndarray  # float64 [layer, option]
-    age: np.ndarray  # int32 [layer]
-    mode: tuple[bool, ...]
-    preconditioner: np.ndarray | None  # [param]
-    anchor: np.ndarray | None  # momentum before the step, [param]; only at the first step of a block
-    scalars: np.ndarray | None = None  # float64 [layer, scalar]; where the rules need any
-    consumed: np.ndarray | None = None  # float64 [layer, 2]: norm and largest size of a gradient that was changed after the backward pass
-    random: np.ndarray | None = None  # uint8 [part · byte]: generators before each micro-batch, zeros where none was drawn from
+from explaind.store.row import StepRow
+from explaind.store.tail import Record, Tail
 
 
 def theta_checksum(theta: np.ndarray, layers: Sequence[Layer], previous: np.ndarray) -> np.ndarray:
@@ -103,21 +88,26 @@ class RunWriter:
             # The first state is written at once, so that a run that is killed in its first block still opens.
             schema.append(self._columns["theta"], theta[None], 0)
             schema.append(self._columns["checksum_theta"], self._crc_theta[0][None], 0)
+            self._tail = Tail(path)
         except OSError as error:
             raise schema.unwritable(path, error) from error
         self._commit(complete=False)
 
     @classmethod
-    def resumed(cls, path: Path, manifest: Manifest, begun: "Begun") -> "RunWriter":
-        """Go on with a run after what it holds of its last block; steps behind that are forgotten."""
+    def resumed(cls, path: Path, manifest: Manifest, begun: "Begun", logged: Sequence[Record] = ()) -> "RunWriter":
+        """Go on with a run after what it holds of its last block, and what was logged behind that; other steps are forgotten."""
         self = cls.__new__(cls)
         self.path, self.manifest, self.steps, self.closed = path, manifest, begun.start + len(begun.rows), False
         self._written = {"states": begun.start, "steps": begun.start, "anchors": begun.start // manifest.block}
         self._modes, self._rows, self._states = list(begun.modes), list(begun.rows), list(begun.states)
         self._crc_theta, self._crc_step = list(begun.crc_theta), begun.crc_step.tolist()
         self._last_crc = begun.last_crc
-        self._columns = schema.growing(path)
+        self._columns, self._tail = schema.growing(path), Tail(path)
         self._mark(self.steps, complete=False)
+        for record in logged:
+            self._take(record.row, record.theta)
+            self._flush_if_full()
+        self._tail.restart(logged[-1:] if logged and not self._rows else logged)
         return self
 
     def _create(self, group: zarr.Group, momentum: bool, preconditioner: bool) -> dict[str, zarr.Array]:
@@ -145,6 +135,25 @@ class RunWriter:
 
     def add(self, row: StepRow, theta: np.ndarray) -> None:
         """Take step ``self.steps``, which led to the parameters theta [param]."""
+        record = Record(self.steps, row, theta)
+        self._take(row, theta)
+        try:
+            self._tail.append(record)
+            if self._flush_if_full():
+                self._tail.restart([record])
+        except OSError as error:
+            self.closed = True
+            raise schema.unwritable(self.path, error) from error
+
+    def _flush_if_full(self) -> bool:
+        full = len(self._rows) == self.manifest.block
+        if full:
+            # The last state stays in memory, and in the log: it opens the next block's whole chunk.
+            self._flush(len(self._states) - 1)
+            self._commit(complete=False)
+        return full
+
+    def _take(self, row: StepRow, theta: np.ndarray) -> None:
         if row.mode not in self._modes:
             self._modes.append(row.mode)
         self._last_crc = step_checksum(row, self._modes.index(row.mode), self._last_crc)
@@ -153,10 +162,6 @@ class RunWriter:
         self._rows.append(row)
         self._states.append(theta)
         self.steps += 1
-        if len(self._rows) == self.manifest.block:
-            # The last state stays in memory: it opens the next block's whole chunk.
-            self._flush(len(self._states) - 1)
-            self._commit(complete=False)
 
     def close(self, complete: bool = True) -> None:
         """Write what is still in memory, the last partial block included; safe to call twice."""
@@ -165,6 +170,7 @@ class RunWriter:
         self.closed = True
         self._flush(len(self._states))
         self._commit(complete)
+        self._tail.close(remove=True)
 
     def _flush(self, states: int) -> None:
         at, rows = self._written, self._rows

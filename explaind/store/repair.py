@@ -1,0 +1,48 @@
+"""Putting a run right that was killed or damaged: what was logged is taken up, what is not sound is cut off."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from explaind.errors import StoreError
+from explaind.store.reader import Run, open_run
+from explaind.store.tail import following, records
+from explaind.store.writer import RunWriter
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What was done."""
+
+    before: int
+    """Steps that could be read."""
+    after: int
+    regained: int
+    """Steps that were taken from the log."""
+    lost: int
+    """Steps that were cut off, from the first fault on."""
+
+
+def repair(path: Path) -> Repair:
+    """Truncate a run to its last sound step, and take up the steps of its log; a sound run is left alone.
+
+    StoreError where nothing can be read, where not even the first state is sound, or where another process is writing the run.
+    """
+    run = open_run(path)
+    before, sound = run.steps, run.sound()
+    if sound == 0 and run.first(0).damage():
+        raise StoreError("not even the first state of the run is sound", where=path, do="restore the run from a copy")
+    logged = following(records(path), sound)
+    if sound == before and not logged:
+        return Repair(before, before, 0, 0)
+    writer = RunWriter.resumed(path, run.manifest, run.first(sound).begun(sound), logged)
+    writer.close(complete=False)
+    return Repair(before, sound + len(logged), len(logged), max(0, before - sound - len(logged)))
+
+
+def recovered(path: Path) -> Run:
+    """A run with its log taken up; damage is left where it is."""
+    run = open_run(path)
+    if run.logged:
+        RunWriter.resumed(path, run.manifest, run.begun(run.steps), following(records(path), run.steps)).close(complete=False)
+        run = open_run(path)
+    return run
