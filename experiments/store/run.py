@@ -2,8 +2,8 @@
 
 python experiments/store/run.py [--kills 50] [--out runs/store]
 
-A training is recorded in a process of its own and killed with SIGKILL at a random moment; its record is checked, resumed from the training's
-own checkpoint, run to the end, and compared bitwise with one that was not interrupted.
+A training is recorded in a process of its own and killed with SIGKILL at a random moment. Its record is checked, resumed from
+the training's own checkpoint, run to the end, and compared bitwise with one that was not interrupted.
 """
 
 import argparse
