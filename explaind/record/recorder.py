@@ -18,6 +18,7 @@ from explaind.errors import RecordError
 from explaind.record.examples import MapStyle, checked_ids, checked_weights, fingerprints
 from explaind.record.incoming import Incoming, random_state
 from explaind.record.resuming import resumed
+from explaind.record.unwrapping import unwrapped_model, unwrapped_optimizer
 from explaind.record.update import Update
 from explaind.record.watched import Watched, model_name
 from explaind.store import schema
@@ -217,7 +218,8 @@ def record(
 ) -> Recorder:
     """Record every step of a training to a run folder; use as a context manager, or call ``close()`` at the end.
 
-    optimizer, model  the user's own objects; the training is bitwise the one without a recorder
+    optimizer, model  the user's own objects; the training is bitwise the one without a recorder. What accelerate, torch.compile,
+                      DataParallel and DistributedDataParallel put around them is looked through
     optimizer         or several of them, each with parameters of its own: they make a step together
     path              a new or empty folder (overwrite=True removes a run that is there; resume=True goes on with it, at the recorded
                       state that the model is in: load the training's checkpoint first)
@@ -233,4 +235,13 @@ def record(
         schema.open_group(folder, "run")  # only ever remove what is a run
         shutil.rmtree(folder)
     optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
-    return Recorder(optimizers, model, folder, reduction, data, config, watch, resume and folder.exists())
+    return Recorder(
+        [unwrapped_optimizer(o) for o in optimizers],
+        unwrapped_model(model),
+        folder,
+        reduction,
+        data,
+        config,
+        watch,
+        resume and folder.exists(),
+    )
