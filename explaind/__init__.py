@@ -10,6 +10,7 @@ from explaind.ledger.parts import shards_left
 from explaind.ledger.saving import open_ledger
 from explaind.record.examples import indexed
 from explaind.record.recorder import Recorder, record
+from explaind.rules.gradient_filter import GrokfastEMA, GrokfastMA
 from explaind.store.reader import Run
 from explaind.store.reader import open_run as open
 
@@ -18,6 +19,8 @@ __version__ = version("explaind-ledger")
 __all__ = [
     "Diagnosis",
     "ExplaindError",
+    "GrokfastEMA",
+    "GrokfastMA",
     "Ledger",
     "Recorder",
     "Run",

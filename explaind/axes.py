@@ -15,3 +15,6 @@ MEASURE_AXES = ("query", "output")
 
 KEEPABLE = ("query", "output", "example", "layer", "param", "step")
 """What ``keep`` may hold, in the order in which the axes of a ledger stand."""
+
+ROWS = ("initial", "data", "decay", "momentum0", "buffers", "gap", "arithmetic", "path")
+"""The terms of the sum that a ledger is, in the order in which they are told."""

@@ -41,6 +41,8 @@ class Train:
     seed       of the initial model and of the batches
     threads    of torch; 0: torch's own choice
     device     where the model is trained
+    codec      of the record, as in ``explaind.record``
+    thin       steps between two stored states, or "sqrt" for the root of `steps`; 0: every state is stored
     """
 
     steps: int
@@ -50,6 +52,8 @@ class Train:
     seed: int = 0
     threads: int = 0
     device: str = "cpu"
+    codec: Literal["bitdelta", "standard"] = "bitdelta"
+    thin: int | Literal["sqrt"] = 0
 
 
 @dataclass(frozen=True)
@@ -98,12 +102,15 @@ class Config:
     optimizer: Named
     decompose: Decompose = Decompose()
     report: Report = Report()
+    gradient_filter: Named | None = None
+    """Between the backward pass and the optimizer: GrokfastEMA or GrokfastMA, with its options."""
 
     def to_json(self) -> dict[str, Any]:
         """The resolved configuration, defaults included; ``resolved`` reads it back."""
         plain = asdict(self)
-        for table in ("task", "optimizer"):
-            plain[table] = {"name": plain[table]["name"], **plain[table]["options"]}
+        for table in ("task", "optimizer", "gradient_filter"):
+            if plain[table] is not None:
+                plain[table] = {"name": plain[table]["name"], **plain[table]["options"]}
         return plain
 
 
@@ -122,6 +129,7 @@ def read(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
 def resolved(table: Mapping[str, Any], where: str) -> Config:
     """Check a whole configuration; `where` names the file or the run that it is from."""
     known = [f.name for f in fields(Config)]
+    table = {name: value for name, value in table.items() if value is not None}
     for name, value in table.items():
         if name not in known:
             raise ConfigError("unknown table in the configuration", where=where, expected=nearest(name, known), got=f"[{name}]")
@@ -136,6 +144,7 @@ def resolved(table: Mapping[str, Any], where: str) -> Config:
         named(table["optimizer"], f"{where}: optimizer"),
         checked(Decompose, table.get("decompose", {}), f"{where}: decompose"),
         checked(Report, table.get("report", {}), f"{where}: report"),
+        named(table["gradient_filter"], f"{where}: gradient_filter") if "gradient_filter" in table else None,
     )
 
 

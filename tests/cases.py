@@ -1,5 +1,6 @@
 """The table: every optimizer setting that has a rule, and the small trainings that the tests share."""
 
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -42,6 +43,11 @@ def row(name: str, kind: type[Optimizer], **options: Any) -> Case:
     return Case(name, lambda params: kind(params, **{**DEFAULTS.get(kind, {"lr": 0.03}), **options}))
 
 
+def has(kind: type[Optimizer], option: str) -> bool:
+    """Whether an optimizer of this torch has an option."""
+    return option in inspect.signature(kind).parameters
+
+
 def in_groups(kind: type[Optimizer], first: dict[str, Any], second: dict[str, Any]) -> Callable[[list[Tensor]], Optimizer]:
     """The later parameters come first: the optimizer's order need not be the model's."""
     return lambda params: kind([{"params": params[2:], **first}, {"params": params[:2], **second}], lr=0.05)
@@ -63,7 +69,7 @@ OPTIMIZERS = (
     row("adam l2", Adam, weight_decay=0.1),
     row("adam l2 maximize", Adam, weight_decay=0.1, maximize=True),
     row("adam amsgrad", Adam, amsgrad=True),
-    row("adam decoupled", Adam, weight_decay=0.1, decoupled_weight_decay=True),
+    *([row("adam decoupled", Adam, weight_decay=0.1, decoupled_weight_decay=True)] if has(Adam, "decoupled_weight_decay") else []),
     row("adam for-loop", Adam, foreach=False),
     row("adam foreach", Adam, weight_decay=0.1, foreach=True),
     row("adam fused", Adam, weight_decay=0.1, fused=True),
@@ -181,6 +187,8 @@ class Problem:
     """Whether the model is in train mode at a step."""
     touch: Callable[[nn.Module], Any] | None = None
     """What is done to gradients before the optimizer steps."""
+    response: Callable[[int, int], float] | None = None
+    """What is left of a step's gradient at a later one, where `touch` mixes the gradients of several steps."""
 
     def __str__(self) -> str:
         return self.name

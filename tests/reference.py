@@ -175,6 +175,8 @@ class Slow:
             each = cases.losses(model, cases.DATA[ids])
             found += [(i, w * self.of_trained(loss)) for i, w, loss in zip(part, self.problem.weights(ids), each, strict=True)]
         whole = sum(share for _, share in found)
+        if self.problem.response is not None:
+            return found
         factor = torch.where(whole != 0, self.moments[step].consumed / whole, 1.0)  # what clipping did to every number
         return [(i, factor * share) for i, share in found]
 
@@ -185,6 +187,13 @@ class Slow:
     def dots(self, mean: Tensor, movement: Tensor) -> Tensor:
         """[query, output, layer]"""
         return torch.stack([mean[..., cut] @ movement[cut] for cut in self.layers], dim=-1)
+
+    def of_gradient(self, means: list[Tensor], step: int, g: Tensor) -> Tensor:
+        """What g, found at `step`, moved at every step: [query, output, layer, applied]"""
+        if self.problem.response is None:
+            return self.pushed(means, step, self.moments[step].filter.sign * g)
+        later = range(step, len(means))
+        return sum(self.pushed(means, t, self.problem.response(step, t) * self.moments[t].filter.sign * g) for t in later)
 
     def pushed(self, means: list[Tensor], step: int, g: Tensor) -> Tensor:
         """What g, consumed at `step`, moved at every step: [query, output, layer, applied]"""
@@ -212,7 +221,7 @@ class Slow:
         decayed = torch.zeros(*means[0].shape[:2], *sizes, dtype=torch.float64)
         for s, moment in enumerate(self.moments):
             for i, share in self.shares(s):
-                full[:, :, i, :, s] += self.pushed(means, s, moment.filter.sign * share)
+                full[:, :, i, :, s] += self.of_gradient(means, s, share)
             decayed[..., s, :] += self.pushed(means, s, moment.filter.kappa * moment.theta)
             decayed[..., s, s] += self.dots(means[s], -moment.filter.R * moment.theta)
         change = [self.measured(m.after) - self.measured(m.theta) for m in self.moments]

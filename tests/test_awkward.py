@@ -178,6 +178,6 @@ def test_costates_of_layers_that_never_learn_are_let_go(tmp_path, monkeypatch):
     run, data = recorded(tmp_path / "run", Idle, batches=((0, 1, 2),) * 60)
     living, step = [], Sweep._step
     monkeypatch.setattr(Sweep, "_step", lambda self, *of, **named: (step(self, *of, **named), living.append(len(self.costates)))[0])
-    monkeypatch.setattr("explaind.kernel.sweep.FADED", {torch.float64: 1e-2})
+    monkeypatch.setattr("explaind.kernel.costate.FADED", {torch.float64: 1e-2})
     decomposed(run, data, Idle, view="applied", keep=("query", "example", "step"), rule="gauss:1")
     assert max(living) < 50  # 0.9 ** 44 is a hundredth

@@ -72,7 +72,7 @@ def test_the_benchmark_follows_a_whole_training_and_the_split_between_layers(ben
     assert off["midpoint:100"] <= 1e-4
 
 
-@pytest.mark.parametrize("name", ["benchmark", "digits"])
+@pytest.mark.parametrize("name", ["benchmark", "digits", "pruning"])
 def test_every_study_is_a_command_with_a_readme(name):
     done = subprocess.run([sys.executable, FOLDER / name / "run.py", "--help"], capture_output=True, text=True, check=True)
     assert "usage" in done.stdout
@@ -152,3 +152,70 @@ def test_killed_recordings_are_sound_and_go_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study.recording, "BUFFER_BYTES", study.recording.BUFFER_BYTES)  # put back afterwards
     study.main()
     assert "0 corrupt, 0 with phantom steps,\nat most 0 told steps lost, 2 resumed to a bitwise equal end" in capsys.readouterr().out
+
+
+def test_the_small_codec_makes_a_record_small(tmp_path):
+    found = loaded("codec").study("digits", tmp_path / "run", ("--train.steps", "48"))
+    for array, most in (("theta", 2.8), ("preconditioner", 3.2)):
+        assert found[array]["bitdelta"]["bytes"] < most
+        assert found[array]["bitdelta"]["bytes"] < found[array]["standard"]["bytes"]
+
+
+@pytest.mark.parametrize("name", ["trainer", "lightning", "accelerated", "ddp"])
+def test_a_loop_of_a_library_is_short_and_its_ledger_holds(name, tmp_path):
+    pytest.importorskip({"trainer": "transformers", "lightning": "pytorch_lightning", "accelerated": "accelerate", "ddp": "torch"}[name])
+    script = FOLDER / "loops" / f"{name}.py"
+    docstring, code = script.read_text().split('"""\n', 1)
+    assert docstring.startswith('"""')
+    assert len([line for line in code.splitlines() if line.strip()]) <= 25
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if name == "ddp" else []
+    done = subprocess.run([sys.executable, *start, str(script), str(tmp_path / "run")], capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip().splitlines()[-1] == "True", done.stderr
+
+
+def test_what_the_doctor_says_is_set_beside_what_happens(tmp_path):
+    rows = loaded("doctor").main(["--small", "--out", str(tmp_path)])
+    assert [row["set-up"] for row in rows] == ["contrastive"]
+    assert all(row["ok"] and 0.5 < row["memory_ratio"] < 2 for row in rows)  # times are for a quiet machine
+    assert json.loads((tmp_path / "results.json").read_text()) == rows
+
+
+def test_the_pruning_study_runs_from_end_to_end_and_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(FOLDER / "pruning"))
+    study = loaded("pruning")
+
+    def results(*parts):
+        given = study.filled(study.options().parse_args(["--small", "--seeds", "0", "1", "--out", str(tmp_path), "--parts", *parts]))
+        made = study.Study(given)
+        for part in parts:
+            getattr(made, part)()
+        return json.loads(made.write().read_text()), made
+
+    found, made = results(*study.PARTS)
+    for row in found["checks"]:
+        assert row["closure"] <= 1e-4  # float32
+        assert row["explained"] >= 0.99
+    for row in found["identities"]:
+        assert row["whole"]
+        assert row["accuracy"]
+        assert row["sums"] <= 1e-12
+    curves = found["curves"]
+    assert len(curves["kept"]) == 2 * len(study.METHODS) * len(study.LEVELS) * len(study.KEPT)
+    for i, kept in enumerate(curves["kept"]):
+        if kept == 1:  # the network itself, to the last bit
+            run = made.runs[curves["seed"][i]]
+            assert curves["val_accuracy"][i] == made.benches[curves["seed"][i]].measured(run.theta(run.steps))["val_accuracy"]
+            assert (curves["kl"][i], curves["sparsity"][i]) == (0, 0)
+        assert curves["sparsity"][i] <= 1 - kept + 1e-12
+    scores, layers = made._scores(0), made.runs[0].manifest.layers
+    for values in scores.values():
+        whole = study.scores_of(values, study.components(layers, "tensor"))
+        assert all(abs(whole[i] / values[x.offset : x.offset + x.size].sum() - 1) <= 1e-12 for i, x in enumerate(layers))
+    for name in ("training", "checks", "at_90", "margins_90", "at_98", "margins_98", "reach", "overlap"):
+        assert (tmp_path / "tables" / f"{name}.md").read_text().count("\n| ") >= 4
+    assert (tmp_path / "figures" / "pruning.png").exists()
+    kinds = ("seed-*/**/commit.json", "scores/*.npz", "curves/*.json")
+    times = {p: p.stat().st_mtime_ns for kind in kinds for p in tmp_path.glob(kind)}
+    assert len(times) == 2 * (2 + 1 + 12)
+    assert results("credit", "prune")[0] == found
+    assert times == {p: p.stat().st_mtime_ns for kind in kinds for p in tmp_path.glob(kind)}

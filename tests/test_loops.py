@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import explaind
-from tests import cases
+from tests import cases, reference
 from tests.closeness import algebra, same
+from tests.test_ledger import check_against_reference
 
 
 @pytest.fixture(autouse=True)
@@ -222,3 +224,164 @@ def test_batch_norm_whose_statistics_matter_has_a_buffers_row(tmp_path):
     data = np.abs(ledger["data"]).sum(axis=(0, 1, 2, 4))
     assert not data[moved > 0].any()
     algebra(ledger.to_xarray()["buffers"].sum().item(), ledger["buffers"].sum(), "buffers")
+
+
+def under_autocast(path, where, dtype=torch.bfloat16, scaled=False, **options):
+    """A float32 training whose forward passes are computed in another precision."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(3, 16), nn.ReLU(), nn.Linear(16, 2)).float()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    scaler = torch.amp.GradScaler("cpu", enabled=scaled)
+    with explaind.record(optimizer, model, path, **options) as recorder:
+        for ids in BATCHES * 4:
+            x, y = cases.DATA[torch.tensor(ids)]
+            optimizer.zero_grad()
+            if where != "around":
+                recorder.examples(ids)
+            with torch.autocast("cpu", dtype):
+                if where == "around":
+                    recorder.examples(ids)
+                logits = (
+                    torch.func.functional_call(model, dict(model.named_parameters()), (x.float(),)) if where == "told" else model(x.float())
+                )
+                loss = nn.functional.cross_entropy(logits.float(), y)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    return explaind.open(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("where", "scaled"), [("inside", False), ("around", True), ("told", False)])
+def test_training_under_autocast_closes_and_its_rounding_is_told_apart(where, scaled, dtype, tmp_path):
+    run = under_autocast(tmp_path / "run", where, dtype, scaled, precision=dtype if where == "told" else None)
+    assert {row.precision for row in run.block(0, run.steps).rows} == {torch.finfo(dtype).eps}
+    blank = nn.Sequential(nn.Linear(3, 16), nn.ReLU(), nn.Linear(16, 2))
+    ledger = explaind.decompose(
+        run,
+        blank,
+        data=cases.DATA,
+        losses=lambda m, b: cases.losses(m, b),
+        queries=cases.QUERIES,
+        measure=cases.measure,
+    )
+    verdict = ledger.verify()
+    assert verdict.ok, verdict.reasons
+    assert verdict.maxima["closure"] <= 1e-9
+    share = verdict.maxima["arithmetic_share"]
+    assert torch.finfo(dtype).eps / 100 < share < 32 * torch.finfo(dtype).eps
+    # A loss that is another one is still found.
+    wrong = explaind.decompose(
+        run,
+        blank,
+        data=cases.DATA,
+        losses=lambda m, b: 2 * cases.losses(m, b),
+        queries=cases.QUERIES,
+        measure=cases.measure,
+    )
+    assert not wrong.verify().ok
+
+
+def test_several_recordings_of_one_training(tmp_path):
+    """Side by side they are the same run; one that begins later has the momentum from before."""
+    model, optimizer, first = begun(tmp_path / "first")
+    second = explaind.record(optimizer, model, tmp_path / "second")
+    third = None
+    for i, ids in enumerate(BATCHES * 2):
+        if i == 3:
+            third = explaind.record(optimizer, model, tmp_path / "third")
+        recorders = [r for r in (first if i <= 5 else None, second, third) if r is not None]
+        optimizer.zero_grad()
+        for recorder in recorders:
+            recorder.examples(ids)
+        cases.losses(model, cases.DATA[torch.tensor(ids)]).mean().backward()
+        optimizer.step()
+        if i == 5:
+            first.close()
+    for recorder in (second, third):
+        recorder.close()
+    one, two, three = (explaind.open(tmp_path / name) for name in ("first", "second", "third"))
+    assert (one.steps, two.steps, three.steps) == (6, 8, 5)
+    same(one.states(0, 7), two.states(0, 7))
+    same(three.states(0, 6), two.states(3, 9))
+    for run in (one, two, three):
+        ledger = closes(cases.decomposed(run))
+    assert np.abs(ledger["momentum0"]).max() > 0
+
+
+def clip_each(model):
+    for p in model.parameters():
+        nn.utils.clip_grad_norm_([p], 0.02)
+
+
+@pytest.mark.parametrize("touch", [cases.clip_halves, clip_each])
+@pytest.mark.parametrize("name", ["sgd momentum", "adamw"])
+def test_parts_of_a_model_may_be_clipped_apart(touch, name, tmp_path):
+    problem, case = cases.Problem("clipped apart", touch=touch), cases.optimizer_named(name)
+    want = reference.Slow(problem, case).solve()
+    run = cases.recorded(tmp_path / "run", problem, case)
+    check_against_reference(cases.decomposed(run, problem), want)
+
+
+def noise(model):
+    for p in model.parameters():
+        p.grad.add_(0.3 * torch.randn_like(p) * p.grad.abs().max())
+
+
+def centred(model):
+    for p in model.parameters():
+        if p.ndim > 1:
+            p.grad.sub_(p.grad.mean(1, keepdim=True))
+
+
+@pytest.mark.parametrize("touch", [noise, centred])
+def test_what_else_is_done_to_a_gradient_is_no_clipping(touch, tmp_path):
+    run = cases.recorded(tmp_path / "run", cases.Problem("changed", touch=touch))
+    assert not cases.decomposed(run).verify().ok
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_casts_in_a_loss_are_followed_in_the_precision_of_the_kernel(dtype, tmp_path):
+    """A model in low precision whose loss is computed in float32, as is usual."""
+    data = torch.utils.data.TensorDataset(cases.DATA.tensors[0].to(dtype), cases.DATA.tensors[1])
+
+    def losses(model, batch):
+        logits = model(batch[0])
+        shifted = torch.zeros(2, dtype=torch.float32) + logits.to(torch.float32)
+        return nn.functional.cross_entropy(shifted.softmax(-1, dtype=torch.float32).log(), batch[1], reduction="none").float()
+
+    model = cases.PLAIN.model().to(dtype)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    with explaind.record(optimizer, model, tmp_path / "run") as recorder:
+        for ids in BATCHES * 2:
+            recorder.examples(ids)
+            optimizer.zero_grad()
+            losses(model, data[torch.tensor(ids)]).mean().backward()
+            optimizer.step()
+    run = explaind.open(tmp_path / "run")
+    for kernel in (torch.float64, torch.float32):
+        ledger = explaind.decompose(run, cases.PLAIN.model(), data=data, losses=losses, queries=data[:3], measure=losses, dtype=kernel)
+        assert ledger.verify().ok, ledger.verify().reasons
+        found = ledger.verify().maxima
+        assert ledger["final"].dtype == np.float64
+        assert found["closure"] <= (1e-9 if kernel == torch.float64 else 1e-4)
+        assert found["arithmetic_share"] <= {torch.bfloat16: 0.5, torch.float16: 0.1, torch.float32: 1e-4}[dtype]
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant):
+        super().__init__()
+        self.begin, self.first, self.last, self.reentrant = nn.Linear(3, 3), nn.Linear(3, 5), nn.Linear(5, 2), reentrant
+
+    def forward(self, x):
+        return self.last(checkpoint(lambda t: torch.tanh(self.first(t)), self.begin(x), use_reentrant=self.reentrant))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("products", ["auto", "jvp"])
+def test_activation_checkpoints_change_nothing(reentrant, products, tmp_path):
+    def network():
+        return Checkpointed(reentrant)
+
+    run = cases.recorded(tmp_path / "run", cases.Problem("checkpoints", network))
+    closes(cases.decomposed(run, cases.Problem("checkpoints", network), products=products, rule="auto"))

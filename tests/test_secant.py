@@ -9,7 +9,7 @@ from torch.func import functional_call, jacrev, jvp, vmap
 from torch.nn import functional as F
 
 from explaind.kernel.secant import NoSecant, Secant
-from explaind.replay.surroundings import differentiable_attention
+from explaind.replay.surroundings import differentiable
 from tests.cases import normal
 from tests.closeness import algebra, same
 
@@ -119,7 +119,7 @@ def written(x, y):
 @pytest.fixture(autouse=True)
 def double():
     torch.set_default_dtype(torch.float64)
-    with differentiable_attention():
+    with differentiable():
         yield
     torch.set_default_dtype(torch.float32)
 

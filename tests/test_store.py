@@ -198,7 +198,7 @@ def test_a_folder_holds_zarr_chunks_and_json_and_no_codec_that_runs_code(kind, t
     for path in files:
         if path.name == "zarr.json":
             codecs |= {codec["name"] for codec in json.loads((tmp_path / kind / path).read_text()).get("codecs", ())}
-    assert codecs <= {"bytes", "blosc", "zstd", "vlen-utf8"}
+    assert codecs <= {"bytes", "blosc", "zstd", "vlen-utf8", "explaind.bitdelta"}
 
 
 def test_xarray_and_plain_zarr_open_a_run_with_named_dims(tmp_path):

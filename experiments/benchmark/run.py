@@ -32,7 +32,7 @@ from explaind.ledger.by_name import DTYPES, config_of, decompose_by_name, measur
 from explaind.record.device import placed
 from explaind.replay.functional import Functional
 from explaind.replay.steps import Part
-from explaind.replay.surroundings import differentiable_attention
+from explaind.replay.surroundings import differentiable
 from explaind.tasks import load
 from explaind.tasks.training import make_optimizer
 
@@ -95,7 +95,7 @@ def rates(path: str, dtype: str, device: str, queries: int, route: str) -> Recor
     a = torch.randn(rows, layout.params, dtype=kind, device=target)
     some = max(1, min(len(data), (256 << 20) // (layout.params * a.element_size())))
     gradients, into = torch.randn(some, layout.params, dtype=kind, device=target), a.new_empty(rows, some)
-    with differentiable_attention():
+    with differentiable():
         products = Products(losses, layout, "layer", route)
 
         def work() -> None:
@@ -125,7 +125,7 @@ def layers(path: str, steps: Sequence[int], recipes: Sequence[str], reference: i
     found: Record = {recipe: [] for recipe in recipes}
     for step in steps:
         theta, after = torch.from_numpy(run.states(step, step + 2)).to(kind)
-        with differentiable_attention():
+        with differentiable():
             measures = Measures(asking, batch, layout, frozenset({"query", "output"}), theta)
             change = measures.values(after) - measures.values(theta)
             segment = Segment(theta, after, change, change.abs(), step)

@@ -33,7 +33,7 @@ class Curves:
 
 def training_curves(run: Run, task: Task, splits: tuple[str, ...] = ("train", "val")) -> Curves:
     """Evaluate the task's loss and accuracy along the run, in eval mode."""
-    steps = np.unique(np.linspace(0, run.steps, min(STATES, run.steps + 1)).round().astype(int))
+    steps = np.array(run.some_states(STATES))
     model = fitted(task.model(), run.manifest.layers, run.constants).eval()
     parameters = dict(model.named_parameters())
     data = {split: task.data(split) for split in splits}

@@ -131,7 +131,7 @@ def progress(run: Run, task: ModularArithmetic, chosen: Sequence[int] | None = N
     own = keys["frequency"][keys["key"]].tolist() if chosen is None else list(chosen)
     square = Square(run, task)
     numbers = (square.sum, square.difference) if SIGN[task.operation] > 0 else (square.difference, square.sum)
-    rows = list(_rows(square, own, numbers, np.unique(np.linspace(0, run.steps, min(states, run.steps + 1)).round().astype(int))))
+    rows = list(_rows(square, own, numbers, run.some_states(states)))
     return Table(
         "progress",
         f"restricted: mean logit + waves of frequencies {own} in the answer's direction, all pairs; excluded: logits without them, "
@@ -141,8 +141,8 @@ def progress(run: Run, task: ModularArithmetic, chosen: Sequence[int] | None = N
     )
 
 
-def _rows(square: Square, chosen: Sequence[int], numbers: tuple[Tensor, Tensor], steps: np.ndarray) -> Iterator[dict[str, float]]:
-    for step in steps.tolist():
+def _rows(square: Square, chosen: Sequence[int], numbers: tuple[Tensor, Tensor], steps: Sequence[int]) -> Iterator[dict[str, float]]:
+    for step in steps:
         model, logits = square.at(step), square.logits()
         row: dict[str, float] = {"step": step}
         for split, mask in square.masks.items():

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from cyclopts import CycloptsError
 
-from explaind.cli import diagnosing, ledgers, pruning, studies, transplanting
+from explaind.cli import diagnosing, exchanging, ledgers, pruning, studies, transplanting
 from explaind.cli.terminal import BAD_INPUT, FINE, app
 from explaind.errors import ExplaindError
 
-VERBS = (ledgers, diagnosing, studies, transplanting, pruning)
+VERBS = (ledgers, diagnosing, studies, transplanting, pruning, exchanging)
 """Importing them is what fills the app."""
 
 

@@ -30,7 +30,7 @@ def diagnose(path: Path, /, *overrides: Overrides, json: Json = False) -> int:
     Optimizer and rule, how each layer is covered, coupled and random examples, a replay, what would be refused and why; disk, memory and
     time; and the settings that it recommends, which `explaind run --auto` follows. Exit status 1 where something would be refused.
     """
-    if path.is_dir() or not path.exists():
+    if path.is_dir() or path.suffix == ".zip" or not path.exists():
         if overrides:
             raise RequestError("a run was recorded with its configuration", got=" ".join(overrides), do="give no settings with a RUN")
         recorded = open_run(path)
@@ -84,8 +84,9 @@ def _facts(found: Diagnosis) -> dict[str, Any]:
 
 def _sizes(run: Run, steps: int) -> Mapping[str, int]:
     """Bytes on disk, of what is recorded and of so many steps."""
-    columns = ("theta", "momentum", "preconditioner", "scalar", "batch", "part", "weight", "hyper", "age", "mode", "consumed", "random")
-    have = {name: _bytes(run.path / name) for name in (*columns, "checksum_theta", "checksum_step")}
+    columns = ("theta", "momentum", "filtered", "preconditioner", "scalar", "batch", "part", "weight", "hyper", "age", "mode", "gap")
+    others = ("precision", "consumed", "random", "state", "groups", "checksum_theta", "checksum_step")
+    have = {name: _bytes(run.path / name) for name in (*columns, *others)}
     rest = _bytes(run.path) - sum(have.values()) - _bytes(run.path / "ledgers")
     return {"disk": int(rest + sum(have.values()) * steps / max(1, run.steps))}
 

@@ -168,6 +168,7 @@ def verify(path: Path, /, *, json: Json = False) -> int:
         "complete": recorded.complete,
         "ok": verdict.ok and all(entry["ok"] for entry in ledgers),
         "reasons": list(verdict.reasons),
+        "notes": list(verdict.notes),
         "replay_error": worst,
         "ledgers": ledgers,
     }

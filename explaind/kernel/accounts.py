@@ -20,6 +20,7 @@ class Accounts:
     decay: Tensor
     momentum0: Tensor  # [fine, measure]
     buffers: Tensor
+    gap: Tensor
     arithmetic: Tensor
     path: Tensor  # [entry, measure]
     movement: Tensor  # Σ_step |δ| [measure]
@@ -46,6 +47,7 @@ def empty(resolution: Resolution, layout: Layout, measures: int, examples: int, 
         decay=zeros(entries, fine, measures),
         momentum0=zeros(fine, measures),
         buffers=zeros(entries, fine, measures),
+        gap=zeros(entries, fine, measures),
         arithmetic=zeros(entries, fine, measures),
         path=zeros(entries, measures),
         movement=zeros(measures),

@@ -10,7 +10,7 @@ from torch import Tensor
 from explaind.kernel.layout import Layout
 from explaind.kernel.realised import realised
 from explaind.kernel.whole import batch_gradient
-from explaind.replay.steps import Segment, Step, Steps
+from explaind.replay.steps import Carried, Segment, Step, Steps
 
 
 @runtime_checkable
@@ -32,6 +32,8 @@ class Rebuilt:
 
     step: Step
     gradient: Tensor
+    passed: Tensor
+    """The gradient as the optimizer consumed it: behind a gradient filter, where the run has one."""
     error: Tensor
     """Δ recorded − Δ rebuilt [param]."""
 
@@ -41,14 +43,18 @@ class Rebuilt:
         The smaller of two readings: |error| / |Δ|, both of the layer, and the gradient that would make up for the error over the
         whole gradient. A parameter whose gradient is nothing but rounding (the bias of attention's keys) moves as far under Adam as any
         other; the first reading alone would take that for a fault. Where no gradient moves a parameter, the first reading is taken.
+        Rounding of the recorded parameters, which is much of a small update, is no error.
         """
+        if self.step.gap:
+            return torch.zeros(len(layout.names), dtype=torch.float64, device=self.error.device)
         f = self.step.filter
-        rate = torch.zeros_like(self.error) + (f.C * f.N + f.E)
+        error = self.error.sign() * (self.error.abs() - self.step.eps * self.step.after.abs()).clamp_min(0.0)
+        rate = torch.zeros_like(error) + (f.C * f.N + f.E)
         for mix in f.P:
             rate[mix.start : mix.start + mix.size] = 0.0  # where parameters are mixed, no single gradient makes up for an error
-        needed = torch.where(rate != 0, self.error / rate, 0.0)
-        whole = f.consumed(self.gradient, self.step.theta).norm().double()
-        found = (self.step.delta, self.error, needed, torch.where(rate != 0, 0.0, self.error))
+        needed = torch.where(rate != 0, error / rate, 0.0)
+        whole = f.consumed(self.passed, self.step.theta).norm().double()
+        found = (self.step.delta, error, needed, torch.where(rate != 0, 0.0, error))
         sizes, errors, gradients, others = (torch.stack([v[cut].norm() for cut in layout.slices]).double() for v in found)
         of_update, of_others = (torch.where(sizes > 0, error / sizes, error) for error in (errors, others))
         of_gradient = torch.maximum(torch.where(whole > 0, gradients / whole, torch.inf), of_others)
@@ -65,17 +71,19 @@ def replayed(stretch: Segment, layout: Layout, losses: Losses) -> list[Tensor]:
     return found
 
 
-def rebuild(stretch: Segment, gradients: Sequence[Tensor], layout: Layout) -> tuple[list[Rebuilt], Tensor | None]:
-    """Advance a segment by the gradients of its steps: the steps, and the momentum that it ends with (None for an optimizer without)."""
+def rebuild(stretch: Segment, gradients: Sequence[Tensor], layout: Layout) -> tuple[list[Rebuilt], Carried]:
+    """Advance a segment by the gradients of its steps: the steps, and what it hands to the next."""
     rebuilt = []
-    momentum = stretch.momentum
+    momentum, filtered = stretch.carried.momentum, stretch.carried.filtered
     for recorded, gradient in zip(stretch.steps, gradients, strict=True):
-        step = realised(recorded, gradient, layout)
+        step, passed = realised(recorded, gradient, layout), gradient
+        if step.passage is not None and filtered is not None:
+            filtered, passed = step.passage.advance(filtered, gradient)
         before = torch.zeros_like(gradient) if momentum is None else momentum
-        after, delta = step.filter.advance(before, gradient, step.theta)
+        after, delta = step.filter.advance(before, passed, step.theta)
         momentum = None if momentum is None else after
-        rebuilt.append(Rebuilt(step, gradient, step.delta - delta))
-    return rebuilt, momentum
+        rebuilt.append(Rebuilt(step, gradient, passed, step.delta - delta))
+    return rebuilt, Carried(momentum, filtered)
 
 
 def replay_errors(steps: Steps, layout: Layout, losses: Losses, progress: Callable[[], None] = lambda: None) -> Tensor:

@@ -8,13 +8,19 @@ With a costate μ per measure (theory.md section 4; it starts at 0), for s = N�
     data[i]    = −sign · w_i <a, ∇ℓ_i(θ_s)>
     decay      = −<a, κ θ_s> − <ḡ_s, R θ_s>
     buffers    = <ḡ_s, Δ> of what no optimizer moves
+    gap        = <ḡ_s, Δ> of a stretch of the training that was not recorded
     arithmetic = <ḡ_s, Δ recorded − Δ rebuilt> of all else
     μ ← M μ
     after the sweep:  momentum0 = −<μ, z_0>
 
+Behind a gradient filter (rules/gradient_filter.py) ∇ℓ_i(θ_s) reaches a through the filter, whose memory q has a costate ν of its own:
+
+    r, ν ← passage.pull(ν, sign · a),     data[i] = −w_i <r, ∇ℓ_i(θ_s)>,      after the sweep: momentum0 −= <ν, q_0>
+
 Δ is rebuilt from replayed gradients and the momentum, which is recorded once a segment (an anchor). Where one segment's rebuilt
 momentum ẑ meets the next one's anchor z, the difference is rounding of the recorded training; it is booked as
-arithmetic, −<μ, z − ẑ>, so that the sum closes exactly and an error stays at the step at which it arose.
+arithmetic, −<μ, z − ẑ>, so that the sum closes exactly and an error stays at the step at which it arose; q likewise. Behind a gap nothing
+is left of the momentum before it (its filter is 0), and all that it was found with is the gap's: that −<μ, z> is booked there.
 
 A sweep that was stopped between two segments goes on from a Snapshot, and books bitwise what it would have booked.
 
@@ -22,37 +28,27 @@ In the applied view every window of steps has a costate of its own, fed only by 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from explaind.kernel.accounts import Accounts, empty
+from explaind.kernel.costate import Costate
 from explaind.kernel.groups import Grouping
 from explaind.kernel.measures import Measures
 from explaind.kernel.path import PathRule, Segment, average, discrete_gradient
 from explaind.kernel.products import Products
 from explaind.kernel.rebuild import Losses, Rebuilt, rebuild, replayed
 from explaind.kernel.resolution import Resolution
-from explaind.replay.steps import Part, Step, Steps
+from explaind.replay.steps import Carried, Part, Step, Steps, with_examples
 from explaind.replay.steps import Segment as Stretch
 from explaind.rules.filter import Coefficient, Filter
+from explaind.rules.gradient_filter import Passage
 
-FADED = {torch.float64: 1e-14, torch.float32: 1e-8}
-"""A costate whose momentum has shrunk to this fraction is let go in the applied view: well below rounding."""
 NOISE = 16
 """Roundings of a measure, that no path rule is asked to follow."""
-
-
-@dataclass(eq=False)
-class Costate:
-    """μ [measure, param] and where on the step axis its credit is booked (None: at the step of the gradient)."""
-
-    mu: Tensor
-    entry: int | None
-    memory: np.ndarray = field(default_factory=lambda: np.ones(1))
-    """Bound on what is left of its newest source in each layer; 0 where that had none."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +97,8 @@ class Sweep:
         self.accounts: Accounts = empty(resolution, self.layout, measures.count, entries, self.values)
         self.costates: list[Costate] = []
         self._done = steps.steps
+        first = steps.segment(0).carried.filtered
+        self._slots = None if first is None else len(first)
         self._mean = self.values.new_zeros(measures.count, self.layout.params)  # ḡ of the step at hand
         self._pull = torch.empty_like(self._mean)  # a of the step at hand
 
@@ -114,12 +112,12 @@ class Sweep:
         starts = [start for start in reversed(self.steps.starts) if start < self._done]
         for start, stretch in zip(starts, self.steps.segments(starts), strict=True):
             (self._gradients_on_the_way if self._has_room(stretch) else self._gradients_first)(stretch, following, progress)
-            following, self._done = stretch.momentum, start
+            following, self._done = stretch.carried, start
             if start:
                 between()
-        if following is not None:
-            for costate in self.costates:
-                self.accounts.momentum0 -= self._fine(costate.mu, following)
+        for costate in self.costates:
+            for rows, vector in costate.beside(following):
+                self.accounts.momentum0 -= self._fine(rows, vector)
         self.accounts.notes = [self.rule.note] if self.rule.note else []
         return self.accounts
 
@@ -132,23 +130,23 @@ class Sweep:
         self._done, self.accounts, self.costates = at.done, at.accounts, list(at.costates)
         self.rule.restore(at.rule)
         if "example" in self.resolution.keep:
-            last = self.steps.segment(self.steps.starts[-1]).steps[-1]
+            last = with_examples(self.steps.segments(self.steps.starts[::-1]), backwards=True)
             self.losses.set_mode(last.mode)
             self.products.prepare(last.theta, last.parts[0], last.mode)  # at the same step as in the sweep that was stopped
 
-    def _anchor(self, start: int) -> Tensor | None:
-        """The momentum with which the segment from here on began; None where none begins."""
-        return self.steps.segment(start).momentum if start < self.steps.steps else None
+    def _anchor(self, start: int) -> Carried:
+        """What the segment from here on began with; nothing where none begins."""
+        return self.steps.segment(start).carried if start < self.steps.steps else Carried()
 
-    def _gradients_first(self, stretch: Stretch, following: Tensor | None, progress: Callable[[], None]) -> None:
+    def _gradients_first(self, stretch: Stretch, following: Carried, progress: Callable[[], None]) -> None:
         """Replay a segment forwards, then credit its steps backwards."""
-        rebuilt, momentum = rebuild(stretch, replayed(stretch, self.layout, self.losses), self.layout)
-        self._book_jump(self.costates, following, momentum, stretch)
+        rebuilt, carried = rebuild(stretch, replayed(stretch, self.layout, self.losses), self.layout)
+        self._book_jump(self.costates, following, carried, stretch)
         for item in reversed(rebuilt):
             self._book_error(item, *self._step(item.step, item.gradient))
             progress()
 
-    def _gradients_on_the_way(self, stretch: Stretch, following: Tensor | None, progress: Callable[[], None]) -> None:
+    def _gradients_on_the_way(self, stretch: Stretch, following: Carried, progress: Callable[[], None]) -> None:
         """The same with one pass through the batches: the products yield the gradients, and the errors are booked when all are known."""
         at_end = [replace(costate, mu=costate.mu.clone()) for costate in self.costates]
         gradients, means = [], []
@@ -156,15 +154,15 @@ class Sweep:
             gradients.append(torch.zeros_like(step.theta))
             means.append(self._step(step, gradients[-1], known=False)[0].clone())
             progress()
-        rebuilt, momentum = rebuild(stretch, gradients[::-1], self.layout)
-        self._book_jump(at_end, following, momentum, stretch)
+        rebuilt, carried = rebuild(stretch, gradients[::-1], self.layout)
+        self._book_jump(at_end, following, carried, stretch)
         for item, mean in zip(reversed(rebuilt), means, strict=True):
             self._book_error(item, mean, mean)
 
     def _has_room(self, stretch: Stretch) -> bool:
         """Whether ḡ of all steps of a segment can be kept, so that no gradient need be known beforehand."""
         size = len(stretch.steps) * self._mean.numel() * self._mean.element_size()
-        changed = any(step.consumed is not None for step in stretch.steps)  # how, its gradient will tell
+        changed = any(step.consumed is not None or step.passage is not None for step in stretch.steps)  # how, its gradient will tell
         return "example" in self.resolution.keep and not self.correct and not changed and size <= self.products.chunk
 
     def _step(self, step: Step, gradient: Tensor, known: bool = True) -> tuple[Tensor, Tensor]:
@@ -196,7 +194,8 @@ class Sweep:
         """The costate that the step's ḡ feeds."""
         own = entry if self.resolution.view == "applied" else None
         if not self.costates or self.costates[-1].entry != own:
-            self.costates.append(Costate(torch.zeros_like(self._mean), own))
+            nu = None if self._slots is None else self._mean.new_zeros(self._slots, *self._mean.shape)
+            self.costates.append(Costate(torch.zeros_like(self._mean), own, nu=nu))
         return self.costates[-1]
 
     def _let_go(self, f: Filter, source: Costate) -> None:
@@ -206,7 +205,7 @@ class Sweep:
         decay = [f.M] if isinstance(f.M, float) else torch.stack([f.M[cut].abs().amax() for cut in self.layout.slices]).tolist()
         for costate in self.costates:
             costate.memory = costate.memory * np.abs(decay)
-        self.costates = [c for c in self.costates if c.memory.max() > FADED[c.mu.dtype] or c is source]
+        self.costates = [c for c in self.costates if c is source or c.alive]
 
     def _pulls(self, f: Filter, source: Costate, push: Tensor) -> tuple[Tensor, float]:
         """a of all living costates, one below the other, and a factor on them: where a is a multiple of μ nothing is copied."""
@@ -226,18 +225,25 @@ class Sweep:
         pull = factor * f.kappa * step.theta
         for row, entry in enumerate(entries):
             self.accounts.decay[entry] -= self._fine(a[row * count : (row + 1) * count], pull)
+        signed = a if isinstance(f.sign, float) and f.sign == 1.0 else f.sign * a
+        if step.passage is not None:
+            signed, factor = self._through(step.passage, factor * signed), 1.0
         if "example" not in self.resolution.keep:
             for row, entry in enumerate(entries):
-                self.accounts.data[entry, :, :, 0] -= self._fine(a[row * count : (row + 1) * count], factor * f.sign * gradient)
+                self.accounts.data[entry, :, :, 0] -= self._fine(signed[row * count : (row + 1) * count], factor * gradient)
             return
         self.losses.set_mode(step.mode)
-        signed = a if isinstance(f.sign, float) and f.sign == 1.0 else f.sign * a
         for part in step.parts:
             for places, credit in self.products.credits(
                 step.theta, part, signed, self._entries(part), None if known else gradient, step.mode
             ):
                 for row, entry in enumerate(entries):
                     self.accounts.data[entry].index_add_(2, places, credit[:, row * count : (row + 1) * count], alpha=-factor)
+
+    def _through(self, passage: Passage, rows: Tensor) -> Tensor:
+        """What one unit of the raw gradient did, from what one of the filtered did: of all living costates, one below the other."""
+        each = zip(self.costates, rows.split(self.measures.count), strict=True)
+        return torch.cat([costate.through(passage, own) for costate, own in each])
 
     def _entries(self, part: Part) -> np.ndarray:
         """Where on the example axis each example of a micro-batch is booked."""
@@ -246,7 +252,11 @@ class Sweep:
 
     def _book_error(self, item: Rebuilt, before: Tensor, mean: Tensor) -> None:
         """What the recorded update was more than the rebuilt one; its size by ḡ before any correction."""
-        entry, (error, buffers) = self.resolution.entry(item.step.index), self.layout.parted(item.error)
+        entry = self.resolution.entry(item.step.index)
+        if item.step.gap:
+            self.accounts.gap[entry] += self._fine(mean, item.error)
+            return
+        error, buffers = self.layout.parted(item.error)
         self.accounts.arithmetic[entry] += self._fine(mean, error)
         if any(self.layout.moving):
             self.accounts.buffers[entry] += self._fine(mean, buffers)
@@ -261,15 +271,18 @@ class Sweep:
         total += size
         accounts.by_step[step, column] += size.sum()
 
-    def _book_jump(self, costates: Sequence[Costate], following: Tensor | None, momentum: Tensor | None, stretch: Stretch) -> None:
-        """The rounding between the momentum that a segment was rebuilt to end with and the one that the next began with."""
-        if following is None or momentum is None:
-            return
-        jump, step = following - momentum, stretch.steps[-1].index
+    def _book_jump(self, costates: Sequence[Costate], following: Carried, carried: Carried, stretch: Stretch) -> None:
+        """The rounding between what a segment was rebuilt to hand on and what the next began with."""
+        last = stretch.steps[-1]
+        jump = following.less(carried)
         for costate in costates:
-            entry = self.resolution.entry(step) if costate.entry is None else costate.entry
-            self.accounts.arithmetic[entry] -= self._fine(costate.mu, jump)
-            self._book_rest(step, 2, self.layout.dots(costate.mu, jump))
+            entry = self.resolution.entry(last.index) if costate.entry is None else costate.entry
+            for rows, vector in costate.beside(jump):
+                if last.gap:
+                    self.accounts.gap[entry] -= self._fine(rows, vector)
+                    continue
+                self.accounts.arithmetic[entry] -= self._fine(rows, vector)
+                self._book_rest(last.index, 2, self.layout.dots(rows, vector))
 
     def _fine(self, rows: Tensor, vector: Tensor) -> Tensor:
         """<rows, vector> at the finest parameter axis that is kept: [row, param], [param] -> [fine, row]."""

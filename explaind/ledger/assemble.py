@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from explaind.axes import ROWS
 from explaind.kernel.accounts import Accounts
 from explaind.kernel.layout import Layout
-from explaind.ledger.ledger import ROWS, Checks, Ledger, Row, ordered
+from explaind.ledger.ledger import Checks, Ledger, Row, ordered
 from explaind.ledger.plan import Plan
 from explaind.ledger.sweeping import Swept
 
@@ -19,6 +20,7 @@ def assembled(
     layout: Layout,
     settings: Mapping[str, Any],
     doubts: tuple[str, ...],
+    has_gaps: bool = False,
 ) -> Ledger:
     """Join the blocks along the measures and give every array its named axes."""
     accounts = [block.accounts for block in blocks]
@@ -50,6 +52,8 @@ def assembled(
     }
     if any(layout.moving):
         rows["buffers"] = joined(lambda a: a.buffers, ("step", fine, "measure"))
+    if has_gaps:
+        rows["gap"] = joined(lambda a: a.gap, ("step", fine, "measure"))
     rows = {name: rows[name] for name in ROWS if name in rows}
     first = accounts[0]
     movement, path, arithmetic = (

@@ -77,13 +77,15 @@ def causes(steps: Steps, errors: np.ndarray, layout: Layout, losses: Functional,
     some = [steps.starts[i] for i in np.unique(np.linspace(0, len(steps.starts) - 1, ASKED).round().astype(int))]
     plain = list[tuple[Step, Comparison]]()
     for stretch in steps.segments(sorted({of_worst, *some})):
+        if stretch.steps[0].gap:
+            continue
         step, wanted, known, found = _compared(stretch, layout, losses)
         if not found.same:
             words = [*_of_data(step, data), *_of_modes(step, layout, losses, wanted, known)]
             if words:
                 return words
         plain.append((step, found))
-    return [] if all(found.same for _, found in plain) else _of_direction(plain)
+    return [] if all(found.same for _, found in plain) or not plain else _of_direction(plain)
 
 
 def _compared(stretch: Segment, layout: Layout, losses: Functional) -> tuple[Step, Tensor, Tensor, Comparison]:
@@ -92,7 +94,9 @@ def _compared(stretch: Segment, layout: Layout, losses: Functional) -> tuple[Ste
     losses.set_mode(recorded.mode)
     replayed = batch_gradient(losses, layout, recorded.theta, recorded.parts)
     step = realised(recorded, replayed, layout)
-    wanted, known = implied(step, stretch.momentum, layout)
+    wanted, known = implied(step, stretch.carried.momentum, layout)
+    if step.passage is not None and stretch.carried.filtered is not None:
+        wanted = torch.where(known, step.passage.undo(stretch.carried.filtered, wanted), 0.0)
     return step, wanted, known, compared(wanted, known, replayed)
 
 
@@ -106,7 +110,7 @@ def _of_direction(plain: Sequence[tuple[Step, Comparison]]) -> list[str]:
         return [f"{alike}: lower precision in training (autocast), or slightly another loss or other data"]
     return [
         f"the gradients differ in direction (cosine {least:.3f}): another loss (label smoothing, class weights, a penalty), "
-        "another collate function, or other data than in training"
+        "another collate function, other data than in training, or a gradient filter (Grokfast) that the recorder was not told of"
     ]
 
 

@@ -24,10 +24,10 @@ from explaind.ledger.prepared import Prepared
 from explaind.ledger.sweeping import Swept, read, swept
 from explaind.record.device import placed
 from explaind.record.watched import model_name
-from explaind.replay.batches import Batches, Collate, Readable, changed_examples, moved
+from explaind.replay.batches import Collate, Readable, changed_examples, moved
 from explaind.replay.functional import Functional, Readout, fitted
-from explaind.replay.surroundings import differentiable_attention
-from explaind.replay.trajectory import Trajectory
+from explaind.replay.surroundings import differentiable
+from explaind.replay.thin import trajectory
 from explaind.store.reader import Run
 
 GIB = 1 << 30
@@ -102,12 +102,12 @@ def decompose(
     moving = any(layout.moving)
     training, asking = (Functional(own, readout, target, dtype, moving) for readout in (losses, measure))
     batch = moved(queries, target, dtype)
-    with differentiable_attention():
+    with differentiable():
         theta = torch.from_numpy(run.states(0, 1)[0]).to(target, dtype)
         plan = planned(run, layout, probed(asking, layout, theta, batch), keep, groups, view, windows, dtype, budget)
         layout = Layout(run.manifest.layers, plan.groups.get("layer"))
         doubts = tuple(run.damage() + changed_examples(run, data, run.examples))
-        steps = Trajectory(run, Batches(data, run.examples, collate, target, dtype), target, dtype)
+        steps = trajectory(run, model, losses, data, collate, target, dtype)
         settings = {
             "run": str(run.path),
             "keep": list(ordered(plan.wanted.keep)),
@@ -124,7 +124,7 @@ def decompose(
             "steps": run.steps,
             "model": model_name(model),
             "recorded_model": run.manifest.model,
-            "rounding": run.manifest.rounding,
+            "rounding": run.rounding,
             "config": None if config is None else dict(config),
         }
         bounds = blocks(plan, layout, asking, batch, theta, memory, share)

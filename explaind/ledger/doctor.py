@@ -20,13 +20,14 @@ from explaind.kernel.products import Products
 from explaind.kernel.secant import NoSecant, Secant
 from explaind.ledger.decompose import decompose
 from explaind.ledger.ledger import Ledger
+from explaind.ledger.plan import chunk_bytes
 from explaind.ledger.verify_run import replay
 from explaind.record.device import placed
-from explaind.replay.batches import Batches, Readable, changed_examples, count, moved
+from explaind.replay.batches import Readable, changed_examples, count, moved
 from explaind.replay.functional import Functional, Readout, fitted
 from explaind.replay.steps import Drawn, Step
-from explaind.replay.surroundings import differentiable_attention
-from explaind.replay.trajectory import Trajectory
+from explaind.replay.surroundings import differentiable
+from explaind.replay.thin import trajectory
 from explaind.store.reader import Run
 
 TRIAL = 4
@@ -93,10 +94,10 @@ def doctor(
     device, dtype = placed(asked.get("device", "cpu")), asked.get("dtype", torch.float64)
     try:
         refused += changed_examples(trial, data, trial.examples)
-        errors, words = replay(trial, model, data, losses, device, None)
+        errors, words, _ = replay(trial, model, data, losses, device, None)
         refused += words
         found["replay_error"] = float(np.nanmax(errors, initial=0.0))
-        with differentiable_attention():
+        with differentiable():
             known, doubts = _known(trial, model, data, losses, device, dtype, asked)
         found |= known
         warnings += doubts
@@ -114,7 +115,7 @@ def _known(
     """How every layer is covered, and whether examples are coupled or random; with what is worth a warning."""
     layout = Layout(run.manifest.layers)
     training = Functional(fitted(model, run.manifest.layers, run.constants), losses, device, dtype, any(layout.moving))
-    steps = Trajectory(run, Batches(data, run.examples, asked.get("collate"), device, dtype), device, dtype)
+    steps = trajectory(run, model, losses, data, asked.get("collate"), device, dtype)
     step = max(steps.segment(0).steps, key=lambda s: max(len(part.ids) for part in s.parts))
     part = max(step.parts, key=lambda p: len(p.ids))
     training.set_mode(step.mode)
@@ -158,8 +159,17 @@ def _tried(run: Run, model: nn.Module, steps: int, asked: dict[str, Any]) -> dic
     return {
         "explained": 1 - verdict.maxima["unexplained"],
         "seconds": blocks * (start + steps * per_step),
-        "memory": peak + _grown(ledger, run.steps, steps, asked),
+        "memory": peak + _grown(ledger, run.steps, steps, asked) + _held(ledger, run, steps, blocks, asked),
     }
+
+
+def _held(ledger: Ledger, run: Run, steps: int, blocks: int, asked: Mapping[str, Any]) -> int:
+    """How many bytes more the mean gradients of a whole segment take, where all are kept till its end (``Sweep``)."""
+    measures = -(-np.asarray(ledger["initial"]).size // blocks)
+    step = measures * run.manifest.params * (4 if asked.get("dtype") == torch.float32 else 8)
+    segment = min(run.manifest.block, steps)
+    fits = segment * step <= chunk_bytes(asked.get("memory"))
+    return (segment - run.steps) * step if fits and "example" in ledger.axes else 0
 
 
 def _grown(ledger: Ledger, tried: int, steps: int, asked: Mapping[str, Any]) -> int:
@@ -182,9 +192,9 @@ def _has_secant(run: Run, model: nn.Module, queries: Any, measure: Readout, devi
     layout = Layout(run.manifest.layers)
     asking = Functional(fitted(model, run.manifest.layers, run.constants), measure, device, dtype, any(layout.moving))
     batch = take(moved(queries, device, dtype), slice(0, 1)) if count(queries) else queries
-    states = torch.from_numpy(run.states(0, 2)).to(device, dtype)
+    states = torch.from_numpy(run.states(0, 1)).to(device, dtype)
     try:
-        with differentiable_attention():
+        with differentiable():
             Secant(asking, layout.split(states[0]), batch)
     except NoSecant:
         return False

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten
 from explaind.kernel.layout import Layout
 from explaind.record.examples import fingerprint
 from explaind.replay.functional import Functional
-from explaind.replay.steps import Steps
+from explaind.replay.steps import Steps, with_examples
 
 VALUES = 64
 """How many values of a function are kept."""
@@ -52,7 +52,7 @@ def values_of_measure(asking: Functional, layout: Layout, theta: Tensor, batch: 
 
 def values_of_losses(training: Functional, layout: Layout, steps: Steps) -> list[float]:
     """The losses of the first examples of the run, before its first step."""
-    step = steps.segment(0).steps[0]
+    step = with_examples(steps.segments(steps.starts))
     training.set_mode(step.mode)
     with torch.no_grad():
         return _first(training(layout.split(step.theta), step.parts[0].batch))

@@ -1,8 +1,8 @@
 """The result: named rows whose sum is the prediction.
 
-final = initial + data + decay + momentum0 + buffers + arithmetic + path        (each summed over all axes but query and output)
+final = initial + data + decay + momentum0 + buffers + gap + arithmetic + path        (each summed over all axes but query and output)
 
-buffers is there for runs in which buffers moved (running statistics).
+buffers is there for runs in which buffers moved (running statistics), gap for runs of which only windows of steps were recorded.
 """
 
 from collections.abc import Collection, Mapping
@@ -17,9 +17,6 @@ from explaind.ledger.verify import Verdict, verify
 
 if TYPE_CHECKING:
     import xarray
-
-ROWS = ("initial", "data", "decay", "momentum0", "buffers", "arithmetic", "path")
-"""The terms of the sum, in the order in which they are told."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from explaind.kernel.accounts import Accounts
-from explaind.kernel.sweep import Costate, Snapshot
+from explaind.kernel.costate import Costate
+from explaind.kernel.sweep import Snapshot
 
 NOWHERE = -1
 """Stands for the entry of a costate that has none."""
@@ -37,19 +38,22 @@ def packed_snapshot(at: Snapshot) -> dict[str, np.ndarray]:
         "rule": np.array(at.rule, dtype=np.int64),
         "entry": np.array([NOWHERE if c.entry is None else c.entry for c in at.costates], dtype=np.int64),
         "memory": np.array([c.memory for c in at.costates], dtype=np.float64).reshape(len(at.costates), -1 if at.costates else 0),
+        "most": np.array([c.most for c in at.costates]),
         **{f"mu.{i}": _numbers(c.mu) for i, c in enumerate(at.costates)},
+        **{f"nu.{i}": _numbers(c.nu) for i, c in enumerate(at.costates) if c.nu is not None},
     }
 
 
 def unpacked_snapshot(arrays: Mapping[str, np.ndarray], device: torch.device) -> Snapshot:
     """Back from ``packed_snapshot``."""
-    places = zip(arrays["entry"].tolist(), arrays["memory"], strict=True)
+    places = zip(arrays["entry"].tolist(), arrays["memory"], arrays["most"].tolist(), strict=True)
+    nus = {name: tensor(values, device) for name, values in arrays.items() if name.startswith("nu.")}
     return Snapshot(
         int(arrays["done"]),
         unpacked(arrays, device),
         tuple(
-            Costate(tensor(arrays[f"mu.{i}"], device), None if entry == NOWHERE else entry, memory)
-            for i, (entry, memory) in enumerate(places)
+            Costate(tensor(arrays[f"mu.{i}"], device), None if entry == NOWHERE else entry, memory, nus.get(f"nu.{i}"), most)
+            for i, (entry, memory, most) in enumerate(places)
         ),
         arrays["rule"].tolist(),
     )

@@ -96,7 +96,7 @@ def planned(
         "example": run.examples,
         "layer": np.array(layout.names),
         "param": np.arange(layout.params),
-        "step": np.arange(0, max(1, wanted.steps), wanted.windows),
+        "step": run.numbers[: max(1, wanted.steps) : wanted.windows],
     }
     grouped = {axis: grouping(axis, asked, coords[axis].tolist()) for axis, asked in groups.items()}
     coords |= {axis: np.array(found.names) for axis, found in grouped.items()}

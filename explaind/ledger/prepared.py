@@ -20,7 +20,7 @@ from explaind.ledger.key import digest, digest_of_data, values_of_losses, values
 from explaind.ledger.ledger import Ledger
 from explaind.ledger.plan import Plan
 from explaind.ledger.sweeping import Swept
-from explaind.ledger.verify import replay_words
+from explaind.ledger.verify import judged, replay_words
 from explaind.replay.batches import Readable
 from explaind.replay.functional import Functional
 from explaind.replay.trajectory import Trajectory
@@ -79,18 +79,30 @@ class Prepared:
 
     def ledger(self, done: Sequence[Swept]) -> Ledger:
         """The ledger of all blocks."""
-        return assembled(done, self.plan, self.layout, self.settings, self._doubts(done))
+        return assembled(done, self.plan, self.layout, {**self.settings, **self._lived}, self._doubts(done), self._has_gaps)
 
     def ledger_of(self, done: Mapping[int, Swept], shard: str) -> Ledger:
         """The ledger of some blocks, with the queries of these alone."""
         queries = np.concatenate([np.arange(self.bounds[i].start, self.bounds[i].stop) for i in done])
-        settings = {**self.settings, "shard": shard}
+        settings = {**self.settings, **self._lived, "shard": shard}
         found = list(done.values())
-        return assembled(found, self.plan.of_queries(queries), self.layout, settings, self._doubts(found))
+        return assembled(found, self.plan.of_queries(queries), self.layout, settings, self._doubts(found), self._has_gaps)
+
+    @property
+    def _lived(self) -> dict[str, Any]:
+        """How exactly a thin run was lived again; nothing of a full one."""
+        found = self.steps.lived()
+        return {"relived": found.note, "anchored": found.anchored} if found.steps else {}
+
+    @property
+    def _has_gaps(self) -> bool:
+        return bool(self.steps.run.gaps.any())
 
     def _doubts(self, done: Sequence[Swept]) -> tuple[str, ...]:
         """With the likely causes of a replay that differs."""
-        errors = done[0].accounts.replay_error.cpu().numpy()
-        if not replay_words(errors, self.layout.names, self.steps.run.manifest.rounding):
-            return self.doubts
-        return (*self.doubts, *words_of(causes(self.steps, errors, self.layout, self.training, self.data)))
+        lived = self.steps.lived()
+        errors = judged(done[0].accounts.replay_error.cpu().numpy(), lived.anchored)
+        doubts = (*self.doubts, *lived.doubts)
+        if not replay_words(errors, self.layout.names, self.steps.run.rounding):
+            return doubts
+        return (*doubts, *words_of(causes(self.steps, errors, self.layout, self.training, self.data)))

@@ -48,7 +48,8 @@ def verify(checks: "Checks", closure: np.ndarray, size: np.ndarray, settings: Ma
     with np.errstate(divide="ignore", invalid="ignore"):
         explained = np.where(checks.movement > 0, 1 - rest / checks.movement, np.where(rest > 0, -np.inf, 1.0))
     worst = checks.replay_error.max(axis=1, initial=0.0)
-    reasons = list(checks.doubts) + replay_words(checks.replay_error, checks.layers, settings["rounding"])
+    errors = judged(checks.replay_error, settings.get("anchored", ()))
+    reasons = list(checks.doubts) + replay_words(errors, checks.layers, settings["rounding"])
     if len(reasons) > len(checks.doubts) and settings["model"] != settings["recorded_model"]:
         reasons.append(f"the model given is a {settings['model']}, the run is of a {settings['recorded_model']}")
     allowed = CLOSURE[settings["dtype"]] * (1 + np.max(size, initial=0) + np.max(checks.movement, initial=0))
@@ -81,6 +82,13 @@ def verify(checks: "Checks", closure: np.ndarray, size: np.ndarray, settings: Ma
 
 def _share(part: np.ndarray, whole: np.ndarray) -> str:
     return f"{float(np.max(part / np.maximum(whole, np.finfo(float).tiny))):.2%}"
+
+
+def judged(error: np.ndarray, anchored: Sequence[int]) -> np.ndarray:
+    """A [step, layer] table without the steps that end at a stored state of a thin run, whose size is told in another way."""
+    out = error.copy()
+    out[list(anchored)] = 0.0
+    return out
 
 
 def replay_words(error: np.ndarray, layers: Sequence[str], rounding: Sequence[float]) -> list[str]:

@@ -12,13 +12,13 @@ from explaind.kernel.layout import Layout
 from explaind.kernel.rebuild import replay_errors
 from explaind.ledger.causes import causes, words_of
 from explaind.ledger.decompose import Progress
-from explaind.ledger.verify import replay_words
+from explaind.ledger.verify import judged, replay_words
 from explaind.record.device import placed
 from explaind.record.watched import model_name
-from explaind.replay.batches import Batches, Readable, changed_examples
+from explaind.replay.batches import Readable, changed_examples
 from explaind.replay.functional import Functional, Readout, fitted
-from explaind.replay.surroundings import differentiable_attention
-from explaind.replay.trajectory import Trajectory
+from explaind.replay.surroundings import differentiable
+from explaind.replay.thin import trajectory
 from explaind.store.reader import Run
 
 
@@ -30,6 +30,8 @@ class RunVerdict:
     reasons: tuple[str, ...]
     replay_error: np.ndarray
     """How far each rebuilt update is from the recorded one (``Rebuilt.relative_error``): [step, layer]; no rows without a replay."""
+    notes: tuple[str, ...] = ()
+    """What is no fault: how exactly a thin run was lived again."""
 
     @staticmethod
     def of_bytes(run: Run) -> "RunVerdict":
@@ -45,30 +47,31 @@ def verify_run(
 
     model, data, losses as for ``explaind.decompose``. What does not fit is a reason, not an error.
     """
-    reasons, words = run.damage(), list[str]()
+    reasons, words, notes = run.damage(), list[str](), list[str]()
     errors = np.zeros((0, len(run.manifest.layers)))
     try:
         reasons += changed_examples(run, data, run.examples)
         if run.steps:
-            errors, words = replay(run, model, data, losses, placed(device), progress)
+            errors, words, notes = replay(run, model, data, losses, placed(device), progress)
     except ReplayError as error:
         reasons.append(str(error))
     if words and model_name(model) != run.manifest.model:
         words.append(f"the model given is a {model_name(model)}, the run is of a {run.manifest.model}")
-    return RunVerdict(not reasons + words, tuple(reasons + words), errors)
+    return RunVerdict(not reasons + words, tuple(reasons + words), errors, tuple(notes))
 
 
 def replay(
     run: Run, model: nn.Module, data: Readable, losses: Readout, device: torch.device, progress: Progress | None
-) -> tuple[np.ndarray, list[str]]:
-    """Replay every step in float64: (relative errors of the rebuilt updates [step, layer], what they say and its likely causes)."""
+) -> tuple[np.ndarray, list[str], list[str]]:
+    """Replay every step in float64: (relative errors of the rebuilt updates [step, layer], what they say and its likely causes, notes)."""
     layout, done = Layout(run.manifest.layers), iter(range(1, run.steps + 1))
     training = Functional(fitted(model, run.manifest.layers, run.constants), losses, device, torch.float64, any(layout.moving))
-    steps = Trajectory(run, Batches(data, run.examples, None, device, torch.float64), device, torch.float64)
+    steps = trajectory(run, model, losses, data, None, device, torch.float64)
     tick: Callable[[], None] = (lambda: None) if progress is None else lambda: progress(next(done), run.steps)
-    with differentiable_attention():
+    with differentiable():
         errors = replay_errors(steps, layout, training, tick).cpu().numpy()
-        words = replay_words(errors, layout.names, run.manifest.rounding)
+        lived = steps.lived()
+        words = [*lived.doubts, *replay_words(judged(errors, lived.anchored), layout.names, run.rounding)]
         if words:
             words += words_of(causes(steps, errors, layout, training, data))
-    return errors, words
+    return errors, words, [lived.note] if lived.note else []

@@ -1,7 +1,7 @@
 """Stable example ids: who is in a batch."""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -21,8 +21,12 @@ class MapStyle(Protocol[T_co]):
     def __getitem__(self, index: int, /) -> T_co: ...
 
 
+ID = "example_id"
+"""Key of its id in an example that is a mapping."""
+
+
 class Indexed(Generic[T_co]):
-    """A dataset whose items begin with their index: ``(i, *item)`` where the item is a tuple, else ``(i, item)``."""
+    """A dataset whose items hold their index: ``(i, *item)`` for a tuple, ``{"example_id": i, **item}`` for a mapping, ``(i, item)``."""
 
     def __init__(self, dataset: MapStyle[T_co]) -> None:
         self.dataset = dataset
@@ -30,8 +34,10 @@ class Indexed(Generic[T_co]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> tuple[Any, ...]:
+    def __getitem__(self, index: int) -> tuple[Any, ...] | dict[str, Any]:
         item = self.dataset[index]
+        if isinstance(item, Mapping):
+            return {ID: index, **item}
         return (index, *item) if isinstance(item, tuple | list) else (index, item)
 
 

@@ -24,6 +24,8 @@ class MicroBatch:
     """State of the generators before the pass."""
     drew: bool | None = None
     """Whether its forward pass drew random numbers; None until its backward pass begins."""
+    precision: float = 0.0
+    """ε of the numbers that autocast computed its forward pass in; 0 without."""
     over: bool = False
     """Whether another one was announced after its backward pass."""
     reached: dict[int, int] = field(default_factory=dict)
@@ -37,7 +39,9 @@ class Incoming:
     micro-batch gave is then lost, as for a step that GradScaler skips. A version counter tells: nothing is compared or copied.
     """
 
-    def __init__(self, params: Sequence[Tensor], device: torch.device) -> None:
+    def __init__(self, params: Sequence[Tensor], device: torch.device, reduced: bool = False) -> None:
+        """reduced: gradients are averaged over processes, in place, when a backward pass is through."""
+        self._reduced = reduced
         self._params, self._device = params, device
         self._pending: list[MicroBatch] = []
         self._left: list[tuple[int, int] | None] = [None] * len(params)  # identity and version of each gradient when torch left it
@@ -53,7 +57,14 @@ class Incoming:
         """Announce a micro-batch: ids and weights [batch]."""
         for batch in self._pending:
             batch.over = bool(batch.reached)
-        self._pending.append(MicroBatch(ids, weights, random_state(self._device)))
+        if self._reduced:
+            self._left = [None if p.grad is None else _mark(p.grad) for p in self._params]
+        self._pending.append(MicroBatch(ids, weights, random_state(self._device), precision=precision_of(self._device)))
+
+    def lower(self, precision: float) -> None:
+        """The forward pass of the last micro-batch is computed by autocast."""
+        for batch in self._pending[-1:]:
+            batch.precision = max(batch.precision, precision)
 
     def taken(self) -> list[MicroBatch]:
         """The micro-batches that the gradient as it stands is the sum of."""
@@ -90,6 +101,12 @@ class Incoming:
                     batch.reached[index] = self._begun[index]
 
         return hook
+
+
+def precision_of(device: torch.device) -> float:
+    """ε of the numbers that autocast computes in now; 0 where it is off."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.finfo(torch.get_autocast_dtype(device.type)).eps if on else 0.0
 
 
 def _mark(gradient: Tensor) -> tuple[int, int]:

@@ -16,14 +16,19 @@ from torch.utils.hooks import RemovableHandle
 
 from explaind.errors import RecordError
 from explaind.record.examples import MapStyle, checked_ids, checked_weights, fingerprints
-from explaind.record.incoming import Incoming, random_state
+from explaind.record.filtering import Filtering, Remembered
+from explaind.record.incoming import Incoming, precision_of, random_state
+from explaind.record.ranks import ALONE, Ranks, Writer, ranks_of
 from explaind.record.resuming import resumed
+from explaind.record.thinning import Thinning, check_asked
 from explaind.record.unwrapping import unwrapped_model, unwrapped_optimizer
-from explaind.record.update import Update
+from explaind.record.update import Update, gap_row
 from explaind.record.watched import Watched, model_name
+from explaind.record.windows import Windows
+from explaind.rules.gradient_filter import GradientFilter
 from explaind.store import schema
 from explaind.store.manifest import Manifest
-from explaind.store.writer import RunWriter
+from explaind.store.thin import writer_of
 
 BUFFER_BYTES = 256 << 20
 """Most memory that buffered steps may take before they go to disk."""
@@ -42,40 +47,57 @@ class Recorder:
         config: Mapping[str, Any] | None,
         watch: Sequence[str],
         resume: bool = False,
+        gradient_filter: GradientFilter | None = None,
+        filtered: Remembered | None = None,
+        steps: Sequence[tuple[int, int]] | None = None,
+        codec: str = "bitdelta",
+        ranks: Ranks = ALONE,
+        precision: torch.dtype | None = None,
+        thin: int | str | None = None,
     ) -> None:
-        if reduction not in ("mean", "sum"):
-            raise RecordError(
-                "unknown reduction of the training loss",
-                expected="'mean' or 'sum'",
-                got=repr(reduction),
-                do="give other weights to recorder.examples",
-            )
         self.path, self._reduction, self._config = path, reduction, config
         self._watched = Watched(optimizers, model, watch)
+        self._filtering = None if gradient_filter is None else Filtering(gradient_filter, self._watched, filtered)
+        if steps is not None and gradient_filter is not None:
+            raise RecordError("windows of steps cannot be recorded behind a gradient filter", got=gradient_filter, do="record every step")
+        asked = {"watch": watch, "steps": steps, "gradient_filter": gradient_filter, "precision": precision, "processes": ranks.size > 1}
+        every = check_asked(thin, **asked)
+        self._thinning = None if every is None else Thinning(optimizers, model, self._watched.params, self._watched.layers)
+        self._windows = Windows(steps, len(optimizers))
         self._examples = None if data is None else len(data)
         self._fault: str | None = None
         self._update: Update | None = None
         self._theta = self._watched.theta()
-        self._incoming = Incoming(self._watched.params, self._watched.device)
-        block = max(1, min(16, BUFFER_BYTES // max(1, 2 * self._theta.nbytes)))
+        self._incoming = Incoming(self._watched.params, self._watched.device, reduced=ranks.size > 1)
+        # A block begins with what a gradient filter remembers, which may be much.
+        wanted = 16 if gradient_filter is None else max(16, gradient_filter.slots)
+        block = every or max(1, min(wanted, BUFFER_BYTES // max(1, 2 * self._theta.nbytes)))
         prints = None if data is None else fingerprints(data)
-        if resume:
-            self._writer = resumed(path, self._manifest(block), self._watched, self._theta, prints)
-        else:
-            self._writer = RunWriter(
-                path,
-                self._manifest(block),
-                self._theta,
-                self._watched.constants(),
-                prints,
-                momentum=self._watched.has_momentum,
-                preconditioner=self._watched.has_frozen,
+        self._ranks = ranks
+
+        def begin() -> tuple[Writer, int]:
+            if resume:
+                return resumed(path, self._manifest(block), self._watched, self._theta, prints)
+            momentum, preconditioner = (every is None and has for has in (self._watched.has_momentum, self._watched.has_frozen))
+            manifest, constants = self._manifest(block), self._watched.constants()
+            return writer_of(manifest)(path, manifest, self._theta, constants, prints, momentum, preconditioner, codec), 0
+
+        self._writer, self._windows.number = ranks.led(begin)
+        if self._writer.steps and gradient_filter is not None and not filtered:
+            self._writer.close(complete=False)
+            raise RecordError(
+                "the recording goes on behind a gradient filter, and what that remembers is not known",
+                where=path,
+                do="give what gradfilter_ema or gradfilter_ma returned last: explaind.record(…, filtered=grads)",
             )
-        self._hooks = [hook for index, optimizer in enumerate(optimizers) for hook in self._hooked(index, optimizer)]
+        lowest = [torch.finfo(dtype).eps for dtype in (precision, *(p.dtype for p in self._watched.params)) if dtype is not None]
+        self._lowest = max(lowest) if max(lowest) > torch.finfo(torch.float32).eps else 0.0
+        self._hooks: list[RemovableHandle] = [hook for index, optimizer in enumerate(optimizers) for hook in self._hooked(index, optimizer)]
+        self._hooks.append(self._watched.model.register_forward_pre_hook(self._forward))
 
     @property
     def steps(self) -> int:
-        """Steps recorded so far."""
+        """Rows recorded so far: steps, and gaps between windows of steps."""
         return self._writer.steps
 
     def examples(self, ids: Tensor | np.ndarray | Sequence[int], weights: Tensor | np.ndarray | Sequence[float] | None = None) -> None:
@@ -92,7 +114,10 @@ class Recorder:
         except RecordError as error:
             raise self._fail(error) from None
         self._finish()
-        self._incoming.add(checked, factors)
+        self._windows.end()
+        if self._windows.recorded:
+            self._incoming.add(checked, factors)
+            self._incoming.lower(self._lowest)
 
     def close(self) -> None:
         """Write what is left and let go of the optimizer; safe to call twice."""
@@ -111,6 +136,9 @@ class Recorder:
             self._fault = f"the training stopped with {kind.__name__}"
         self.close()
 
+    def _forward(self, model: nn.Module, args: Any) -> None:
+        self._incoming.lower(precision_of(self._watched.device))
+
     def _hooked(self, index: int, optimizer: torch.optim.Optimizer) -> list[RemovableHandle]:
         def before(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._before(index, args[1] if len(args) > 1 else kwargs.get("closure"))
@@ -125,9 +153,17 @@ class Recorder:
         try:
             if self._update is not None and index in self._update.stepped:
                 self._finish()
+            if not self._windows.recorded:
+                return
             if self._update is None:
+                behind = self._windows.passed > 0
+                if behind:
+                    self._theta = self._watched.theta()
+                    self._writer.add(gap_row(self._watched, self._windows.passed, self._first), self._theta)
                 self._watched.check_unchanged(self._theta, self.steps)
-                self._update = Update(self._watched, self._theta, first=self.steps % self._writer.manifest.block == 0)
+                if self._thinning is not None:
+                    self._thinning.begin(self._first, closure, self.steps)
+                self._update = Update(self._watched, self._theta, self._first or behind, self._filtering)
             if closure is None:  # with one, the gradient is made during the step
                 self._gather(self._update)
         except RecordError as error:
@@ -135,7 +171,10 @@ class Recorder:
 
     def _after(self, index: int, optimizer: torch.optim.Optimizer) -> None:
         update = self._update
-        assert update is not None
+        if update is None:
+            if not bool(getattr(optimizer, "found_inf", None)):
+                self._windows.stepped(index)
+            return
         if bool(getattr(optimizer, "found_inf", None)):  # a fused optimizer that GradScaler told to skip the step
             self._update = None
             return
@@ -152,15 +191,20 @@ class Recorder:
         if update.taken:
             return
         self._watched.check_gradients(self.steps)
-        update.taken = self._incoming.taken()
+        taken = self._incoming.taken()
+        update.taken, update.drew = self._ranks.gathered(taken, [self._incoming.drew(batch) for batch in taken], self.steps)
         if not update.taken:
             raise RecordError(
                 "the optimizer stepped, but nobody said on whose gradient",
                 where=f"step {self.steps}",
                 do="call recorder.examples(ids) before each forward pass",
             )
-        update.drew = [self._incoming.drew(batch) for batch in update.taken]
-        update.consumed = None if self._incoming.untouched else self._watched.gradient_sizes()
+        if self._thinning is not None:
+            self._thinning.check(update.taken, self.steps)
+        if self._filtering is not None:
+            update.filtered = self._filtering.following()
+        elif not self._incoming.untouched:
+            update.consumed = self._watched.gradient_sizes()
 
     def _finish(self) -> None:
         """The step is made; optimizers that did not take part left their parameters as they were."""
@@ -170,8 +214,16 @@ class Recorder:
         self._update = None
         self._theta = self._watched.theta()
         row = update.row()
+        if self._filtering is not None:
+            self._filtering.take(update.filtered)
+        self._windows.taken()
         self._incoming.clear()
-        self._writer.add(row, self._theta)
+        self._writer.add(row if self._thinning is None else self._thinning.thinned(row), self._theta)
+
+    @property
+    def _first(self) -> bool:
+        """Whether the row to come is the first of a block."""
+        return self.steps % self._writer.block == 0
 
     def _refuse_if_over(self) -> None:
         if self._fault is not None or self._writer.closed:
@@ -200,6 +252,9 @@ class Recorder:
             threads=torch.get_num_threads(),
             device=str(self._watched.device),
             config=self._config,
+            gradient_filter=None if self._filtering is None else self._filtering.told.to_json(),
+            thin=None if self._thinning is None else self._thinning.facts,
+            filter_seen=() if self._filtering is None else tuple(self._filtering.seen),
             versions={"torch": torch.__version__, "numpy": np.__version__, "zarr": zarr.__version__, "python": platform.python_version()},
         )
 
@@ -215,11 +270,18 @@ def record(
     watch: Sequence[str] = (),
     overwrite: bool = False,
     resume: bool = False,
+    steps: Sequence[tuple[int, int]] | None = None,
+    gradient_filter: GradientFilter | None = None,
+    filtered: Remembered | None = None,
+    precision: torch.dtype | None = None,
+    codec: str = "bitdelta",
+    thin: int | str | None = None,
 ) -> Recorder:
     """Record every step of a training to a run folder; use as a context manager, or call ``close()`` at the end.
 
     optimizer, model  the user's own objects; the training is bitwise the one without a recorder. What accelerate, torch.compile,
-                      DataParallel and DistributedDataParallel put around them is looked through
+                      DataParallel and DistributedDataParallel put around them is looked through: of several processes that train one
+                      model, each says whose gradients are its own, and the first one writes
     optimizer         or several of them, each with parameters of its own: they make a step together
     path              a new or empty folder (overwrite=True removes a run that is there; resume=True goes on with it, at the recorded
                       state that the model is in: load the training's checkpoint first)
@@ -227,11 +289,23 @@ def record(
     data              optional: the training data; ids are then range-checked and each example's fingerprint is stored
     config            optional: a JSON-able mapping that is kept with the run
     watch             names, or globs, of parameters that the optimizer will be given later (``add_param_group``)
+    steps             windows [(start, stop), …] of the training's steps to record, counted from now; by default all. What happens between
+                      two of them is one row of the run, and has a row ``gap`` in the ledger
+    gradient_filter   what the loop does to the gradients between the backward pass and the step: ``explaind.GrokfastEMA(alpha, lamb)`` or
+                      ``explaind.GrokfastMA(window_size, lamb)``, with the options of ``gradfilter_ema`` and ``gradfilter_ma``
+    filtered          what it remembers already (what these functions return), where the training began before the recording
+    precision         torch.bfloat16 or torch.float16 where gradients are computed in it (autocast); found by itself where the model, or
+                      ``recorder.examples``, is called inside of ``torch.autocast``. Their rounding stands in ``arithmetic``
+    codec             of parameters and second moments: "bitdelta", which is lossless and small, or "standard", which is larger and which
+                      zarr reads where explaind is not installed; a run that is gone on with keeps its own
+    thin              steps between two stored states, or "sqrt:STEPS" for the root of the steps to come: what is between is lived again
+                      when it is asked for, in a small part of the room; RecordError names what cannot be
 
     Raises RuleError for an optimizer without a rule, RecordError for parameters that cannot be recorded, StoreError for the path.
     """
-    folder = Path(path)
-    if overwrite and folder.exists():
+    _check_words(reduction, codec)
+    folder, ranks = Path(path), ranks_of(model) if isinstance(model, nn.Module) else ALONE
+    if overwrite and ranks.first and folder.exists():
         schema.open_group(folder, "run")  # only ever remove what is a run
         shutil.rmtree(folder)
     optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
@@ -244,4 +318,23 @@ def record(
         config,
         watch,
         resume and folder.exists(),
+        gradient_filter,
+        filtered,
+        steps,
+        codec,
+        ranks,
+        precision,
+        thin,
     )
+
+
+def _check_words(reduction: str, codec: str) -> None:
+    if reduction not in ("mean", "sum"):
+        raise RecordError(
+            "unknown reduction of the training loss",
+            expected="'mean' or 'sum'",
+            got=repr(reduction),
+            do="give other weights to recorder.examples",
+        )
+    if codec not in schema.CHOICES:
+        raise RecordError("unknown codec of a run", expected=" or ".join(map(repr, schema.CHOICES)), got=repr(codec), do="choose one")

@@ -9,14 +9,15 @@ from explaind.record.watched import Watched
 from explaind.store.manifest import Manifest
 from explaind.store.reader import Run
 from explaind.store.repair import recovered
-from explaind.store.writer import RunWriter
+from explaind.store.thin import going_on
+from explaind.store.writer import RunWriter, theta_checksum
 
-ALIKE = ("optimizers", "layers", "dtype", "reduction", "model", "modules", "random_bytes", "examples")
+ALIKE = ("optimizers", "layers", "dtype", "reduction", "model", "modules", "random_bytes", "examples", "gradient_filter", "thin")
 """What a run and its continuation must agree on."""
 
 
-def resumed(path: Path, manifest: Manifest, watched: Watched, theta: np.ndarray, fingerprint: np.ndarray | None) -> RunWriter:
-    """A writer that goes on where the model is; theta: its parameters [param].
+def resumed(path: Path, manifest: Manifest, watched: Watched, theta: np.ndarray, fingerprint: np.ndarray | None) -> tuple[RunWriter, int]:
+    """A writer that goes on where the model is, and the number of the training's next step; theta: its parameters [param].
 
     Steps that were recorded after that state are forgotten: the training is about to make them again. RecordError where the run is
     damaged or another one, the model is in none of its states, or the optimizer has not made as many steps.
@@ -36,18 +37,33 @@ def resumed(path: Path, manifest: Manifest, watched: Watched, theta: np.ndarray,
         raise RecordError("the run is damaged", where=path, got=damage[0], do="restore it from a copy, or record to another path")
     at = _state(run, theta)
     _check_ages(run, watched, at)
-    return RunWriter.resumed(path, run.manifest, run.begun(at))
+    return going_on(path, run.manifest, run.begun(at, theta)), int(run.numbers[at])
 
 
 def _state(run: Run, theta: np.ndarray) -> int:
     """The last state with these parameters."""
+    if run.manifest.thin is not None:
+        return _state_by_checksum(run, theta)
     block = run.manifest.block
     for start in range((run.steps // block) * block, -1, -block):
         states = run.states(start, min(start + block, run.steps + 1))
         same = [i for i, row in enumerate(states) if np.array_equal(row, theta, equal_nan=True)]
         if same:
             return start + same[-1]
-    raise RecordError(
+    raise _in_none(run)
+
+
+def _state_by_checksum(run: Run, theta: np.ndarray) -> int:
+    crcs = run.checksums(0, run.steps + 1)
+    for state in range(run.steps, -1, -1):
+        previous = crcs[state - 1] if state else np.zeros_like(crcs[0])
+        if np.array_equal(theta_checksum(theta, run.manifest.layers, previous), crcs[state]):
+            return state
+    raise _in_none(run)
+
+
+def _in_none(run: Run) -> RecordError:
+    return RecordError(
         "the model is in none of the run's states",
         where=run.path,
         expected=f"the parameters after one of its {run.steps} steps",

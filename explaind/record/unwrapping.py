@@ -3,9 +3,11 @@
 import torch
 from torch import nn
 
+from explaind.errors import RecordError
 from explaind.rules import RULES
 
 AROUND_MODELS = ("DistributedDataParallel", "DataParallel")
+SHARDED = ("FullyShardedDataParallel", "DeepSpeedEngine")
 
 
 def unwrapped_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -21,4 +23,6 @@ def unwrapped_model(model: nn.Module) -> nn.Module:
     inner = getattr(model, "_orig_mod", None) if hasattr(model, "_orig_mod") else getattr(model, "module", None)
     if isinstance(inner, nn.Module) and (hasattr(model, "_orig_mod") or type(model).__name__ in AROUND_MODELS):
         return unwrapped_model(inner)
+    if type(model).__name__ in SHARDED:
+        raise RecordError("a model whose parameters are sharded cannot be recorded", got=type(model).__name__, do="train it with DDP")
     return model

@@ -1,9 +1,12 @@
 """One step of a training while its optimizers make it."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from explaind.record.filtering import Filtering
 from explaind.record.incoming import MicroBatch
 from explaind.record.watched import Watched
 from explaind.store.row import StepRow
@@ -12,11 +15,13 @@ from explaind.store.row import StepRow
 class Update:
     """What is known of a step so far: begun before the first optimizer steps, finished when all have, or no other will."""
 
-    def __init__(self, watched: Watched, theta: np.ndarray, first: bool) -> None:
-        """theta: parameters before the step [param]; first: of a block, for which the momentum is kept."""
+    def __init__(self, watched: Watched, theta: np.ndarray, first: bool, filtering: Filtering | None = None) -> None:
+        """theta: parameters before the step [param]; first: of a block or behind a gap, for which the momentum is kept."""
         self._watched, self._theta = watched, theta
         self._ages, self._remembered = watched.ages(), watched.remembered()
-        self._anchor = watched.momentum() if first else None
+        self.anchor = watched.momentum() if first else None
+        self._filtered = filtering.anchor() if first and filtering is not None else None
+        self.filtered: Any = None
         self._frozen: list[Tensor | None] = [None] * len(watched.layers)
         self._hyper = watched.hyper()
         self._scalars = watched.no_scalars()
@@ -40,11 +45,14 @@ class Update:
             if self._scalars is not None:
                 self._scalars[i, : len(facts)] = facts
 
+    def frozen(self) -> np.ndarray | None:
+        """What the rules froze of the step: [param]; None where none freezes a tensor."""
+        return self._watched.flat(self._frozen) if self._watched.has_frozen else None
+
     def row(self) -> StepRow:
         """The record of the step."""
         ids, weights = (np.concatenate([getattr(batch, name) for batch in self.taken]) for name in ("ids", "weights"))
         part = np.repeat(np.arange(len(self.taken), dtype=np.int32), [len(batch.ids) for batch in self.taken])
-        frozen = self._watched.flat(self._frozen) if self._watched.has_frozen else None
         return StepRow(
             ids,
             part,
@@ -52,11 +60,13 @@ class Update:
             self._hyper,
             self._active,
             self._watched.mode(),
-            frozen,
-            self._anchor,
+            self.frozen(),
+            self.anchor,
             self._scalars,
             self.consumed,
             self._random(),
+            self._filtered,
+            max((batch.precision for batch in self.taken), default=0.0),
         )
 
     def _random(self) -> np.ndarray | None:
@@ -65,3 +75,22 @@ class Update:
             return None
         states = [batch.random if drew else torch.zeros_like(batch.random) for batch, drew in zip(self.taken, self.drew, strict=True)]
         return torch.cat(states).numpy()
+
+
+def gap_row(watched: Watched, passed: int, first: bool) -> StepRow:
+    """Stands for so many steps of the training that were not recorded."""
+    nothing = np.zeros(0, dtype=np.int64)
+    still = np.full(len(watched.layers), -1, dtype=np.int32)
+    frozen = watched.flat([None] * len(watched.layers)) if watched.has_frozen else None
+    return StepRow(
+        nothing,
+        nothing.astype(np.int32),
+        nothing.astype(np.float64),
+        watched.hyper(),
+        still,
+        watched.mode(),
+        frozen,
+        watched.momentum() if first else None,
+        watched.no_scalars(),
+        gap=passed,
+    )

@@ -68,6 +68,8 @@ class Watched:
         if not params:
             raise RecordError("the optimizer holds no parameter of the model", do="pass the model that the optimizer trains")
         for p in params:
+            if hasattr(p, "full_tensor"):
+                raise RuleError("parameters that are sharded over processes have no rule", got=type(p).__name__, do="train with DDP")
             if p.is_complex() or p.is_sparse:
                 raise RuleError("complex and sparse parameters have no rule", got=str(p.dtype), do="train with dense real parameters")
 
@@ -108,6 +110,16 @@ class Watched:
         """The rule and the optimizer's state of every parameter; a buffer has no state."""
         pairs = zip(self._params, self.layers, strict=True)
         return [(self.rules[a.optimizer], {} if a.optimizer < 0 else self._optimizers[a.optimizer].state.get(p, {})) for p, a in pairs]
+
+    @property
+    def params_count(self) -> int:
+        """How many numbers theta holds."""
+        return sum(layer.size for layer in self.layers)
+
+    def gradient(self) -> Tensor:
+        """The gradients as they stand, zeros where there is none: [param], on the device."""
+        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._params]
+        return torch.cat([part.detach().reshape(-1).to(self.dtype) for part in parts])
 
     def theta(self) -> np.ndarray:
         """The parameters [param]."""

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from explaind.errors import ReplayError
 from explaind.record.watched import statistics
 from explaind.replay.steps import Drawn
-from explaind.replay.surroundings import DifferentiableStatistics, drawing
+from explaind.replay.surroundings import DifferentiableStatistics, Lifted, drawing
 from explaind.store.manifest import Layer
 
 Readout = Callable[[nn.Module, Any], Tensor]
@@ -43,6 +43,7 @@ class Functional:
         self.model, self._device = own, device
         self._buffers = dict(own.named_buffers())
         self._written: list[str] = []
+        self._dtype, self._casts = dtype, dict[tuple[bool, ...], bool]()
 
     def set_mode(self, mode: Sequence[bool]) -> None:
         """Train or eval, module by module, as recorded."""
@@ -64,8 +65,12 @@ class Functional:
             parameters = {**parameters, **{name: self._buffers[name].clone() for name in self._written}}
         own = tree_map(lambda leaf: leaf, batch)  # containers of its own, which a function may change
         before = _versions(own)
-        with DifferentiableStatistics() if self._moving else nullcontext():
+        mode = tuple(module.training for module in self.model.modules())
+        lifted = Lifted(self._dtype) if self._casts.get(mode, True) else nullcontext()
+        with DifferentiableStatistics() if self._moving else nullcontext(), lifted:
             found: Tensor = functional_call(self._call, {f"model.{name}": tensor for name, tensor in parameters.items()}, (own,))
+        if isinstance(lifted, Lifted):
+            self._casts[mode] = lifted.used  # a model without casts is not watched again
         if _versions(batch) != before:
             raise ReplayError(
                 "losses or measure change the batch that they are given",

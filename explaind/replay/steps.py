@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from explaind.rules.filter import Filter
+from explaind.rules.gradient_filter import Passage
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,6 +18,12 @@ class Drawn:
 
     batch: Any
     states: tuple[Tensor, ...]  # uint8 [byte] each
+
+    @staticmethod
+    def of(batch: Any, state: np.ndarray) -> "Drawn":
+        """From a recorded state, the host's first: uint8 [byte]."""
+        host = len(torch.get_rng_state())
+        return Drawn(batch, tuple(torch.from_numpy(part.copy()) for part in (state[:host], state[host:]) if len(part)))
 
 
 @dataclass(frozen=True)
@@ -43,14 +51,38 @@ class Step:
     mode: tuple[bool, ...]
     consumed: Tensor | None = None
     """Norm and largest absolute value of each layer's consumed gradient [layer, 2], where it was changed after the backward pass."""
+    passage: Passage | None = None
+    """Through a gradient filter, before the optimizer consumed it."""
+    eps: float = 0.0
+    """Relative rounding of the recorded parameters."""
+    gap: int = 0
+    """Training steps without a record that it stands for; 0: it is a step."""
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What one step hands to the next beside the parameters; None where the run has no such thing."""
+
+    momentum: Tensor | None = None  # [param]
+    filtered: Tensor | None = None  # what the gradient filter remembers [slot, param]
+
+    def less(self, other: "Carried") -> "Carried":
+        """How much it is more than another; None where either has no such thing."""
+        pairs = ((self.momentum, other.momentum), (self.filtered, other.filtered))
+        return Carried(*(None if a is None or b is None else a - b for a, b in pairs))
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive steps that begin where the momentum is known: momentum [param], None for an optimizer without."""
+    """Consecutive steps that begin where it is known what they were handed."""
 
     steps: tuple[Step, ...]
-    momentum: Tensor | None
+    carried: Carried
+
+
+def with_examples(segments: Iterator[Segment], backwards: bool = False) -> Step:
+    """The first of these steps that is not a gap; or the last of all, of segments that come last first."""
+    return next(step for stretch in segments for step in (stretch.steps[::-1] if backwards else stretch.steps) if step.parts)
 
 
 @runtime_checkable

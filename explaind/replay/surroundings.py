@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
 
 
 @contextmanager
@@ -22,6 +23,21 @@ def drawing(states: Iterable[Tensor], device: torch.device) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def as_in_training(threads: int) -> Iterator[None]:
+    """What a training has around it by default, whatever is set up around the kernel: gradients, every attention, so many threads."""
+    before, fast = torch.get_num_threads(), torch.backends.mha.get_fastpath_enabled()
+    torch.set_num_threads(threads)
+    torch.backends.mha.set_fastpath_enabled(True)
+    kinds = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH)
+    try:
+        with torch.enable_grad(), sdpa_kernel(list(kinds)):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        torch.set_num_threads(before)
+
+
 class DifferentiableStatistics(TorchFunctionMode):
     """Normalisation by running statistics, written out: torch's own is not differentiable by them."""
 
@@ -32,6 +48,34 @@ class DifferentiableStatistics(TorchFunctionMode):
         if function is F.instance_norm and not _argument(args, kwargs, 5, "use_input_stats", True):
             return _normalised(*args[:5], **{k: v for k, v in kwargs.items() if k not in ("use_input_stats", "momentum")})
         return function(*args, **kwargs)
+
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+CASTS = {Tensor.half: torch.float16, Tensor.bfloat16: torch.bfloat16, Tensor.float: torch.float32, Tensor.double: torch.float64}
+
+
+class Lifted(TorchFunctionMode):
+    """Casts to a floating point precision that a model or a loss has written in it become casts to the kernel's: ``logits.float()``."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+        self.used = False
+        """Whether there was any."""
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if self._other(CASTS.get(function)):
+            self.used = True
+            return args[0].to(self._dtype)
+        if function is not Tensor.view and any(self._other(value) for value in (*args, *kwargs.values())):
+            self.used = True
+            args = tuple(self._dtype if self._other(value) else value for value in args)
+            kwargs = {name: self._dtype if self._other(value) else value for name, value in kwargs.items()}
+        return function(*args, **kwargs)
+
+    def _other(self, value: Any) -> bool:
+        return isinstance(value, torch.dtype) and value in FLOATS and value != self._dtype
 
 
 def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], place: int, name: str, default: Any) -> Any:
@@ -56,10 +100,29 @@ def _normalised(
     return out if bias is None else out + by_channel(bias)
 
 
-class _DifferentiableAttention(AbstractContextManager[None]):
-    """Attention in its math form: the fused kernels have no forward-mode derivative."""
+class _Uncheckpointed:
+    """Activation checkpointing saves memory by means that no function transform knows: what is checkpointed is just called."""
+
+    @staticmethod
+    def apply(function: Any, preserve: Any, *args: Any) -> Any:
+        return function(*args)
+
+
+def _nothing_around(*args: Any, **kwargs: Any) -> Iterator[None]:
+    yield
+
+
+CHECKPOINTING = {"CheckpointFunction": _Uncheckpointed, "_checkpoint_without_reentrant_generator": _nothing_around}
+"""Of torch.utils.checkpoint: what its two ways to checkpoint are made of."""
+
+
+class _Differentiable(AbstractContextManager[None]):
+    """Attention in its math form: the fused kernels have no forward-mode derivative. And no checkpoints."""
 
     def __enter__(self) -> None:
+        self._checkpointing = {name: getattr(checkpoint, name) for name in CHECKPOINTING if hasattr(checkpoint, name)}
+        for name in self._checkpointing:
+            setattr(checkpoint, name, CHECKPOINTING[name])
         self._fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         self._math = sdpa_kernel(SDPBackend.MATH)
@@ -67,9 +130,11 @@ class _DifferentiableAttention(AbstractContextManager[None]):
 
     def __exit__(self, *error: Any) -> None:
         self._math.__exit__(*error)
+        for name, own in self._checkpointing.items():
+            setattr(checkpoint, name, own)
         torch.backends.mha.set_fastpath_enabled(self._fast)
 
 
-def differentiable_attention() -> AbstractContextManager[None]:
-    """Within it every attention of torch has reverse- and forward-mode derivatives; settings are put back afterwards."""
-    return _DifferentiableAttention()
+def differentiable() -> AbstractContextManager[None]:
+    """Within it attention and checkpointed modules have reverse- and forward-mode derivatives; settings are put back afterwards."""
+    return _Differentiable()

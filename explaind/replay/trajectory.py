@@ -1,16 +1,20 @@
 """The run as the kernel wants it: steps with tensors on the device, filters and batches."""
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from explaind.replay.account import Account
 from explaind.replay.ahead import ahead
-from explaind.replay.steps import Drawn, Part, Segment, Step
+from explaind.replay.steps import Carried, Drawn, Part, Segment, Step
 from explaind.rules import rule_named
 from explaind.rules.filter import IDLE, STILL, Filter, joined
+from explaind.rules.gradient_filter import Passage, gradient_filter
 from explaind.rules.rule import Facts
 from explaind.store.manifest import Layer
 from explaind.store.reader import Block, Run
@@ -22,13 +26,22 @@ class Trajectory:
 
     def __init__(self, run: Run, batches: Callable[[np.ndarray], Any], device: torch.device, dtype: torch.dtype) -> None:
         self.run, self._batches, self._device, self._dtype = run, batches, device, dtype
+        self._eps = float(np.finfo(run.manifest.dtype).eps)
+        self._sizes = [layer.size for layer in run.manifest.layers]
         self._rules = tuple(rule_named(optimizer.rule) for optimizer in run.manifest.optimizers)
         self.steps = run.steps
-        self.starts = tuple(range(0, run.steps, run.manifest.block))
+        self.starts = run.starts
+        told = run.manifest.gradient_filter
+        self.account = Account()
+        self._filtering = None if told is None else gradient_filter(told)
 
     def tensor(self, values: np.ndarray) -> Tensor:
         """Recorded numbers on the kernel's device, in its dtype."""
         return torch.from_numpy(np.ascontiguousarray(values)).to(self._device, self._dtype)
+
+    def lived(self) -> Account:
+        """How exactly a thin run was lived again, all of it; nothing of a full one."""
+        return self.account
 
     def states(self) -> Iterator[Tensor]:
         """theta before every step and after the last one, some at a time: [state, param]."""
@@ -44,26 +57,38 @@ class Trajectory:
         return map(self._segment, ahead(self._block, starts))
 
     def _block(self, start: int) -> Block:
-        return self.run.block(start, min(start + self.run.manifest.block, self.steps))
+        later = bisect_right(self.starts, start)
+        return self.run.block(start, self.starts[later] if later < len(self.starts) else self.steps)
 
     def _segment(self, block: Block) -> Segment:
         theta = self.tensor(block.theta)
         steps = tuple(self._step(block.start + i, row, theta[i], theta[i + 1]) for i, row in enumerate(block.rows))
-        anchor = block.rows[0].anchor
-        return Segment(steps, None if anchor is None else self.tensor(anchor))
+        momentum, filtered = (None if v is None else self.tensor(v) for v in (block.rows[0].anchor, block.rows[0].filtered))
+        return Segment(steps, Carried(momentum, None if filtered is None else filtered.reshape(-1, theta.shape[1])))
 
     def _step(self, index: int, row: StepRow, theta: Tensor, after: Tensor) -> Step:
         parts = tuple(self._part(row, part) for part in np.unique(row.part).tolist())
         consumed = None if row.consumed is None else self.tensor(row.consumed)
-        return Step(index, theta, after, after - theta, self._filter(row, theta), parts, row.mode, consumed)
+        f = STILL if row.gap else self._filter(row, theta)
+        return Step(index, theta, after, after - theta, f, parts, row.mode, consumed, self._passage(index, row, theta), self._eps, row.gap)
+
+    def _passage(self, index: int, row: StepRow, like: Tensor) -> Passage | None:
+        if self._filtering is None:
+            return None
+        return self._filtering.passage(self._seen[index].tolist(), (row.age >= 0).tolist(), self._sizes, like)
+
+    @cached_property
+    def _seen(self) -> np.ndarray:
+        """Gradients of each layer that the gradient filter had seen before each step: [step, layer]."""
+        having = self.run.having_gradients
+        return np.cumsum(having, axis=0) - having + np.array(self.run.manifest.filter_seen or 0)
 
     def _part(self, row: StepRow, part: int) -> Part:
         mine = row.part == part
         batch, wide = self._batches(row.batch[mine]), self.run.manifest.random_bytes
         state = None if row.random is None else row.random[part * wide : (part + 1) * wide]
         if state is not None and state.any():
-            host = len(torch.get_rng_state())
-            batch = Drawn(batch, tuple(torch.from_numpy(part.copy()) for part in (state[:host], state[host:]) if len(part)))
+            batch = Drawn.of(batch, state)
         return Part(batch, row.batch[mine], self.tensor(row.weight[mine]))
 
     def _filter(self, row: StepRow, like: Tensor) -> Filter:
@@ -73,7 +98,7 @@ class Trajectory:
         for i, layer in enumerate(layers):
             own = None if frozen is None else frozen[layer.offset : layer.offset + layer.size].reshape(layer.shape)
             filters.append(self._layer_filter(layer, row, i, own))
-        return joined(filters, [layer.size for layer in layers], like)
+        return joined(filters, self._sizes, like)
 
     def _layer_filter(self, layer: Layer, row: StepRow, index: int, frozen: Tensor | None) -> Filter:
         age = int(row.age[index])

@@ -15,7 +15,7 @@ def ledger_lines(facts: dict[str, Any]) -> list[str]:
         f"  replay      an update was off by {maxima['replay_error']:.2g} of its size at most",
         f"  closure     {maxima['closure']:.2g} at most",
         f"  explained   {facts['explained_min']:.6f} at least",
-        *([f"  note        {asked['rule_note']}"] if asked.get("rule_note") else []),
+        *(f"  note        {asked[name]}" for name in ("rule_note", "relived") if asked.get(name)),
         *_judged(facts),
     ]
 
@@ -46,6 +46,7 @@ def verify_lines(facts: dict[str, Any]) -> list[str]:
         lines.append("  replay      not checked: nothing could be replayed, or the run names no task")
     else:
         lines.append(f"  replay      an update was off by {facts['replay_error']:.2g} of its size at most")
+    lines += [f"  note        {note}" for note in facts["notes"]]
     lines += ["  ok"] if not facts["reasons"] else [f"  FAILED: {reason}" for reason in facts["reasons"]]
     return lines + [line for entry in facts["ledgers"] for line in ledger_lines(entry)]
 
@@ -92,6 +93,8 @@ def info_lines(facts: dict[str, Any]) -> list[str]:
         f"  optimizer   {facts['optimizer']}, {facts['reduction']} loss, {facts['examples']} examples, seed {facts['seed']}",
         f"  made with   {', '.join(f'{name} {version}' for name, version in facts['versions'].items())} on {facts['device']}",
     ]
+    if facts["thin"]:
+        lines.append(f"  thin        parameters and optimizer state every {facts['thin']} steps; what is between is lived again")
     if facts["logged"]:
         lines.append(f"  log         {facts['logged']} more steps: explaind repair takes them up")
     lines += [f"  task        {json.dumps(config['task'])}"] if "task" in config else []
@@ -152,3 +155,19 @@ def repair_lines(facts: dict[str, Any]) -> list[str]:
     """What a repair did."""
     done = [f"{facts[name]} {words}" for name, words in (("regained", "taken from its log"), ("lost", "cut off")) if facts[name]]
     return [f"run {facts['run']}: {facts['after']} steps" + (f" ({', '.join(done)})" if done else ", nothing to repair")]
+
+
+def export_lines(facts: dict[str, Any]) -> list[str]:
+    """What went into a file."""
+    return [f"exported {facts['run']} to {facts['file']}: {_exchanged(facts)}"]
+
+
+def import_lines(facts: dict[str, Any]) -> list[str]:
+    """What came out of a file."""
+    return [f"imported {facts['file']} to {facts['run']}: {_exchanged(facts)}"]
+
+
+def _exchanged(facts: dict[str, Any]) -> str:
+    steps = f"{facts['steps']} steps{'' if facts['complete'] else ' (cut off)'}"
+    ledgers = f"{len(facts['ledgers'])} ledger{'' if len(facts['ledgers']) == 1 else 's'}"
+    return f"{steps}, {ledgers}, {facts['bytes'] / 2**20:.1f} MiB"

@@ -85,6 +85,7 @@ def run_facts(run: Run) -> dict[str, Any]:
         "seed": m.seed,
         "threads": m.threads,
         "device": m.device,
+        "thin": m.block if m.thin is not None else None,
         "versions": dict(m.versions),
         "config": m.config,
     }

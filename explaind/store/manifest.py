@@ -60,6 +60,12 @@ class Manifest:
     versions: Mapping[str, str]
     config: Mapping[str, Any] | None
     """The resolved configuration, for runs of the command line."""
+    gradient_filter: Mapping[str, Any] | None = None
+    """What stood between the backward pass and the optimizers (``GradientFilter.to_json``)."""
+    filter_seen: tuple[int, ...] = ()
+    """How many gradients of each layer it had seen when the recording began; empty: none."""
+    thin: Mapping[str, Any] | None = None
+    """Where parameters are stored once a block alone: the dtypes in which its steps are to be lived again (``Living.facts``)."""
 
     @property
     def optimizer(self) -> str:
@@ -83,7 +89,7 @@ class Manifest:
     def from_json(value: Mapping[str, Any], where: str) -> "Manifest":
         """Rebuild from attributes; StoreError when a field is missing or makes no sense."""
         try:
-            known = {**value, "modules": tuple(value["modules"])}
+            known = {**value, "modules": tuple(value["modules"]), "filter_seen": tuple(value.get("filter_seen", ()))}
             known["optimizers"] = tuple(Optimized(**{**o, **_tuples(o, "flags", "options", "scalars")}) for o in value["optimizers"])
             known["layers"] = tuple(Layer(**{**layer, "shape": tuple(layer["shape"])}) for layer in value["layers"])
             return Manifest(**known)

@@ -4,8 +4,9 @@ import copy
 import hashlib
 import json
 import os
+from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,15 @@ import zarr
 
 from explaind.errors import RequestError, StoreError
 from explaind.store import schema
+from explaind.store.damage import damage
+from explaind.store.layout import starts
 from explaind.store.manifest import Manifest
 from explaind.store.row import StepRow
-from explaind.store.tail import following, records
-from explaind.store.writer import Begun, step_checksum, theta_checksum
+from explaind.store.tail import Record, following, records
+from explaind.store.writer import Begun
+
+AUTOCAST = 32.0
+"""Roundings, in autocast's precision, that an update may be off by: of a product that is one rounding off, over a few layers."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,7 @@ class Block:
     """Consecutive steps [start, stop) of a run, in memory."""
 
     start: int
-    theta: np.ndarray  # [state, param], one row more than steps
+    theta: np.ndarray  # [state, param], one row more than steps; of a thin run those that are stored
     rows: tuple[StepRow, ...]
     modes: tuple[int, ...]
 
@@ -42,12 +48,13 @@ class Run:
         commit = self._read_commit()
         self.steps: int = commit["steps"]
         self.complete: bool = commit["complete"]
+        self._end = self.steps
         self.modes: tuple[tuple[bool, ...], ...] = tuple(tuple(m) for m in commit["modes"])
         self._check_rows()
 
     def _read_commit(self) -> dict[str, Any]:
         try:
-            commit = json.loads((self.path / "commit.json").read_text())
+            commit = json.loads(schema.read_file(self.path, "commit.json"))
             return {"steps": int(commit["steps"]), "complete": bool(commit["complete"]), "modes": list(commit["modes"])}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StoreError(
@@ -58,7 +65,12 @@ class Run:
             ) from error
 
     def _check_rows(self) -> None:
-        for name, need in (("theta", self.steps + 1), ("batch", self.steps), ("hyper", self.steps), ("age", self.steps)):
+        for name, need in (
+            ("theta", len(self.stored(0, self.steps + 1))),
+            ("batch", self.steps),
+            ("hyper", self.steps),
+            ("age", self.steps),
+        ):
             have = self._array(name).shape[0]
             if have < need:
                 raise StoreError(
@@ -91,7 +103,7 @@ class Run:
     def first(self, steps: int) -> "Run":
         """The same run as if it had ended after so many steps, or where it did."""
         shorter = copy.copy(self)
-        for cached in ("identity", "examples"):
+        for cached in ("identity", "examples", "gaps", "numbers", "starts", "rounding"):
             shorter.__dict__.pop(cached, None)
         shorter.steps = min(steps, self.steps)
         return shorter
@@ -102,12 +114,45 @@ class Run:
             raise RequestError(
                 "no such state in the run", where=self.path, expected=f"0 … {self.steps}", got=step, do="choose a recorded step"
             )
-        row = self._read("theta", slice(step, step + 1))[0]
+        row = self.states(step, step + 1)[0]
         return {a.name: row[a.offset : a.offset + a.size].reshape(a.shape) for a in self.manifest.layers}
 
     def states(self, start: int, stop: int) -> np.ndarray:
-        """Rows [start, stop) of theta: [state, param]."""
-        return self._read("theta", slice(start, stop))
+        """theta before steps [start, stop): [state, param]; RequestError for one that a thin run does not store."""
+        if len(self.stored(start, stop)) < stop - start:
+            raise RequestError(
+                "a thin run does not store the parameters before every step",
+                where=self.path,
+                expected=f"a multiple of {self.manifest.block}, or the last state, {self._end}",
+                got=f"{start}" if stop - start == 1 else f"{start} … {stop - 1}",
+                do="choose one of these",
+            )
+        return self.stored_states(start, stop)
+
+    def stored_states(self, start: int, stop: int) -> np.ndarray:
+        """theta before those of the steps [start, stop) before which it is stored: [state, param]."""
+        rows = list(self.stored(start, stop).values())
+        return self._read("theta", slice(rows[0], rows[-1] + 1) if rows else slice(0, 0))
+
+    def some_states(self, count: int) -> list[int]:
+        """At most so many of the states that are stored, evenly along the run, the first and the last among them."""
+        states = np.array(list(self.stored(0, self.steps + 1)))
+        return [int(s) for s in states[np.unique(np.linspace(0, len(states) - 1, min(count, len(states))).round().astype(int))]]
+
+    def stored(self, start: int, stop: int) -> dict[int, int]:
+        """Which of the states [start, stop) are stored, and in which row of theta."""
+        if self.manifest.thin is None:
+            return {state: state for state in range(start, stop)}
+        block = self.manifest.block
+        return {state: -(-state // block) for state in range(start, stop) if state % block == 0 or state == self._end}
+
+    def checksums(self, start: int, stop: int) -> np.ndarray:
+        """Of theta before steps [start, stop), each continued from the one before it: uint32 [state, layer]."""
+        return self._read("checksum_theta", slice(start, stop))
+
+    def step_checksums(self, start: int, stop: int) -> np.ndarray:
+        """Of all else that steps [start, stop) recorded, continued likewise: uint32 [step]."""
+        return self._read("checksum_step", slice(start, stop))
 
     @cached_property
     def constants(self) -> Mapping[str, np.ndarray]:
@@ -134,16 +179,42 @@ class Run:
     def identity(self) -> str:
         """Hash of what was recorded: the manifest, and the last checksums, which are chained to all before them."""
         whole = hashlib.sha256(f"{json.dumps(self.manifest.to_json(), sort_keys=True)} {self.steps}".encode())
-        whole.update(self._read("checksum_theta", slice(self.steps, self.steps + 1)).tobytes())
-        whole.update(self._read("checksum_step", slice(max(0, self.steps - 1), self.steps)).tobytes())
+        whole.update(self.checksums(self.steps, self.steps + 1).tobytes())
+        whole.update(self.step_checksums(max(0, self.steps - 1), self.steps).tobytes())
         return whole.hexdigest()
 
-    def anchor(self, step: int) -> np.ndarray | None:
-        """Momentum [param] before the first step of a block; None for an optimizer without."""
-        if "momentum" not in self._group:
+    @cached_property
+    def gaps(self) -> np.ndarray:
+        """Training steps without a record that a row stands for, 0 for a step: int64 [step]."""
+        return self._read("gap", slice(0, self.steps))
+
+    @cached_property
+    def rounding(self) -> list[float]:
+        """How far, relative to an update, the training's own arithmetic may be from exact: of its optimizers, and of autocast. [layer]"""
+        lowest = float(self._read("precision", slice(0, self.steps)).max(initial=0.0))
+        return [max(own, AUTOCAST * lowest) for own in self.manifest.rounding]
+
+    @cached_property
+    def numbers(self) -> np.ndarray:
+        """Which step of the training every row is, counted from the recording's begin, and the one behind the last: int64 [step + 1]."""
+        return np.concatenate([[0], np.cumsum(np.maximum(self.gaps, 1))])
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """Steps before which the momentum is recorded, ascending: the first of every block, and the one behind every gap."""
+        return starts(self.gaps, self.manifest.block)
+
+    @property
+    def having_gradients(self) -> np.ndarray:
+        """Which layers had a gradient at each step: bool [step, layer]."""
+        return self._read("age", slice(0, self.steps)) >= 0
+
+    def _anchor(self, name: str, step: int) -> np.ndarray | None:
+        """A row of "momentum" or "filtered"; None where the run has none."""
+        index = bisect_left(self.starts, step)
+        if name not in self._group or self.starts[index : index + 1] != (step,):
             return None
-        index = step // self.manifest.block
-        return self._read("momentum", slice(index, index + 1))[0]
+        return self._read(name, slice(index, index + 1))[0]
 
     def block(self, start: int, stop: int) -> Block:
         """Steps [start, stop) with everything recorded of them."""
@@ -153,10 +224,11 @@ class Run:
         frozen = self._read("preconditioner", rows) if "preconditioner" in self._group else None
         consumed, random = self._read("consumed", rows), self._read("random", rows)
         scalars = self._read("scalar", rows) if "scalar" in self._group else None
+        gaps, precision = self._read("gap", rows), self._read("precision", rows)
+        groups = self._read("groups", rows) if "groups" in self._group else None
         steps = []
         for i in range(len(batch)):
             used = part[i] >= 0
-            first = (start + i) % self.manifest.block == 0
             steps.append(
                 StepRow(
                     batch[i][used],
@@ -166,22 +238,39 @@ class Run:
                     age[i],
                     self.modes[mode[i]] if mode[i] < len(self.modes) else (),
                     None if frozen is None else frozen[i],
-                    self.anchor(start + i) if first else None,
+                    self._anchor("momentum", start + i),
                     None if scalars is None else scalars[i],
                     None if np.isnan(consumed[i]).any() else consumed[i],
                     random[i][: self.manifest.random_bytes * (1 + part[i].max())] if random[i].any() else None,
+                    self._anchor("filtered", start + i),
+                    float(precision[i]),
+                    _words(self._anchor("state", start + i)),
+                    None if groups is None or not groups[i].any() else groups[i][: 1 + np.flatnonzero(groups[i])[-1]],
+                    int(gaps[i]),
                 )
             )
-        return Block(start, self._read("theta", slice(start, stop + 1)), tuple(steps), tuple(int(m) for m in mode))
+        return Block(start, self.stored_states(start, stop + 1), tuple(steps), tuple(int(m) for m in mode))
 
-    def begun(self, steps: int) -> Begun:
-        """What a writer needs to go on after so many steps."""
+    def begun(self, steps: int, theta: np.ndarray | None = None) -> Begun:
+        """What a writer needs to go on after so many steps; theta: parameters that they led to, where a thin run does not store them."""
+        if self.manifest.thin is not None:
+            return self._begun_thin(steps, self.states(steps, steps + 1)[0] if theta is None else theta)
         start = steps - steps % self.manifest.block
         rows = self.block(start, steps).rows if steps > start else ()
-        crc_step = self._read("checksum_step", slice(start, steps))
-        last = self._read("checksum_step", slice(steps - 1, steps)) if steps else np.zeros(1)
-        states, crc_theta = self.states(start, steps + 1), self._read("checksum_theta", slice(start, steps + 1))
-        return Begun(start, states, rows, self.modes, crc_theta, crc_step, int(last[0]))
+        crc_step = self.step_checksums(start, steps)
+        last = self.step_checksums(steps - 1, steps) if steps else np.zeros(1)
+        states, crc_theta = self.states(start, steps + 1), self.checksums(start, steps + 1)
+        return Begun(start, sum(s < start for s in self.starts), states, rows, self.modes, crc_theta, crc_step, int(last[0]))
+
+    def _begun_thin(self, steps: int, theta: np.ndarray) -> Begun:
+        start = steps - steps % self.manifest.block
+        crcs, nothing = self.checksums(start, steps + 1), np.zeros(0, theta.dtype)
+        rows = self.block(start, steps).rows if steps > start else ()
+        found = [Record(start + i, row, nothing, crcs[i + 1]) for i, row in enumerate(rows)]
+        found[-1:] = [Record(record.step, record.row, theta, record.crc) for record in found[-1:]]
+        last = self.step_checksums(start - 1, start) if start else np.zeros(1)
+        begun = Begun(start, start // self.manifest.block, self.states(start, start + 1), (), self.modes, crcs[:1], last[:0], int(last[0]))
+        return replace(begun, records=tuple(found))
 
     @property
     def logged(self) -> int:
@@ -198,7 +287,7 @@ class Run:
                 if shorter.damage():
                     break
                 found = shorter.steps
-            while found < self.steps and not self.first(found + 1).damage():
+            while self.manifest.thin is None and found < self.steps and not self.first(found + 1).damage():
                 found += 1
         except StoreError:
             pass
@@ -206,35 +295,17 @@ class Run:
 
     def damage(self) -> list[str]:
         """Where stored bytes are not what was recorded, in words; empty when every checksum holds."""
-        found: list[str] = []
-        want_theta = self._read("checksum_theta", slice(0, self.steps + 1))
-        want_step = self._read("checksum_step", slice(0, self.steps))
-        previous = np.zeros(len(self.manifest.layers), np.uint32)
-        for start in range(0, self.steps + 1, self.manifest.block):
-            for i, theta in enumerate(self.states(start, min(start + self.manifest.block, self.steps + 1)), start):
-                crc = theta_checksum(theta, self.manifest.layers, previous)
-                wrong = [a.name for a, c, w in zip(self.manifest.layers, crc, want_theta[i], strict=True) if c != w]
-                found += [_theta_words(i, wrong, len(crc))] if wrong else []
-                previous = want_theta[i]
-        crc_step = 0
-        for start in range(0, self.steps, self.manifest.block):
-            block = self.block(start, min(start + self.manifest.block, self.steps))
-            for i, (row, mode) in enumerate(zip(block.rows, block.modes, strict=True), start):
-                if step_checksum(row, mode, crc_step) != want_step[i]:
-                    found.append(
-                        f"the record of step {i} is not what was recorded (batch, weights, hyper-parameters or preconditioner), "
-                        "or a step before it was removed"
-                    )
-                crc_step = int(want_step[i])
-        return found
+        return damage(self)
 
 
-def _theta_words(state: int, wrong: list[str], layers: int) -> str:
-    if len(wrong) == layers and layers > 1:
-        return f"a step was removed, inserted or exchanged before state {state}: no tensor of theta continues the record there"
-    return f"theta before step {state} is not what was recorded: {', '.join(wrong)} changed on disk"
+def _words(state: np.ndarray | None) -> np.ndarray | None:
+    """An optimizer's state, which says how long it is."""
+    return None if state is None else state[: int(state[0])]
 
 
 def open_run(path: str | os.PathLike[str]) -> Run:
-    """Open a recorded run; StoreError where there is none, or one of another schema version."""
+    """Open a recorded run, in its folder or in the zip that it was exported to.
+
+    StoreError where there is none, or one of another schema version.
+    """
     return Run(path)

@@ -6,7 +6,7 @@ from pathlib import Path
 from explaind.errors import StoreError
 from explaind.store.reader import Run, open_run
 from explaind.store.tail import following, records
-from explaind.store.writer import RunWriter
+from explaind.store.thin import going_on
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,15 @@ def repair(path: Path) -> Repair:
     StoreError where nothing can be read, where not even the first state is sound, or where another process is writing the run.
     """
     run = open_run(path)
+    if path.is_file():
+        raise StoreError("a run in a zip is only read", where=path, do="explaind import it first")
     before, sound = run.steps, run.sound()
     if sound == 0 and run.first(0).damage():
         raise StoreError("not even the first state of the run is sound", where=path, do="restore the run from a copy")
     logged = following(records(path), sound)
     if sound == before and not logged:
         return Repair(before, before, 0, 0)
-    writer = RunWriter.resumed(path, run.manifest, run.first(sound).begun(sound), logged)
+    writer = going_on(path, run.manifest, run.first(sound).begun(sound), logged)
     writer.close(complete=False)
     return Repair(before, sound + len(logged), len(logged), max(0, before - sound - len(logged)))
 
@@ -43,6 +45,6 @@ def recovered(path: Path) -> Run:
     """A run with its log taken up; damage is left where it is."""
     run = open_run(path)
     if run.logged:
-        RunWriter.resumed(path, run.manifest, run.begun(run.steps), following(records(path), run.steps)).close(complete=False)
+        going_on(path, run.manifest, run.begun(run.steps), following(records(path), run.steps)).close(complete=False)
         run = open_run(path)
     return run

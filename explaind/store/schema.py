@@ -1,11 +1,15 @@
-"""A run on disk: names, axes, dtypes and chunks of its arrays. The only file that knows zarr.
+"""A run on disk: names, axes, dtypes and chunks of its arrays. In one file: exporting.py.
 
 run/
   zarr.json          attributes: schema version, manifest
   commit.json        how many steps are safely on disk; readers clamp to it
   tail.log           steps since then, while the run is written or after it was killed (tail.py)
   theta              [state, param]          parameters before step `state` (one row more than steps)
-  momentum           [anchor, param]         z before step `anchor`; one row a block
+                                             of a thin run [stored, param]: before the first step of every block, and after the last step
+  state              [anchor, word]          of a thin run: the optimizer's state there, tensor by tensor (record/living.py)
+  groups             [step, character]       of a thin run: the parameter groups as JSON, zeros where they are the ones of the step before
+  momentum           [anchor, param]         z at the first step of every block, and behind every gap
+  filtered           [anchor, entry]         what a gradient filter remembers there, slot by slot
   preconditioner     [step, param]           second moment after the step, or whatever tensor the optimizer's rule freezes
   scalar             [step, layer, scalar]   numbers that the rule needs of an update, where it needs any
   batch part weight  [step, slot]            example ids, micro-batch index, weight of each loss; −1, −1, 0 where unused
@@ -14,16 +18,19 @@ run/
   random             [step, byte]            generators before each micro-batch, zeros where none was drawn from
   hyper              [step, layer, option]
   age                [step, layer]           updates before this step; −1 where the parameter had no gradient
+  gap                [step]                  training steps without a record that the row stands for; 0: it is a step
+  precision          [step]                  ε of the floating point numbers of autocast; 0: none
   mode               [step]                  index into commit.json's list of train/eval patterns
   checksum_theta     [state, layer]          crc32 of the tensor's bytes, chained to the previous row
-  checksum_step      [step]                  crc32 of everything else that the step recorded, chained likewise
+  checksum_step      [step]                  crc32 of all else that the step recorded, chained likewise; of a thin run with checksum_theta
   fingerprint        [example]               crc32 of each training example, where the recorder was given the data
   constant/<name>                            frozen parameters and buffers
 """
 
 import json
 import os
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +39,10 @@ import numpy as np
 import zarr
 from zarr.codecs import BloscCodec, BloscShuffle
 from zarr.errors import GroupNotFoundError
+from zarr.storage import ZipStore
 
 from explaind.errors import StoreError
+from explaind.store.bitdelta import BitDelta
 
 VERSION = 2
 CHUNK_SLOTS = 1 << 10
@@ -56,11 +65,38 @@ class Column:
     fill: float = 0
     chunk: int | None = None
     """Extent of a chunk along those dimensions, where they are yet to grow."""
+    codec: str = "standard"
+    """One of CODECS; bitdelta of floats only."""
+
+    def chunks(self, rows: int) -> tuple[int, ...]:
+        """Extents of a chunk that holds so many rows."""
+        return tuple(max(1, n) for n in (rows, *(self.chunk or min(n, CHUNK_PARAMS) for n in self.shape)))
 
 
 def lossless() -> BloscCodec:
     """Every zarr v3 reader knows it; bitshuffle suits floats that change little from step to step."""
     return BloscCodec(cname="zstd", clevel=1, shuffle=BloscShuffle.bitshuffle)
+
+
+CLEVEL = 9
+
+CODECS: Mapping[str, Mapping[str, Any]] = {
+    "bitdelta": {"serializer": BitDelta(), "compressors": None},
+    "standard": {"compressors": [lossless()]},
+    "apart": {"compressors": [BloscCodec(cname="zstd", clevel=CLEVEL, shuffle=BloscShuffle.shuffle)]},
+}
+"""As zarr's arguments. Any zarr v3 reader knows the last two; "apart" is for rows that have little in common, and takes its time."""
+
+
+def codec_of(codecs: Sequence[Any]) -> str:
+    """Which of CODECS an array has."""
+    if any(isinstance(codec, BitDelta) for codec in codecs):
+        return "bitdelta"
+    return "apart" if any(isinstance(codec, BloscCodec) and codec.clevel == CLEVEL for codec in codecs) else "standard"
+
+
+CHOICES = ("bitdelta", "standard")
+"""How theta and the preconditioner may be stored: small, or so that any zarr reader reads them."""
 
 
 def create_group(path: Path, kind: str, attributes: Mapping[str, Any]) -> zarr.Group:
@@ -80,12 +116,23 @@ def check_new(path: Path) -> None:
         )
 
 
+def read_file(path: Path, name: str) -> bytes:
+    """A small file of a run, in its folder or in the zip that it was exported to; FileNotFoundError where there is none."""
+    if not zipfile.is_zipfile(path):
+        return (path / name).read_bytes()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.read(name)
+    except (KeyError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise FileNotFoundError(2, f"no {name} in the zip", str(path)) from error
+
+
 def kind_of(path: Path) -> str:
     """ "run" or "ledger"; StoreError where neither is."""
     if not path.exists():
         raise StoreError("there is no run or ledger here", where=path, got="no such folder", do="check the path")
     try:
-        kind = json.loads((path / "zarr.json").read_text())["attributes"]["explaind"]["kind"]
+        kind = json.loads(read_file(path, "zarr.json"))["attributes"]["explaind"]["kind"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreError("this is neither a run nor a ledger", where=path, got=type(error).__name__, do="check the path") from error
     return str(kind)
@@ -96,9 +143,9 @@ def open_group(path: Path, kind: str) -> zarr.Group:
     if not path.exists():
         raise StoreError(f"there is no {kind} here", where=path, got="no such folder", do="check the path")
     try:
-        group = zarr.open_group(path, mode="r", zarr_format=3)
+        group = zarr.open_group(ZipStore(path, mode="r") if zipfile.is_zipfile(path) else path, mode="r", zarr_format=3)
         mark = dict(group.attrs).get("explaind")
-    except (GroupNotFoundError, FileNotFoundError, ValueError, NotADirectoryError, KeyError, TypeError) as error:
+    except (GroupNotFoundError, FileNotFoundError, ValueError, NotADirectoryError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise StoreError(f"this is not a {kind}", where=path, got=type(error).__name__, do="check the path") from error
     if not isinstance(mark, dict) or mark.get("kind") != kind:
         got = mark.get("kind") if isinstance(mark, dict) else "a zarr group that explaind did not write"
@@ -110,13 +157,12 @@ def open_group(path: Path, kind: str) -> zarr.Group:
 
 def create_column(group: zarr.Group, column: Column, rows: int) -> zarr.Array:
     """An empty growing array whose chunks hold `rows` rows."""
-    chunk = (rows, *(column.chunk or min(n, CHUNK_PARAMS) for n in column.shape))
     return group.create_array(
         column.name,
         shape=(0, *column.shape),
-        chunks=tuple(max(1, n) for n in chunk),
+        chunks=column.chunks(rows),
         dtype=column.dtype,
-        compressors=[lossless()],
+        **CODECS[column.codec],
         fill_value=column.fill,
         dimension_names=list(column.dims),
     )
@@ -150,10 +196,15 @@ def write_array(group: zarr.Group, name: str, values: np.ndarray, dims: tuple[st
         chunks=chunks or tuple(max(1, n) for n in values.shape),
         dtype=values.dtype,
         dimension_names=list(dims),
-        compressors=[lossless()] if values.dtype.kind in "fiub" else "auto",
+        compressors=compressors(values.dtype),
     )
     if values.size:
         array[...] = values
+
+
+def compressors(dtype: np.dtype[Any]) -> Any:
+    """Of a finished array: numbers as in a column, texts as zarr likes."""
+    return [lossless()] if dtype.kind in "fiub" else "auto"
 
 
 def replace_file(path: Path, text: str) -> None:

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 
 from explaind.errors import StoreError
+from explaind.store import schema
 from explaind.store.row import StepRow
 
 try:
@@ -27,6 +28,7 @@ except ImportError:  # a system without such locks: nobody watches over a second
 
 NAME = "tail.log"
 HEAD = struct.Struct("<QI")
+ARRAYS = tuple(f.name for f in fields(StepRow) if f.name not in ("mode", "gap", "precision"))
 KINDS = "biuf"
 """Of the arrays: no object is ever read."""
 
@@ -38,6 +40,9 @@ class Record:
     step: int
     row: StepRow
     theta: np.ndarray
+    """Empty where a thin run has forgotten it."""
+    crc: np.ndarray | None = None
+    """Its checksum then, uint32 [layer]."""
 
 
 class Tail:
@@ -86,9 +91,15 @@ class Tail:
 
 def packed(record: Record) -> bytes:
     """One record, framed."""
-    arrays = {f.name: getattr(record.row, f.name) for f in fields(StepRow) if f.name != "mode"} | {"theta": record.theta}
+    arrays = {name: getattr(record.row, name) for name in ARRAYS} | {"theta": record.theta, "crc": record.crc}
     held = {name: np.ascontiguousarray(values) for name, values in arrays.items() if values is not None}
-    told = {"step": record.step, "mode": list(record.row.mode), "arrays": {n: [v.dtype.str, list(v.shape)] for n, v in held.items()}}
+    told = {
+        "step": record.step,
+        "mode": list(record.row.mode),
+        "gap": record.row.gap,
+        "precision": record.row.precision,
+        "arrays": {n: [v.dtype.str, list(v.shape)] for n, v in held.items()},
+    }
     payload = b"".join([json.dumps(told).encode(), b"\n", *(v.tobytes() for v in held.values())])
     return HEAD.pack(len(payload), zlib.crc32(payload)) + payload
 
@@ -96,7 +107,7 @@ def packed(record: Record) -> bytes:
 def records(folder: Path) -> list[Record]:
     """The sound records of a run's log, in order; none where there is no log."""
     try:
-        text = (folder / NAME).read_bytes()
+        text = schema.read_file(folder, NAME)
     except FileNotFoundError:
         return []
     return list(_sound(text))
@@ -127,16 +138,31 @@ def _unpacked(payload: bytes) -> Record:
             raise ValueError("no array of numbers")
         arrays[name] = np.frombuffer(rest[at : at + size], dtype).reshape(shape).copy()
         at += size
-    theta = arrays.pop("theta")
-    optional: dict[str, Any] = {f.name: arrays.get(f.name) for f in fields(StepRow) if f.name != "mode"}
-    return Record(int(told["step"]), StepRow(**optional, mode=tuple(bool(m) for m in told["mode"])), theta)
+    theta, crc = arrays.pop("theta"), arrays.pop("crc", None)
+    optional: dict[str, Any] = {name: arrays.get(name) for name in ARRAYS}
+    row = StepRow(**optional, mode=tuple(bool(m) for m in told["mode"]), gap=int(told["gap"]), precision=float(told["precision"]))
+    return Record(int(told["step"]), row, theta, crc)
 
 
 def following(found: Sequence[Record], step: int) -> list[Record]:
-    """The records of step `step` and those right after it, without a gap."""
+    """The records of step `step` and those right after it, without a gap, up to the last whose parameters are known."""
     wanted = {record.step: record for record in found}
     out = list[Record]()
     while step in wanted:
         out.append(wanted[step])
         step += 1
+    while out and not out[-1].theta.size:
+        out.pop()
     return out
+
+
+def check_idle(folder: Path) -> None:
+    """StoreError where another process is writing the run."""
+    try:
+        with (folder / NAME).open("rb") as file:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return
+    except BlockingIOError as error:
+        raise StoreError("another process is recording this run", where=folder, do="wait for it to end") from error

@@ -11,9 +11,13 @@ import zarr
 
 from explaind.errors import StoreError
 from explaind.store import schema
+from explaind.store.layout import columns, rows_of_chunk
 from explaind.store.manifest import Layer, Manifest
 from explaind.store.row import StepRow
 from explaind.store.tail import Record, Tail
+
+ANCHORED = ("momentum", "filtered", "state")
+"""Arrays with a row for every stretch of steps."""
 
 
 def theta_checksum(theta: np.ndarray, layers: Sequence[Layer], previous: np.ndarray) -> np.ndarray:
@@ -22,8 +26,10 @@ def theta_checksum(theta: np.ndarray, layers: Sequence[Layer], previous: np.ndar
     return np.array(crcs, dtype=np.uint32)
 
 
-def step_checksum(row: StepRow, mode: int, previous: int) -> int:
-    """crc32 of everything else that a step recorded, continued from the previous step's."""
+def step_checksum(row: StepRow, mode: int, previous: int, thin: np.ndarray | None = None) -> int:
+    """crc32 of everything else that a step recorded, continued from the previous step's; thin: with theta's checksum before the step."""
+    gap = np.int64(row.gap) if row.gap else None
+    precision = np.float64(row.precision) if row.precision else None
     for values in (
         row.batch,
         row.part,
@@ -36,6 +42,12 @@ def step_checksum(row: StepRow, mode: int, previous: int) -> int:
         row.scalars,
         row.consumed,
         row.random,
+        row.filtered,
+        gap,
+        precision,
+        row.state,
+        row.groups,
+        thin,
     ):
         if values is not None:
             previous = zlib.crc32(values.tobytes(), previous)
@@ -47,12 +59,16 @@ class Begun:
     """What a run holds of the block that it goes on with: states has one row more than rows."""
 
     start: int
+    anchors: int
+    """Momenta that the run holds of the blocks before."""
     states: np.ndarray
     rows: tuple[StepRow, ...]
     modes: tuple[tuple[bool, ...], ...]
     crc_theta: np.ndarray
     crc_step: np.ndarray
     last_crc: int
+    records: tuple[Record, ...] = ()
+    """Of a thin run: the steps behind `start`, which its log holds until their block is full."""
 
 
 class RunWriter:
@@ -67,7 +83,9 @@ class RunWriter:
         fingerprint: np.ndarray | None,
         momentum: bool,
         preconditioner: bool,
+        codec: str = "bitdelta",
     ) -> None:
+        """codec: of theta and the preconditioner, out of schema.CHOICES."""
         self.path, self.manifest = path, manifest
         self.steps = 0
         self.closed = False
@@ -80,7 +98,7 @@ class RunWriter:
         self._last_crc = 0
         group = schema.create_group(path, "run", {"manifest": manifest.to_json()})
         try:
-            self._columns = self._create(group, momentum, preconditioner)
+            self._columns = self._create(group, momentum, preconditioner, codec)
             for name, values in constants.items():
                 schema.write_array(group, f"constant/{name}", values, tuple(f"{name}.{i}" for i in range(values.ndim)))
             if fingerprint is not None:
@@ -95,48 +113,41 @@ class RunWriter:
 
     @classmethod
     def resumed(cls, path: Path, manifest: Manifest, begun: "Begun", logged: Sequence[Record] = ()) -> "RunWriter":
-        """Go on with a run after what it holds of its last block, and what was logged behind that; other steps are forgotten."""
+        """Go on with a run after what it holds of its last block, and what was logged behind that; other steps are forgotten.
+
+        Its arrays keep the codec that they have.
+        """
         self = cls.__new__(cls)
         self.path, self.manifest, self.steps, self.closed = path, manifest, begun.start + len(begun.rows), False
-        self._written = {"states": begun.start, "steps": begun.start, "anchors": begun.start // manifest.block}
+        self._written = {"states": begun.start, "steps": begun.start, "anchors": begun.anchors}
         self._modes, self._rows, self._states = list(begun.modes), list(begun.rows), list(begun.states)
         self._crc_theta, self._crc_step = list(begun.crc_theta), begun.crc_step.tolist()
         self._last_crc = begun.last_crc
         self._columns, self._tail = schema.growing(path), Tail(path)
+        logged = (*begun.records, *logged)
+        if begun.records:
+            self._tail.restart(logged)  # before the marker gives up what stands behind the last whole block
         self._mark(self.steps, complete=False)
         for record in logged:
-            self._take(record.row, record.theta)
+            self._take(record)
             self._flush_if_full()
         self._tail.restart(logged[-1:] if logged and not self._rows else logged)
         return self
 
-    def _create(self, group: zarr.Group, momentum: bool, preconditioner: bool) -> dict[str, zarr.Array]:
-        m, d = self.manifest, self.manifest.params
-        options, scalars = (max(len(names) for names in told) for told in zip(*((o.options, o.scalars) for o in m.optimizers), strict=True))
-        columns = [
-            schema.Column("theta", ("state", "param"), m.dtype, (d,)),
-            schema.Column("batch", ("step", "slot"), "int64", (1,), -1, schema.CHUNK_SLOTS),
-            schema.Column("part", ("step", "slot"), "int32", (1,), -1, schema.CHUNK_SLOTS),
-            schema.Column("weight", ("step", "slot"), "float64", (1,), 0, schema.CHUNK_SLOTS),
-            schema.Column("hyper", ("step", "layer", "option"), "float64", (len(m.layers), options), np.nan),
-            schema.Column("age", ("step", "layer"), "int32", (len(m.layers),)),
-            schema.Column("mode", ("step",), "int32", ()),
-            schema.Column("checksum_theta", ("state", "layer"), "uint32", (len(m.layers),)),
-            schema.Column("checksum_step", ("step",), "uint32", ()),
-        ]
-        columns += [schema.Column("scalar", ("step", "layer", "scalar"), "float64", (len(m.layers), scalars))] if scalars else []
-        columns += [schema.Column("consumed", ("step", "layer", "size"), "float64", (len(m.layers), 2), np.nan)]
-        columns += [schema.Column("random", ("step", "byte"), "uint8", (1,), 0, schema.CHUNK_BYTES)]
-        columns += [schema.Column("preconditioner", ("step", "param"), m.dtype, (d,))] if preconditioner else []
-        arrays = {c.name: schema.create_column(group, c, m.block) for c in columns}
-        if momentum:
-            arrays["momentum"] = schema.create_column(group, schema.Column("momentum", ("anchor", "param"), m.dtype, (d,)), 1)
-        return arrays
+    @property
+    def block(self) -> int:
+        """Steps between two commits."""
+        return self.manifest.block
+
+    def _create(self, group: zarr.Group, momentum: bool, preconditioner: bool, codec: str) -> dict[str, zarr.Array]:
+        left = {name for name, kept in (("momentum", momentum), ("preconditioner", preconditioner)) if not kept}
+        kept = {name: column for name, column in columns(self.manifest, codec).items() if name not in left}
+        return {name: schema.create_column(group, column, rows_of_chunk(column, self.manifest.block)) for name, column in kept.items()}
 
     def add(self, row: StepRow, theta: np.ndarray) -> None:
         """Take step ``self.steps``, which led to the parameters theta [param]."""
         record = Record(self.steps, row, theta)
-        self._take(row, theta)
+        self._take(record)
         try:
             self._tail.append(record)
             if self._flush_if_full():
@@ -149,18 +160,19 @@ class RunWriter:
         full = len(self._rows) == self.manifest.block
         if full:
             # The last state stays in memory, and in the log: it opens the next block's whole chunk.
-            self._flush(len(self._states) - 1)
+            self._flush(len(self._crc_theta) - 1)
             self._commit(complete=False)
         return full
 
-    def _take(self, row: StepRow, theta: np.ndarray) -> None:
+    def _take(self, record: Record) -> None:
+        row, before = record.row, self._crc_theta[-1]
         if row.mode not in self._modes:
             self._modes.append(row.mode)
-        self._last_crc = step_checksum(row, self._modes.index(row.mode), self._last_crc)
+        self._last_crc = step_checksum(row, self._modes.index(row.mode), self._last_crc, None if self.manifest.thin is None else before)
         self._crc_step.append(self._last_crc)
-        self._crc_theta.append(theta_checksum(theta, self.manifest.layers, self._crc_theta[-1]))
+        self._crc_theta.append(theta_checksum(record.theta, self.manifest.layers, before) if record.crc is None else record.crc)
         self._rows.append(row)
-        self._states.append(theta)
+        self._states.append(record.theta)
         self.steps += 1
 
     def close(self, complete: bool = True) -> None:
@@ -168,7 +180,7 @@ class RunWriter:
         if self.closed:
             return
         self.closed = True
-        self._flush(len(self._states))
+        self._flush(len(self._crc_theta))
         self._commit(complete)
         self._tail.close(remove=True)
 
@@ -179,13 +191,15 @@ class RunWriter:
         def padded(name: str, fill: float) -> np.ndarray:
             return np.stack([np.pad(getattr(r, name), (0, slots - len(r.batch)), constant_values=fill) for r in rows])
 
-        values: dict[str, np.ndarray] = {"theta": np.stack(self._states[:states]), "checksum_theta": np.stack(self._crc_theta[:states])}
+        values = self._thetas(states)
         if rows:
             values |= {"batch": padded("batch", -1), "part": padded("part", -1), "weight": padded("weight", 0)}
             values |= {"hyper": np.stack([r.hyper for r in rows]), "age": np.stack([r.age for r in rows])}
             values |= {
                 "mode": np.array([self._modes.index(r.mode) for r in rows]),
                 "checksum_step": np.array(self._crc_step, dtype=np.uint32),
+                "gap": np.array([r.gap for r in rows]),
+                "precision": np.array([r.precision for r in rows]),
             }
             if "scalar" in self._columns:
                 values["scalar"] = np.stack([r.scalars for r in rows if r.scalars is not None])
@@ -194,10 +208,14 @@ class RunWriter:
             values["random"] = _padded([r.random for r in rows])
             if "preconditioner" in self._columns:
                 values["preconditioner"] = np.stack([r.preconditioner for r in rows if r.preconditioner is not None])
-            anchors = [r.anchor for r in rows if r.anchor is not None]
-            if anchors and "momentum" in self._columns:
-                values["momentum"] = np.stack(anchors)
-        start = {"theta": at["states"], "checksum_theta": at["states"], "momentum": at["anchors"]}
+            if "groups" in self._columns:
+                values["groups"] = _padded([r.groups for r in rows])
+            for name, anchors in zip(
+                ANCHORED, ([r.anchor for r in rows], [r.filtered for r in rows], [r.state for r in rows]), strict=True
+            ):
+                found = [anchor for anchor in anchors if anchor is not None]
+                values |= {name: np.stack(found)} if found and name in self._columns else {}
+        start = {"theta": at["states"], "checksum_theta": at["states"], **dict.fromkeys(ANCHORED, at["anchors"])}
         try:
             for name, array in values.items():
                 schema.append(self._columns[name], array, start.get(name, at["steps"]))
@@ -207,10 +225,14 @@ class RunWriter:
         self._written = {
             "states": at["states"] + states,
             "steps": at["steps"] + len(rows),
-            "anchors": at["anchors"] + len(values.get("momentum", ())),
+            "anchors": at["anchors"] + max(len(values.get(name, ())) for name in ANCHORED),
         }
         self._states, self._crc_theta = self._states[states:], self._crc_theta[states:] or self._crc_theta[-1:]
         self._rows, self._crc_step = [], []
+
+    def _thetas(self, states: int) -> dict[str, np.ndarray]:
+        """What is written of so many states."""
+        return {"theta": np.stack(self._states[:states]), "checksum_theta": np.stack(self._crc_theta[:states])}
 
     def _commit(self, complete: bool) -> None:
         # A step can be used when the state that it leads to is on disk too.

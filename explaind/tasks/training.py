@@ -12,11 +12,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._pytree import tree_map
 from torch.utils.data import default_collate
 
-from explaind.config import Config, Named, nearest
+from explaind.config import Config, Named, checked, nearest
 from explaind.errors import ConfigError
 from explaind.record.device import placed
 from explaind.record.recorder import record
 from explaind.rules import RULES
+from explaind.rules.gradient_filter import GRADIENT_FILTERS, GradientFilter, Passage
 from explaind.tasks.task import Split, Task
 
 Progress = Callable[[int, int], None]
@@ -61,10 +62,22 @@ def fit(
     optimizer = make_optimizer(config.optimizer, model)
     schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, settings.warmup)))
     reduce = torch.mean if settings.reduction == "mean" else torch.sum
+    filtering = None if config.gradient_filter is None else Filtered(make_gradient_filter(config.gradient_filter), model)
     batches = _batches(data, settings.batch, settings.seed, device)
     recording: Any = nullcontext()
     if path is not None:
-        recording = record(optimizer, model, path, reduction=settings.reduction, data=data, config=config.to_json(), overwrite=overwrite)
+        recording = record(
+            optimizer,
+            model,
+            path,
+            reduction=settings.reduction,
+            data=data,
+            config=config.to_json(),
+            overwrite=overwrite,
+            gradient_filter=None if filtering is None else filtering.told,
+            codec=settings.codec,
+            thin=f"sqrt:{settings.steps}" if settings.thin == "sqrt" else settings.thin or None,
+        )
     with recording as recorder:
         for done in range(1, settings.steps + 1):
             ids, batch = next(batches)
@@ -72,6 +85,8 @@ def fit(
                 recorder.examples(ids)
             optimizer.zero_grad()
             reduce(task.losses(model, batch)).backward()
+            if filtering is not None:
+                filtering()
             optimizer.step()
             schedule.step()
             if progress is not None:
@@ -96,6 +111,32 @@ def make_optimizer(named: Named, model: nn.Module) -> torch.optim.Optimizer:
         raise ConfigError(
             "the optimizer refuses its options", where=f"optimizer {named.name}", got=error, do="correct the value"
         ) from error
+
+
+def make_gradient_filter(named: Named) -> GradientFilter:
+    """The gradient filter of that name; ConfigError names a wrong name or option."""
+    if named.name not in GRADIENT_FILTERS:
+        expected = nearest(named.name, GRADIENT_FILTERS)
+        raise ConfigError("unknown gradient filter", where="gradient_filter.name", expected=expected, got=repr(named.name))
+    return checked(GRADIENT_FILTERS[named.name], named.options, "gradient_filter")
+
+
+class Filtered:
+    """A gradient filter at work on the parameters of a model: call it between the backward pass and the step."""
+
+    def __init__(self, told: GradientFilter, model: nn.Module) -> None:
+        self.told, self._params = told, list(model.parameters())
+        self._state = [torch.zeros(told.slots, p.numel(), dtype=p.dtype, device=p.device) for p in self._params]
+        self._seen = [0] * len(self._params)
+
+    def __call__(self) -> None:
+        for i, p in enumerate(self._params):
+            if p.grad is None:
+                continue
+            passage = Passage(*self.told.coefficients(self._seen[i]))
+            self._state[i], passed = passage.advance(self._state[i], p.grad.reshape(-1))
+            p.grad.copy_(passed.reshape(p.shape))
+            self._seen[i] += 1
 
 
 def _check(config: Config, examples: int) -> None:

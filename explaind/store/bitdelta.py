@@ -1,0 +1,216 @@
+"""A zarr codec for floats that change little from row to row. Exact: every bit pattern comes back, NaN payloads and signed zeros too.
+
+Floats become integers of the same order, so that neighbours on the number line are neighbours in bits; each column is differenced
+down the rows, up to three times; the sign is folded into the last bit. Columns of alike residuals are then put side by side, so that
+whole planes of their bits are zero, which is what bitshuffle and lz4 are good at.
+
+A chunk is read as a matrix [row, column], the rows along its first axis, and written as
+
+    crc     uint32        of everything behind it
+    kept    uint32        rows in front of those at the end that hold a single bit pattern, such as the fill value
+    rest    uint64        that pattern
+
+and tiles of as many columns as make CELLS numbers:
+
+    order   uint8         how often the rows are differenced
+    sizes   uint32, ×2    bytes of the two parts that follow
+    widths  uint8 [column], blosc       bits of the largest residual of a column; columns stand in their stable order by it
+    bits    uint [row, column], blosc   the residuals
+
+All integers are little-endian.
+"""
+
+import asyncio
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+from typing import Any
+
+import numpy as np
+from numcodecs import blosc
+from zarr.abc.codec import ArrayBytesCodec
+from zarr.registry import register_codec
+
+NAME = "explaind.bitdelta"
+CELLS = 1 << 18
+"""Numbers of a tile: few enough for a processor's cache, enough columns to sort."""
+SAMPLE = 16
+"""One column in so many says how often to difference."""
+ORDERS = 3
+CRC, HEAD, TILE_HEAD = struct.Struct("<I"), struct.Struct("<IQ"), struct.Struct("<BII")
+BLOSC_HEAD = struct.Struct("<4BIII")
+
+
+def turned(bits: np.ndarray) -> np.ndarray:
+    """The bits of floats, as signed integers, to signed integers in the floats' order; twice is back again."""
+    # A negative float grows with its magnitude: all its bits but the sign are turned round.
+    mask = bits >> (8 * bits.itemsize - 1)
+    mask &= np.iinfo(bits.dtype).max
+    mask ^= bits
+    return mask
+
+
+def folded(numbers: np.ndarray) -> np.ndarray:
+    """Signed 0, −1, 1, −2, … to unsigned 0, 1, 2, 3, …"""
+    out = numbers >> (8 * numbers.itemsize - 1)
+    out ^= numbers << 1
+    return out.view(f"u{numbers.itemsize}")
+
+
+def unfolded(numbers: np.ndarray) -> np.ndarray:
+    """What ``folded`` was given."""
+    out = numbers & 1
+    np.negative(out, out=out)
+    out ^= numbers >> 1
+    return out.view(f"i{numbers.itemsize}")
+
+
+def differenced(numbers: np.ndarray, order: int) -> np.ndarray:
+    """Row k differenced down the rows min(k, order) times; overflow wraps round, and wraps back."""
+    for k in range(order):
+        after = numbers.copy()
+        after[k + 1 :] -= numbers[k:-1]
+        numbers = after
+    return numbers
+
+
+def summed(differences: np.ndarray, order: int) -> np.ndarray:
+    """What ``differenced`` was given."""
+    numbers = differences.copy()
+    for k in reversed(range(order)):
+        for above, row in pairwise(numbers[k:]):  # numpy's own accumulate goes down the columns, one number a cache line
+            row += above
+    return numbers
+
+
+def packed(values: np.ndarray) -> bytes:
+    """A matrix of floats [row, column]."""
+    bits = np.ascontiguousarray(values).view(f"<i{values.itemsize}")
+    kept, rest = len(bits), bits[-1, -1] if bits.size else bits.dtype.type(0)
+    while kept and (bits[kept - 1] == rest).all():
+        kept -= 1
+    tiles = [_tile(turned(bits[:kept, start:stop])) for start, stop in _tiles(kept, bits.shape[1])]
+    body = b"".join([HEAD.pack(kept, int(rest) & 0xFFFF_FFFF_FFFF_FFFF), *tiles])
+    return CRC.pack(zlib.crc32(body)) + body
+
+
+def _tiles(rows: int, columns: int) -> Iterator[tuple[int, int]]:
+    wide = max(1, CELLS // max(1, rows))
+    return ((start, min(start + wide, columns)) for start in range(0, columns if rows else 0, wide))
+
+
+def _tile(numbers: np.ndarray) -> bytes:
+    few = np.ascontiguousarray(numbers[:, ::SAMPLE])
+    order = min(range(min(ORDERS, len(few) - 1) + 1), key=lambda k: int(_widths(folded(differenced(few, k))).sum()))
+    residuals = folded(differenced(numbers, order))
+    widths = _widths(residuals)
+    alike = np.take(residuals, np.argsort(widths, kind="stable"), axis=1)
+    table = blosc.compress(widths, b"zstd", 1, blosc.SHUFFLE)
+    bits = blosc.compress(alike, b"lz4", 9, blosc.BITSHUFFLE)
+    return TILE_HEAD.pack(order, len(table), len(bits)) + table + bits
+
+
+def _widths(residuals: np.ndarray) -> np.ndarray:
+    """uint8 [column]: bits of the largest, the first rows apart: they hold starting values, which are alike in size."""
+    largest = residuals[min(ORDERS, len(residuals) - 1) :].max(axis=0)
+    return np.frexp(largest.astype(np.float64))[1].astype(np.uint8)
+
+
+def unpacked(text: bytes, shape: tuple[int, int], dtype: np.dtype[Any]) -> np.ndarray:
+    """What ``packed`` was given: [row, column]. ValueError where the bytes are not what it made; no more memory than the matrix takes."""
+    if len(text) < CRC.size + HEAD.size or CRC.unpack_from(text)[0] != zlib.crc32(memoryview(text)[CRC.size :]):
+        raise _damaged()
+    kept, rest = HEAD.unpack_from(text, CRC.size)
+    if kept > shape[0]:
+        raise _damaged()
+    out, at = np.empty(shape, f"<i{dtype.itemsize}"), CRC.size + HEAD.size
+    for start, stop in _tiles(kept, shape[1]):
+        if at + TILE_HEAD.size > len(text):
+            raise _damaged()
+        order, *sizes = TILE_HEAD.unpack_from(text, at)
+        ends = at + TILE_HEAD.size, at + TILE_HEAD.size + sizes[0], at + TILE_HEAD.size + sum(sizes)
+        if order > ORDERS:
+            raise _damaged()
+        widths = _inflated(text[ends[0] : ends[1]], (stop - start,), np.dtype(np.uint8))
+        alike = _inflated(text[ends[1] : ends[2]], (kept, stop - start), np.dtype(f"<u{dtype.itemsize}"))
+        residuals = np.take(alike, np.argsort(np.argsort(widths, kind="stable")), axis=1)
+        out[:kept, start:stop] = turned(summed(unfolded(residuals), order))
+        at = ends[2]
+    if at != len(text):
+        raise _damaged()
+    out.view(f"<u{dtype.itemsize}")[kept:] = rest & (256**dtype.itemsize - 1)
+    return out.view(dtype)
+
+
+def _inflated(text: bytes, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    """Blosc allocates, and reads, what its header says, which is therefore looked at first."""
+    if len(text) < BLOSC_HEAD.size:
+        raise _damaged()
+    *_, size, _, length = BLOSC_HEAD.unpack_from(text)
+    if size != prod(shape) * dtype.itemsize or length != len(text):
+        raise _damaged()
+    try:
+        return np.frombuffer(blosc.decompress(text), dtype).reshape(shape)
+    except RuntimeError as error:
+        raise _damaged() from error
+
+
+def _damaged() -> ValueError:
+    return ValueError(f"a chunk of {NAME} is damaged or cut off")
+
+
+@dataclass(frozen=True)
+class BitDelta(ArrayBytesCodec):
+    """The codec as zarr knows it: from a chunk of floats to bytes."""
+
+    is_fixed_size = False
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "BitDelta":
+        """ValueError for a configuration, which there is none of."""
+        if data.get("configuration"):
+            raise ValueError(f"{NAME} has no configuration, got {data['configuration']}")
+        return cls()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": NAME}
+
+    def validate(self, *, shape: tuple[int, ...], dtype: Any, chunk_grid: Any) -> None:
+        """TypeError for an array of anything but floats."""
+        native = dtype.to_native_dtype()
+        if native.kind != "f" or native.itemsize > 8:
+            raise TypeError(f"{NAME} is for floats of 16, 32 and 64 bits, not for {native}")
+
+    def compute_encoded_size(self, input_byte_length: int, chunk_spec: Any) -> int:
+        raise NotImplementedError
+
+    async def _encode_single(self, chunk_data: Any, chunk_spec: Any) -> Any:
+        return await asyncio.to_thread(self._encode, chunk_data, chunk_spec)
+
+    async def _decode_single(self, chunk_data: Any, chunk_spec: Any) -> Any:
+        return await asyncio.to_thread(self._decode, chunk_data, chunk_spec)
+
+    def _encode(self, chunk: Any, spec: Any) -> Any:
+        values = chunk.as_numpy_array().astype(_little(spec), copy=False)
+        return spec.prototype.buffer.from_bytes(packed(values.reshape(_matrix(spec.shape))))
+
+    def _decode(self, chunk: Any, spec: Any) -> Any:
+        values = unpacked(chunk.to_bytes(), _matrix(spec.shape), _little(spec))
+        return spec.prototype.nd_buffer.from_numpy_array(values.reshape(spec.shape))
+
+
+def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    """A chunk's extents as rows and columns."""
+    return (shape[0], prod(shape[1:])) if shape else (1, 1)
+
+
+def _little(spec: Any) -> np.dtype[Any]:
+    """Of a chunk, little-endian: what stands in the file does not depend on the machine."""
+    dtype: np.dtype[Any] = spec.dtype.to_native_dtype()
+    return dtype.newbyteorder("<")
+
+
+register_codec(NAME, BitDelta)  # for whoever imports this; other readers find it by the package's entry point

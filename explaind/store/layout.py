@@ -1,0 +1,59 @@
+"""Which arrays a run has, as its manifest says: what the writer creates, and what a file that claims to hold a run is held against."""
+
+import numpy as np
+
+from explaind.rules.gradient_filter import gradient_filter
+from explaind.store.manifest import Manifest
+from explaind.store.schema import CHUNK_BYTES, CHUNK_PARAMS, CHUNK_SLOTS, Column
+
+OPTIONAL = ("momentum", "preconditioner")
+"""Columns that only some optimizers have, which the manifest does not tell."""
+
+
+def columns(m: Manifest, codec: str = "standard") -> dict[str, Column]:
+    """The growing arrays that a run has, or may have, by name; codec: of theta and the preconditioner."""
+    d, layers = m.params, len(m.layers)
+    options, scalars = max(len(o.options) for o in m.optimizers), max(len(o.scalars) for o in m.optimizers)
+    found = [
+        Column("theta", ("state", "param"), m.dtype, (d,), codec=codec),
+        Column("batch", ("step", "slot"), "int64", (1,), -1, CHUNK_SLOTS),
+        Column("part", ("step", "slot"), "int32", (1,), -1, CHUNK_SLOTS),
+        Column("weight", ("step", "slot"), "float64", (1,), 0, CHUNK_SLOTS),
+        Column("hyper", ("step", "layer", "option"), "float64", (layers, options), np.nan),
+        Column("age", ("step", "layer"), "int32", (layers,)),
+        Column("mode", ("step",), "int32", ()),
+        Column("gap", ("step",), "int64", ()),
+        Column("precision", ("step",), "float64", ()),
+        Column("checksum_theta", ("state", "layer"), "uint32", (layers,)),
+        Column("checksum_step", ("step",), "uint32", ()),
+    ]
+    found += [Column("scalar", ("step", "layer", "scalar"), "float64", (layers, scalars))] if scalars else []
+    found += [Column("consumed", ("step", "layer", "size"), "float64", (layers, 2), np.nan)]
+    found += [Column("random", ("step", "byte"), "uint8", (1,), 0, CHUNK_BYTES)]
+    found += [Column("preconditioner", ("step", "param"), m.dtype, (d,), codec=codec)]
+    found += [Column("momentum", ("anchor", "param"), m.dtype, (d,))]
+    if m.gradient_filter is not None:
+        found += [Column("filtered", ("anchor", "entry"), m.dtype, (gradient_filter(m.gradient_filter).slots * d,))]
+    if m.thin is not None:
+        # States that are far apart have little in common that another codec would make use of.
+        found[0] = Column("theta", ("stored", "param"), m.dtype, (d,), codec="apart")
+        wide = max(CHUNK_SLOTS, min(d, CHUNK_PARAMS))  # how wide the state is, is not known before there is one
+        found += [Column("state", ("anchor", "word"), "uint32", (1,), 0, wide, "apart")]
+        found += [Column("groups", ("step", "character"), "uint8", (1,), 0, CHUNK_SLOTS)]
+    return {column.name: column for column in found}
+
+
+def rows_of_chunk(column: Column, block: int) -> int:
+    """How many rows a chunk holds: a block of steps, but anchors, and the states of a thin run, stand alone."""
+    return 1 if column.dims[0] in ("anchor", "stored") else block
+
+
+def rows(column: Column, steps: int, anchors: int) -> int:
+    """How many rows so many committed steps come with."""
+    return {"state": steps + 1, "anchor": anchors, "stored": anchors + 1}.get(column.dims[0], steps)
+
+
+def starts(gaps: np.ndarray, block: int) -> tuple[int, ...]:
+    """Steps before which there is an anchor, ascending: the first of every block, and the one behind every gap; gaps: int64 [step]."""
+    behind = (np.flatnonzero(gaps) + 1).tolist()
+    return tuple(sorted({*range(0, len(gaps), block), *(step for step in behind if step < len(gaps))}))
