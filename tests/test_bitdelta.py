@@ -201,3 +201,15 @@ def test_zarr_finds_the_codec_by_the_entry_point(tmp_path):
     code = f"import sys; sys.path.append({str(folder.parent)!r}); import zarr; {read}"
     found = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert found.strip() == values.tobytes().hex()
+
+
+@pytest.mark.parametrize("rows", [7, 49])
+def test_a_count_that_is_no_multiple_of_eight_is_packed_as_well_and_chunks_without_its_zeros_are_read(rows, monkeypatch):
+    values = trained(np.random.default_rng(0), (rows, 5001), "float32")
+    whole, odd = (len(packed(values[:, :columns])) / columns for columns in (5000, 5001))
+    assert odd < 1.02 * whole
+    monkeypatch.setattr(bitdelta, "EIGHT", 1)
+    before = packed(values)
+    monkeypatch.undo()
+    assert len(before) > 1.2 * len(packed(values)), "blosc left the bits as they were"
+    same(unpacked(before, values.shape, values.dtype), values)

@@ -15,7 +15,7 @@ and tiles of as many columns as make CELLS numbers:
     order   uint8         how often the rows are differenced
     sizes   uint32, ×2    bytes of the two parts that follow
     widths  uint8 [column], blosc       bits of the largest residual of a column; columns stand in their stable order by it
-    bits    uint [row, column], blosc   the residuals
+    bits    uint [row, column], blosc   the residuals, and zeros up to a multiple of EIGHT numbers
 
 All integers are little-endian.
 """
@@ -40,6 +40,8 @@ CELLS = 1 << 18
 SAMPLE = 16
 """One column in so many says how often to difference."""
 ORDERS = 3
+EIGHT = 8
+"""Blosc shuffles bits of so many numbers at a time, and silently leaves them as they are where the count is no multiple of it."""
 CRC, HEAD, TILE_HEAD = struct.Struct("<I"), struct.Struct("<IQ"), struct.Struct("<BII")
 BLOSC_HEAD = struct.Struct("<4BIII")
 
@@ -109,7 +111,7 @@ def _tile(numbers: np.ndarray) -> bytes:
     widths = _widths(residuals)
     alike = np.take(residuals, np.argsort(widths, kind="stable"), axis=1)
     table = blosc.compress(widths, b"zstd", 1, blosc.SHUFFLE)
-    bits = blosc.compress(alike, b"lz4", 9, blosc.BITSHUFFLE)
+    bits = blosc.compress(np.pad(alike.ravel(), (0, -alike.size % EIGHT)), b"lz4", 9, blosc.BITSHUFFLE)
     return TILE_HEAD.pack(order, len(table), len(bits)) + table + bits
 
 
@@ -134,7 +136,7 @@ def unpacked(text: bytes, shape: tuple[int, int], dtype: np.dtype[Any]) -> np.nd
         ends = at + TILE_HEAD.size, at + TILE_HEAD.size + sizes[0], at + TILE_HEAD.size + sum(sizes)
         if order > ORDERS:
             raise _damaged()
-        widths = _inflated(text[ends[0] : ends[1]], (stop - start,), np.dtype(np.uint8))
+        widths = _inflated(text[ends[0] : ends[1]], (stop - start,), np.dtype(np.uint8), zeros=1)
         alike = _inflated(text[ends[1] : ends[2]], (kept, stop - start), np.dtype(f"<u{dtype.itemsize}"))
         residuals = np.take(alike, np.argsort(np.argsort(widths, kind="stable")), axis=1)
         out[:kept, start:stop] = turned(summed(unfolded(residuals), order))
@@ -145,15 +147,16 @@ def unpacked(text: bytes, shape: tuple[int, int], dtype: np.dtype[Any]) -> np.nd
     return out.view(dtype)
 
 
-def _inflated(text: bytes, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
-    """Blosc allocates, and reads, what its header says, which is therefore looked at first."""
+def _inflated(text: bytes, shape: tuple[int, ...], dtype: np.dtype[Any], zeros: int = EIGHT) -> np.ndarray:
+    """Blosc allocates, and reads, what its header says, which is therefore looked at first. zeros: as in ``EIGHT``."""
     if len(text) < BLOSC_HEAD.size:
         raise _damaged()
     *_, size, _, length = BLOSC_HEAD.unpack_from(text)
-    if size != prod(shape) * dtype.itemsize or length != len(text):
-        raise _damaged()
+    count = prod(shape)
+    if size not in (count * dtype.itemsize, (count + -count % zeros) * dtype.itemsize) or length != len(text):
+        raise _damaged()  # chunks of before the zeros were added have none
     try:
-        return np.frombuffer(blosc.decompress(text), dtype).reshape(shape)
+        return np.frombuffer(blosc.decompress(text), dtype)[:count].reshape(shape)
     except RuntimeError as error:
         raise _damaged() from error
 
