@@ -254,8 +254,9 @@ every_problem = pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 
 
 def shorten_blocks(patch: pytest.MonkeyPatch, steps: int = 3) -> None:
-    """Let the recorder write `steps` steps a block, for the 26 float64 parameters of ``mlp``; a few more for smaller models."""
-    patch.setattr(recorder, "BUFFER_BYTES", steps * 2 * 26 * 8)
+    """Let the recorder write single blocks of `steps` steps, for the 26 float64 parameters of ``mlp``; a few more for smaller models."""
+    patch.setattr(recorder, "BLOCK_BYTES", steps * 2 * 26 * 8)
+    patch.setattr(recorder, "TOGETHER", 1)
 
 
 def trainable(model: nn.Module) -> list[Tensor]:

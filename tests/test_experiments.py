@@ -149,7 +149,7 @@ def test_an_optimizer_of_ones_own_is_explained(tmp_path, monkeypatch, capsys):
 def test_killed_recordings_are_sound_and_go_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["run.py", "--kills", "2", "--out", str(tmp_path / "store")])
     study = loaded("store")
-    monkeypatch.setattr(study.recording, "BUFFER_BYTES", study.recording.BUFFER_BYTES)  # put back afterwards
+    monkeypatch.setattr(study.recording, "TOGETHER", study.recording.TOGETHER)  # put back afterwards
     study.main()
     assert "0 corrupt, 0 with phantom steps,\nat most 0 told steps lost, 2 resumed to a bitwise equal end" in capsys.readouterr().out
 

@@ -204,7 +204,7 @@ def test_a_second_recorder_on_one_path_is_refused(tmp_path):
         loop.step(recorder)
         with pytest.raises(StoreError, match="there is something here already"):
             explaind.record(other.optimizer, other.model, other.path)
-        with pytest.raises(StoreError, match="another process is recording this run"):
+        with pytest.raises(StoreError, match="this run is being recorded"):
             explaind.record(other.optimizer, other.model, other.path, resume=True)
         assert explaind.open(loop.path).steps == 0  # a reader sees what is committed
         loop.step(recorder)

@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/store"))
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    recording.BUFFER_BYTES = 16 * 2 * 4 * 1604  # sixteen steps a block of these 1604 parameters
+    recording.TOGETHER = 1  # a commit every sixteen steps, of which there are many while a child lives
     if given.child:
         return Loop(given.child).run(tell=True)
     shutil.rmtree(given.out, ignore_errors=True)

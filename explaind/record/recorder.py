@@ -28,10 +28,13 @@ from explaind.record.windows import Windows
 from explaind.rules.gradient_filter import GradientFilter
 from explaind.store import schema
 from explaind.store.manifest import Manifest
+from explaind.store.tail import check_idle
 from explaind.store.thin import writer_of
 
-BUFFER_BYTES = 256 << 20
-"""Most memory that buffered steps may take before they go to disk."""
+BLOCK_BYTES = 256 << 20
+"""Most that the steps of a block may take in the log."""
+SPAN_BYTES, TOGETHER = 16 << 20, 32
+"""Blocks are written together while they take no more than this in the log, and up to so many: writing has a price a chunk."""
 
 
 class Recorder:
@@ -71,7 +74,9 @@ class Recorder:
         self._incoming = Incoming(self._watched.params, self._watched.device, reduced=ranks.size > 1)
         # A block begins with what a gradient filter remembers, which may be much.
         wanted = 16 if gradient_filter is None else max(16, gradient_filter.slots)
-        block = every or max(1, min(wanted, BUFFER_BYTES // max(1, 2 * self._theta.nbytes)))
+        step = max(1, 2 * self._theta.nbytes)
+        block = every or max(1, min(wanted, BLOCK_BYTES // step))
+        self._together = 1 if every else max(1, min(TOGETHER, SPAN_BYTES // (block * step)))
         prints = None if data is None else fingerprints(data)
         self._ranks = ranks
 
@@ -243,6 +248,7 @@ class Recorder:
             layers=self._watched.layers,
             dtype=str(self._theta.dtype),
             block=block,
+            together=self._together,
             reduction=self._reduction,
             model=model_name(self._watched.model),
             modules=self._watched.modules,
@@ -306,7 +312,8 @@ def record(
     _check_words(reduction, codec)
     folder, ranks = Path(path), ranks_of(model) if isinstance(model, nn.Module) else ALONE
     if overwrite and ranks.first and folder.exists():
-        schema.open_group(folder, "run")  # only ever remove what is a run
+        schema.open_group(folder, "run")  # only ever remove what is a run,
+        check_idle(folder)  # and is not being written
         shutil.rmtree(folder)
     optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
     return Recorder(

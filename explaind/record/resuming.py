@@ -6,11 +6,12 @@ import numpy as np
 
 from explaind.errors import RecordError
 from explaind.record.watched import Watched
+from explaind.store.checksums import theta_checksum
 from explaind.store.manifest import Manifest
 from explaind.store.reader import Run
 from explaind.store.repair import recovered
 from explaind.store.thin import going_on
-from explaind.store.writer import RunWriter, theta_checksum
+from explaind.store.writer import RunWriter
 
 ALIKE = ("optimizers", "layers", "dtype", "reduction", "model", "modules", "random_bytes", "examples", "gradient_filter", "thin")
 """What a run and its continuation must agree on."""

@@ -41,13 +41,14 @@ class Update:
             rule = self._watched.rules[optimizer]
             self._active[i], self._hyper[i] = self._ages[i], hyper[i]
             frozen, facts = rule.frozen(moment), rule.facts(moment)
-            self._frozen[i] = None if frozen is None else frozen.detach().clone()
+            # Of several optimizers another may still change what this one has just used.
+            self._frozen[i] = frozen.detach().clone() if frozen is not None and len(self._watched.rules) > 1 else frozen
             if self._scalars is not None:
                 self._scalars[i, : len(facts)] = facts
 
     def frozen(self) -> np.ndarray | None:
         """What the rules froze of the step: [param]; None where none freezes a tensor."""
-        return self._watched.flat(self._frozen) if self._watched.has_frozen else None
+        return self._watched.flat(self._frozen, "frozen") if self._watched.has_frozen else None
 
     def row(self) -> StepRow:
         """The record of the step."""
@@ -81,7 +82,7 @@ def gap_row(watched: Watched, passed: int, first: bool) -> StepRow:
     """Stands for so many steps of the training that were not recorded."""
     nothing = np.zeros(0, dtype=np.int64)
     still = np.full(len(watched.layers), -1, dtype=np.int32)
-    frozen = watched.flat([None] * len(watched.layers)) if watched.has_frozen else None
+    frozen = watched.flat([None] * len(watched.layers), "frozen") if watched.has_frozen else None
     return StepRow(
         nothing,
         nothing.astype(np.int32),

@@ -29,6 +29,7 @@ class Watched:
         own = {name: p for name, p in model.named_parameters() if id(p) in owners or _matches(name, watch)}
         moving = {f"{name}.{own}".removeprefix(".") for name, module in model.named_modules() for own in statistics(module)}
         buffers = {name: b for name, b in model.named_buffers() if b.is_floating_point() and (name in moving or _matches(name, watch))}
+        self._rooms: dict[str, Tensor] = {}
         self._params: list[Tensor] = [*own.values(), *buffers.values()]
         self.params = self._params
         self._check_kinds(list(own.values()))
@@ -98,13 +99,33 @@ class Watched:
         """Whether any rule freezes a tensor."""
         return any(rule.frozen_state is not None for rule in self.rules)
 
-    def flat(self, tensors: list[Tensor | None]) -> np.ndarray:
-        """One vector [param] on the host; None stands for zeros. bfloat16 and float16 embed in float32 without loss."""
-        parts = [
-            torch.zeros(p.numel(), dtype=self.dtype, device=p.device) if t is None else t.detach().reshape(-1).to(self.dtype)
-            for t, p in zip(tensors, self._params, strict=True)
-        ]
-        return torch.cat(parts).cpu().numpy()
+    def flat(self, tensors: Sequence[Tensor | None], room: str) -> np.ndarray:
+        """One vector [param] on the host; None stands for zeros. bfloat16 and float16 embed in float32 without loss.
+
+        room: what it is for; the same memory is used for it every time, since a model may be large.
+        """
+        whole = self._room(room)
+        if self.device.type == "cpu":
+            for layer, tensor in zip(self.layers, tensors, strict=True):
+                self._put(whole, layer, tensor)
+        else:  # one copy between devices instead of one a layer
+            parts = [torch.zeros(a.size, device=self.device) if t is None else t for a, t in zip(self.layers, tensors, strict=True)]
+            whole.copy_(torch.cat([t.detach().reshape(-1).to(self.dtype) for t in parts]))
+        return whole.numpy()
+
+    def _room(self, name: str) -> Tensor:
+        """Memory for one vector [param] on the host."""
+        if name not in self._rooms:
+            self._rooms[name] = torch.zeros(self.params_count, dtype=self.dtype)
+        return self._rooms[name]
+
+    @staticmethod
+    def _put(whole: Tensor, layer: Layer, tensor: Tensor | None) -> None:
+        own = whole[layer.offset : layer.offset + layer.size]
+        if tensor is None:
+            own.zero_()
+        else:
+            own.copy_(tensor.detach().reshape(-1))
 
     def _states(self) -> list[tuple[Rule, dict[str, Any]]]:
         """The rule and the optimizer's state of every parameter; a buffer has no state."""
@@ -122,13 +143,13 @@ class Watched:
         return torch.cat([part.detach().reshape(-1).to(self.dtype) for part in parts])
 
     def theta(self) -> np.ndarray:
-        """The parameters [param]."""
-        return self.flat(list(self._params))
+        """The parameters [param]; the next call writes into the same memory."""
+        return self.flat(self._params, "theta")
 
     def momentum(self) -> np.ndarray | None:
         """The optimizers' momentum [param]; None where no rule has one."""
         return (
-            self.flat([None if rule.momentum is None else state.get(rule.momentum) for rule, state in self._states()])
+            self.flat([None if rule.momentum is None else state.get(rule.momentum) for rule, state in self._states()], "momentum")
             if self.has_momentum
             else None
         )
@@ -179,9 +200,8 @@ class Watched:
 
     def check_unchanged(self, theta: np.ndarray, step: int) -> None:
         """RecordError when anything but the optimizer changed the model since the last step."""
-        now = self.theta()
-        spans = [(a.name, slice(a.offset, a.offset + a.size)) for a in self.layers if a.optimizer >= 0]
-        differs = [name for name, cut in spans if not np.array_equal(now[cut], theta[cut], equal_nan=True)]
+        pairs = [(p, a) for p, a in zip(self._params, self.layers, strict=True) if a.optimizer >= 0]
+        differs = [a.name for p, a in pairs if _differs(p, theta[a.offset : a.offset + a.size])]
         if differs:
             raise RecordError(
                 "the model was changed between two steps",
@@ -238,6 +258,14 @@ def statistics(module: nn.Module) -> tuple[str, ...]:
     """Names of the module's own buffers that it moves in train mode, among them a counter that nothing else reads."""
     tracks = isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
     return ("running_mean", "running_var", COUNTER) if tracks else ()
+
+
+def _differs(p: Tensor, known: np.ndarray) -> bool:
+    """Whether a parameter has other numbers than these; one that was and is NaN is the same."""
+    now, was = p.detach().reshape(-1), torch.from_numpy(known)
+    if now.device.type == "cpu" and now.dtype == was.dtype and torch.equal(now, was):
+        return False  # most often so, and without a copy
+    return not np.array_equal(now.to(was.dtype).cpu().numpy(), known, equal_nan=True)
 
 
 def _matches(name: str, globs: Sequence[str]) -> bool:

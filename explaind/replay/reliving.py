@@ -25,9 +25,9 @@ from explaind.replay.steps import Drawn
 from explaind.replay.surroundings import as_in_training, drawing
 from explaind.replay.treated import treated
 from explaind.rules import rule_named
+from explaind.store.checksums import theta_checksum
 from explaind.store.reader import Block, Run
 from explaind.store.row import StepRow
-from explaind.store.writer import theta_checksum
 
 
 class Reliving:
@@ -68,10 +68,11 @@ class Reliving:
                 update = Update(watched, theta[-1], first=i == 0)
                 self._step(optimizer, row)
                 update.step(0)
-                theta.append(watched.theta())
+                theta.append(watched.theta().copy())
                 crc = theta_checksum(theta[-1], self.run.manifest.layers, wanted[i])
                 exact.append(bool(np.array_equal(crc, wanted[i + 1])))
-                rows.append(replace(row, preconditioner=update.frozen(), anchor=update.anchor))
+                frozen, anchor = (None if vector is None else vector.copy() for vector in (update.frozen(), update.anchor))
+                rows.append(replace(row, preconditioner=frozen, anchor=anchor))
         self._model.zero_grad()
         end = self.run.stored(stop, stop + 1)
         stored = block.theta[-1] if end else None

@@ -14,6 +14,7 @@ from explaind.errors import RuleError
 from explaind.store import layout, schema
 from explaind.store.manifest import Manifest
 from explaind.store.shelf import TEXT, Slab, Source, Spec, text_of, unfit
+from explaind.store.tail import NAMES
 
 COLUMNS = {
     *("theta", "batch", "part", "weight", "hyper", "age", "mode", "gap", "precision", "checksum_theta", "checksum_step", "scalar"),
@@ -46,7 +47,7 @@ def check_name(name: str, source: Source) -> str:
     first, _, rest = name.partition("/")
     ledger, _, part = rest.partition("/")
     known = (
-        name in {*FILES, *COLUMNS, "tail.log"}
+        name in {*FILES, *COLUMNS, *NAMES}
         or (first == "constant" and _is_word(rest))
         or (first == "ledgers" and _is_word(ledger) and part in OF_LEDGER)
     )
@@ -138,7 +139,15 @@ def _manifest(source: Source, text: bytes) -> Manifest:
         fine = fine and layer.offset == at and layer.size == prod(layer.shape) and layer.optimizer in range(-1, len(m.optimizers))
         at += layer.size if fine else 0
     fine = fine and m.dtype in ("float16", "float32", "float64") and bool(m.optimizers) and bool(m.layers)
-    fine = fine and _count(m.block, BLOCK) and m.block > 0 and _count(m.random_bytes, RANDOM) and (m.examples is None or _count(m.examples))
+    fine = (
+        fine
+        and _count(m.block, BLOCK)
+        and m.block > 0
+        and _count(m.together, BLOCK)
+        and m.together > 0
+        and _count(m.random_bytes, RANDOM)
+        and (m.examples is None or _count(m.examples))
+    )
     if not fine:
         raise unfit(source, "the manifest", "damaged", expected="layers that lie end to end, a dtype, a block and a state of generators")
     return m
@@ -177,7 +186,7 @@ def _column(source: Source, found: Spec, column: schema.Column, m: Manifest, row
         asked = ", ".join(f"{axis} {'…' if i in free else n}" for i, (axis, n) in enumerate(zip(column.dims, want, strict=True)))
         got = ", ".join(f"{axis} {n}" for axis, n in zip(found.dims, found.shape, strict=True))
         raise unfit(source, column.name, "of another shape", expected=f"{column.dtype} [{asked}]", got=f"{found.dtype} [{got}]")
-    chunks = column.chunks(layout.rows_of_chunk(column, m.block))
+    chunks = column.chunks(layout.rows_of_chunk(column, m))
     spec = replace(found, shape=(rows, *found.shape[1:]), chunks=chunks, fill=column.fill)
     _check_chunk(source, column.name, spec)
     return spec

@@ -7,6 +7,7 @@ import numpy as np
 
 from explaind.store import admission
 from explaind.store.shelf import TEXT, Sink, Slab, Source, Spec
+from explaind.store.tail import NAMES
 
 Progress = Callable[[int, int], None]
 
@@ -40,8 +41,8 @@ def copied(source: Source, sink: Sink, with_ledgers: bool, progress: Progress | 
             done += spec.nbytes
             if progress is not None:
                 progress(done, total)
-    if "tail.log" in names:
-        sink.put("tail.log", source.pieces("tail.log"))
+    for name in (name for name in NAMES if name in names):
+        sink.put(name, source.pieces(name))
     return Copied(run.steps, run.complete, tuple(ledgers))
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from explaind.store.writer import step_checksum, theta_checksum
+from explaind.store.checksums import step_checksum, theta_checksum
 
 if TYPE_CHECKING:
     from explaind.store.reader import Run

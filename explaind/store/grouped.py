@@ -24,6 +24,7 @@ from explaind.errors import StoreError
 from explaind.store import admission, schema
 from explaind.store.bitdelta import BLOSC_HEAD, BitDelta
 from explaind.store.shelf import PIECE, TEXT, Region, Slab, Spec, unfit
+from explaind.store.tail import NAMES
 
 GROUPS = re.compile(r"|constant|ledgers|ledgers/[^/]+|ledgers/[^/]+/check")
 CHUNK = re.compile(r"(.+?)/c(?:/(?:0|[1-9]\d{0,17}))*")
@@ -101,7 +102,7 @@ class FolderSource(_Reader):
     def names(self) -> Iterator[str]:
         """The paths of what belongs to the run."""
         yield "attributes.json"
-        yield from (name for name in ("commit.json", "tail.log") if (self.path / name).exists())
+        yield from (name for name in ("commit.json", *NAMES) if (self.path / name).exists())
         yield from (name for name in sorted(admission.COLUMNS) if (self.path / name / "zarr.json").exists())
         yield from (f"constant/{name}" for name in self._arrays("constant"))
         for ledger in sorted((self.path / "ledgers").glob("*/commit.json")):

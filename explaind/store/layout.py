@@ -4,7 +4,7 @@ import numpy as np
 
 from explaind.rules.gradient_filter import gradient_filter
 from explaind.store.manifest import Manifest
-from explaind.store.schema import CHUNK_BYTES, CHUNK_PARAMS, CHUNK_SLOTS, Column
+from explaind.store.schema import CHUNK_BYTES, CHUNK_SLOTS, CHUNK_VALUES, Column
 
 OPTIONAL = ("momentum", "preconditioner")
 """Columns that only some optimizers have, which the manifest does not tell."""
@@ -37,15 +37,15 @@ def columns(m: Manifest, codec: str = "standard") -> dict[str, Column]:
     if m.thin is not None:
         # States that are far apart have little in common that another codec would make use of.
         found[0] = Column("theta", ("stored", "param"), m.dtype, (d,), codec="apart")
-        wide = max(CHUNK_SLOTS, min(d, CHUNK_PARAMS))  # how wide the state is, is not known before there is one
+        wide = max(CHUNK_SLOTS, min(d, CHUNK_VALUES))  # how wide the state is, is not known before there is one
         found += [Column("state", ("anchor", "word"), "uint32", (1,), 0, wide, "apart")]
         found += [Column("groups", ("step", "character"), "uint8", (1,), 0, CHUNK_SLOTS)]
     return {column.name: column for column in found}
 
 
-def rows_of_chunk(column: Column, block: int) -> int:
-    """How many rows a chunk holds: a block of steps, but anchors, and the states of a thin run, stand alone."""
-    return 1 if column.dims[0] in ("anchor", "stored") else block
+def rows_of_chunk(column: Column, m: Manifest) -> int:
+    """How many rows a chunk holds: a span of steps, but anchors, and the states of a thin run, stand alone."""
+    return 1 if column.dims[0] in ("anchor", "stored") else m.span
 
 
 def rows(column: Column, steps: int, anchors: int) -> int:

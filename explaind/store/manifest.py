@@ -45,7 +45,7 @@ class Manifest:
     dtype: str
     """numpy dtype of theta; every layer's own dtype embeds in it without loss."""
     block: int
-    """Steps between two commits, and between two anchors of the momentum."""
+    """Steps between two anchors of the momentum."""
     reduction: str
     model: str
     modules: tuple[str, ...]
@@ -66,6 +66,14 @@ class Manifest:
     """How many gradients of each layer it had seen when the recording began; empty: none."""
     thin: Mapping[str, Any] | None = None
     """Where parameters are stored once a block alone: the dtypes in which its steps are to be lived again (``Living.facts``)."""
+
+    together: int = 1
+    """Blocks that are written at once, and stand in one chunk."""
+
+    @property
+    def span(self) -> int:
+        """Steps between two commits."""
+        return self.block * self.together
 
     @property
     def optimizer(self) -> str:

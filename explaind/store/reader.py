@@ -6,7 +6,7 @@ import json
 import os
 from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,9 @@ from explaind.store.writer import Begun
 
 AUTOCAST = 32.0
 """Roundings, in autocast's precision, that an update may be off by: of a product that is one rounding off, over a few layers."""
+
+KEPT = 2
+"""Spans of an array that are kept in memory, where a span has several blocks."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Run:
         self.complete: bool = commit["complete"]
         self._end = self.steps
         self.modes: tuple[tuple[bool, ...], ...] = tuple(tuple(m) for m in commit["modes"])
+        self._kept: dict[str, dict[int, np.ndarray]] = {}
         self._check_rows()
 
     def _read_commit(self) -> dict[str, Any]:
@@ -92,9 +96,24 @@ class Run:
 
     def _read(self, name: str, rows: slice) -> np.ndarray:
         try:
-            return np.asarray(self._array(name)[rows])
+            array = self._array(name)
+            if self.manifest.together == 1 or array.chunks[0] != self.manifest.span or rows.stop is None:
+                return np.asarray(array[rows])
+            return self._of_spans(name, array, rows.start, rows.stop)
         except (OSError, RuntimeError, ValueError) as error:
             raise StoreError("a chunk cannot be read", where=self.path / name, got=error, do="restore the run from a copy") from error
+
+    def _of_spans(self, name: str, array: zarr.Array, start: int, stop: int) -> np.ndarray:
+        """Rows of an array whose chunks hold many blocks, of which the last two that were read are kept: a chunk is not read for each."""
+        long, kept, found = self.manifest.span, self._kept.setdefault(name, {}), [np.asarray(array[0:0])]
+        for first in range(start - start % long, stop, long):
+            if first not in kept:
+                kept[first] = np.asarray(array[first : min(first + long, array.shape[0])])
+            rows = kept[first] = kept.pop(first)  # the newest comes last
+            found.append(rows[max(0, start - first) : max(0, stop - first)])
+            while len(kept) > KEPT:
+                kept.pop(next(iter(kept)))
+        return np.concatenate(found)
 
     def __repr__(self) -> str:
         m = self.manifest
@@ -219,7 +238,7 @@ class Run:
     def block(self, start: int, stop: int) -> Block:
         """Steps [start, stop) with everything recorded of them."""
         rows = slice(start, stop)
-        batch, part, weight = (self._read(n, rows) for n in ("batch", "part", "weight"))
+        batch, part, weight = self._slots(rows)
         hyper, age, mode = (self._read(n, rows) for n in ("hyper", "age", "mode"))
         frozen = self._read("preconditioner", rows) if "preconditioner" in self._group else None
         consumed, random = self._read("consumed", rows), self._read("random", rows)
@@ -251,26 +270,32 @@ class Run:
             )
         return Block(start, self.stored_states(start, stop + 1), tuple(steps), tuple(int(m) for m in mode))
 
+    def _slots(self, rows: slice) -> list[np.ndarray]:
+        """batch, part and weight [step, slot]. While a run is written, or after a kill, one may be wider than another, in later rows."""
+        found = [self._read(name, rows) for name in ("batch", "part", "weight")]
+        wide = min(values.shape[1] for values in found)
+        return [values[:, :wide] for values in found]
+
     def begun(self, steps: int, theta: np.ndarray | None = None) -> Begun:
         """What a writer needs to go on after so many steps; theta: parameters that they led to, where a thin run does not store them."""
         if self.manifest.thin is not None:
             return self._begun_thin(steps, self.states(steps, steps + 1)[0] if theta is None else theta)
-        start = steps - steps % self.manifest.block
+        start = steps - steps % self.manifest.span
         rows = self.block(start, steps).rows if steps > start else ()
-        crc_step = self.step_checksums(start, steps)
-        last = self.step_checksums(steps - 1, steps) if steps else np.zeros(1)
-        states, crc_theta = self.states(start, steps + 1), self.checksums(start, steps + 1)
-        return Begun(start, sum(s < start for s in self.starts), states, rows, self.modes, crc_theta, crc_step, int(last[0]))
+        states, crcs = self.states(start, steps + 1), self.checksums(start, steps + 1)
+        found = [Record(start + i, row, states[i + 1], crcs[i + 1]) for i, row in enumerate(rows)]
+        return Begun(start, sum(s < start for s in self.starts), crcs[0], self._crc_before(start), tuple(found), self.modes)
 
     def _begun_thin(self, steps: int, theta: np.ndarray) -> Begun:
-        start = steps - steps % self.manifest.block
+        start = steps - steps % self.manifest.span
         crcs, nothing = self.checksums(start, steps + 1), np.zeros(0, theta.dtype)
         rows = self.block(start, steps).rows if steps > start else ()
         found = [Record(start + i, row, nothing, crcs[i + 1]) for i, row in enumerate(rows)]
         found[-1:] = [Record(record.step, record.row, theta, record.crc) for record in found[-1:]]
-        last = self.step_checksums(start - 1, start) if start else np.zeros(1)
-        begun = Begun(start, start // self.manifest.block, self.states(start, start + 1), (), self.modes, crcs[:1], last[:0], int(last[0]))
-        return replace(begun, records=tuple(found))
+        return Begun(start, start // self.manifest.block, crcs[0], self._crc_before(start), tuple(found), self.modes)
+
+    def _crc_before(self, step: int) -> int:
+        return int(self.step_checksums(step - 1, step)[0]) if step else 0
 
     @property
     def logged(self) -> int:
@@ -295,6 +320,7 @@ class Run:
 
     def damage(self) -> list[str]:
         """Where stored bytes are not what was recorded, in words; empty when every checksum holds."""
+        self._kept.clear()
         return damage(self)
 
 

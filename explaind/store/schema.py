@@ -3,7 +3,7 @@
 run/
   zarr.json          attributes: schema version, manifest
   commit.json        how many steps are safely on disk; readers clamp to it
-  tail.log           steps since then, while the run is written or after it was killed (tail.py)
+  tail.log, tail.odd.log   steps since then, while the run is written or after it was killed (tail.py)
   theta              [state, param]          parameters before step `state` (one row more than steps)
                                              of a thin run [stored, param]: before the first step of every block, and after the last step
   state              [anchor, word]          of a thin run: the optimizer's state there, tensor by tensor (record/living.py)
@@ -49,8 +49,8 @@ CHUNK_SLOTS = 1 << 10
 """Examples of a batch in one chunk."""
 CHUNK_BYTES = 1 << 16
 """Of random states in one chunk."""
-CHUNK_PARAMS = 1 << 22
-"""Longest stretch of parameters in one chunk, so that a reader of one layer does not load a whole large model."""
+CHUNK_VALUES = 1 << 21
+"""Numbers in one chunk, so that neither the writer nor a reader of one layer holds a whole large model."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,8 @@ class Column:
 
     def chunks(self, rows: int) -> tuple[int, ...]:
         """Extents of a chunk that holds so many rows."""
-        return tuple(max(1, n) for n in (rows, *(self.chunk or min(n, CHUNK_PARAMS) for n in self.shape)))
+        most = max(1, CHUNK_VALUES // max(1, rows))
+        return tuple(max(1, n) for n in (rows, *(self.chunk or min(n, most) for n in self.shape)))
 
 
 def lossless() -> BloscCodec:
@@ -168,6 +169,13 @@ def create_column(group: zarr.Group, column: Column, rows: int) -> zarr.Array:
     )
 
 
+def tidy(path: Path) -> None:
+    """Remove what is left of files that a kill found half written."""
+    of_arrays = (folder.rglob("*.partial") for folder in path.iterdir() if folder.is_dir() and folder.name != "ledgers")
+    for partial in (*path.glob("*.partial"), *(file for found in of_arrays for file in found)):
+        partial.unlink(missing_ok=True)
+
+
 def growing(path: Path) -> dict[str, zarr.Array]:
     """The growing arrays of a run, by name, for writing."""
     group = zarr.open_group(path, mode="r+", zarr_format=3)
@@ -177,14 +185,20 @@ def growing(path: Path) -> dict[str, zarr.Array]:
     return {name: array for name, array in found.items() if isinstance(array, zarr.Array)}
 
 
+def extend(array: zarr.Array, rows: int, shape: tuple[int, ...]) -> None:
+    """Make an array so many rows long, and its other dimensions at least as large as `shape`."""
+    grown = (rows, *(max(old, new) for old, new in zip(array.shape[1:], shape, strict=True)))
+    if grown != array.shape:
+        array.resize(grown)
+
+
 def append(array: zarr.Array, rows: np.ndarray, at: int) -> None:
-    """Write rows [at, at + len(rows)), and nothing behind them: whole chunks, but for the last block of a run.
+    """Write rows [at, at + len(rows)), and nothing behind them: whole chunks, but for the last of a run.
 
     Other dimensions grow as needed; narrower rows are filled up, so that nothing is left of rows that stood there before.
     """
-    grown = tuple(max(old, new) for old, new in zip(array.shape[1:], rows.shape[1:], strict=True))
-    array.resize((at + len(rows), *grown))
-    wide = [(0, 0), *((0, n - m) for n, m in zip(grown, rows.shape[1:], strict=True))]
+    extend(array, at + len(rows), rows.shape[1:])
+    wide = [(0, 0), *((0, n - m) for n, m in zip(array.shape[1:], rows.shape[1:], strict=True))]
     array[at : at + len(rows)] = np.pad(rows, wide, constant_values=array.fill_value)
 
 

@@ -1,7 +1,7 @@
 """What a run is made of, wherever it stands: arrays and small files by path. A folder, a zip and an HDF5 file are all read and written so.
 
 attributes.json                 the attributes of its zarr group: schema version, manifest
-commit.json, tail.log           as in the folder
+commit.json, tail.log, tail.odd.log   as in the folder
 theta, batch, …                 the columns of layout.py, and fingerprint
 constant/<name>                 frozen parameters and buffers
 ledgers/<name>/…                its ledgers: attributes.json, commit.json, rows, coordinates, check/<name>

@@ -1,19 +1,22 @@
-"""The tail log: every step since the last committed block, so that a killed recording loses at most the step that it was writing.
+"""The log: every step, from the moment it is made until it is committed in chunks, so that a kill loses at most the step at hand.
+
+Two files take turns, a span of steps each: while one is made into chunks the other takes the steps to come. It begins with the step before
+its first, which the span before has too: of that one the parameters that it led to belong to this span's chunks.
 
 A file of records, each a length, a crc32 and a payload: one line of JSON that names arrays with dtype and shape, then their bytes. Reading
-ends at the first record that is cut off or does not fit its crc. Appends reach the operating system at every step; the file is made anew,
-atomically, at every commit.
+ends at the first record that is cut off or does not fit its crc. Appends reach the operating system at every step.
 """
 
 import json
 import os
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from io import FileIO
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import numpy as np
 
@@ -26,11 +29,13 @@ try:
 except ImportError:  # a system without such locks: nobody watches over a second writer there
     fcntl = None  # type: ignore[assignment]
 
-NAME = "tail.log"
+NAMES = ("tail.log", "tail.odd.log")
+"""Of the spans with even and with odd numbers; who writes the run holds the first."""
 HEAD = struct.Struct("<QI")
 ARRAYS = tuple(f.name for f in fields(StepRow) if f.name not in ("mode", "gap", "precision"))
 KINDS = "biuf"
 """Of the arrays: no object is ever read."""
+BUSY = "this run is being recorded, by another process or by a recorder of this one that was not closed"
 
 
 @dataclass(frozen=True)
@@ -45,96 +50,178 @@ class Record:
     """Its checksum then, uint32 [layer]."""
 
 
-class Tail:
-    """The log of a run that is being written; one process at a time holds it."""
+@dataclass(frozen=True)
+class Place:
+    """Where an array stands in a log."""
 
-    def __init__(self, folder: Path) -> None:
-        """StoreError where another process is writing the run."""
-        self.path = folder / NAME
-        self._file = self._held(self.path, "ab")
+    at: int
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
 
-    def _held(self, path: Path, mode: str) -> BinaryIO:
-        """The file, which nobody else may hold."""
-        file = path.open(mode)
+
+class Log:
+    """One file of records, which are appended and can be read in parts."""
+
+    def __init__(self, path: Path, kept: Iterable[Record] = (), hold: bool = False) -> None:
+        """The file is made anew with these records, in one go: a reader finds the old one or the new one.
+
+        hold: nobody else may hold it, StoreError where somebody does. OSError where the disk refuses.
+        """
+        self.path = path
+        partial = path.with_name(path.name + ".partial")
+        self._file = FileIO(partial, "w+")
         try:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.close()
-            raise StoreError(
-                "another process is recording this run", where=path.parent, do="wait for it, or record to another path"
-            ) from error
-        return cast(BinaryIO, file)
+            if hold:
+                _lock(self._file, path.parent)
+            self._end = 0
+            self.places = [self.append(record) for record in kept]
+            os.fsync(self._file.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            self._file.close()
+            partial.unlink(missing_ok=True)
+            raise
 
-    def append(self, record: Record) -> None:
-        """Add a step; it survives the process from here on."""
-        self._file.write(packed(record))
-        self._file.flush()
+    def append(self, record: Record) -> Mapping[str, Place]:
+        """Add a step, which survives the process from here on; where its arrays stand."""
+        arrays = {name: getattr(record.row, name) for name in ARRAYS} | {"theta": record.theta, "crc": record.crc}
+        held = {name: np.ascontiguousarray(values) for name, values in arrays.items() if values is not None}
+        told = {
+            "step": record.step,
+            "mode": list(record.row.mode),
+            "gap": record.row.gap,
+            "precision": record.row.precision,
+            "arrays": {n: [v.dtype.str, list(v.shape)] for n, v in held.items()},
+        }
+        line = json.dumps(told).encode() + b"\n"
+        pieces = [v.reshape(-1).data.cast("B") for v in held.values() if v.size]
+        crc = zlib.crc32(line)
+        for piece in pieces:
+            crc = zlib.crc32(piece, crc)
+        # Behind the last whole record, whatever an interrupted one has left there.
+        at = self._file.seek(self._end) + HEAD.size + len(line)
+        self._write(HEAD.pack(len(line) + sum(map(len, pieces)), crc) + line, *pieces)
+        places = {}
+        for name, values in held.items():
+            places[name] = Place(at, values.dtype, values.shape)
+            at += values.nbytes
+        self._end = at
+        return places
+
+    def _write(self, *pieces: bytes | memoryview) -> None:
+        for piece in pieces:
+            rest = memoryview(piece)
+            while len(rest):  # a file may take less than it is given
+                rest = rest[self._file.write(rest) :]
+
+    def read(self, place: Place, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """An array, or of a vector the numbers [start, stop). StoreError where the file has become shorter."""
+        size = prod(place.shape) if stop is None else stop - start
+        text = bytearray()
+        want, at = size * place.dtype.itemsize, place.at + start * place.dtype.itemsize
+        while len(text) < want:
+            piece = os.pread(self._file.fileno(), want - len(text), at + len(text))
+            if not piece:
+                raise StoreError("steps that were logged are gone", where=self.path, do="let nobody else write into a run")
+            text += piece
+        return np.frombuffer(text, place.dtype).reshape(place.shape if stop is None else (size,))
 
     def restart(self, kept: Sequence[Record]) -> None:
-        """Forget all but these steps, in one go: a reader finds the old log or the new one."""
-        partial = self.path.with_name(NAME + ".partial")
-        fresh = self._held(partial, "wb")
-        fresh.writelines(packed(record) for record in kept)
-        fresh.flush()
-        os.fsync(fresh.fileno())
-        os.replace(partial, self.path)
+        """Forget all steps but these, which other files have too."""
+        self._file.truncate(0)
+        self._end = 0
+        self.places = [self.append(record) for record in kept]
+
+    def close(self) -> None:
+        """Let go of the file."""
         self._file.close()
-        self._file = fresh
+
+
+class Tail:
+    """The two logs of a run that is being written; one writer at a time holds them."""
+
+    def __init__(self, folder: Path) -> None:
+        """StoreError where somebody is writing the run. What the logs hold stays until ``begin`` or ``turn`` makes them anew."""
+        self._folder = folder
+        self._held: FileIO | None = FileIO(folder / NAMES[0], "a")
+        try:
+            _lock(self._held, folder)
+        except StoreError:
+            self._held.close()
+            raise
+        self._logs: dict[int, Log] = {}
+
+    def begin(self, span: int, kept: Iterable[Record]) -> Log:
+        """The log of a span, made anew in one go with these records."""
+        even = span % 2 == 0
+        fresh = Log(self._folder / NAMES[span % 2], kept, hold=even)
+        if span % 2 in self._logs:
+            self._logs[span % 2].close()
+        if even and self._held is not None:
+            self._held.close()
+            self._held = None
+        self._logs[span % 2] = fresh
+        return fresh
+
+    def turn(self, span: int, kept: Sequence[Record]) -> Log:
+        """The log of a span, which holds these records; what it held is committed."""
+        if span % 2 not in self._logs:
+            return self.begin(span, kept)
+        self._logs[span % 2].restart(kept)
+        return self._logs[span % 2]
 
     def close(self, remove: bool) -> None:
-        """Let go of the log; a run that is whole on disk needs none."""
+        """Let go of the logs; a run that is whole on disk needs none."""
         if remove:
-            self.path.unlink(missing_ok=True)
-        self._file.close()
+            for name in reversed(NAMES):  # the one that is held goes last
+                (self._folder / name).unlink(missing_ok=True)
+        for log in self._logs.values():
+            log.close()
+        if self._held is not None:
+            self._held.close()
 
 
-def packed(record: Record) -> bytes:
-    """One record, framed."""
-    arrays = {name: getattr(record.row, name) for name in ARRAYS} | {"theta": record.theta, "crc": record.crc}
-    held = {name: np.ascontiguousarray(values) for name, values in arrays.items() if values is not None}
-    told = {
-        "step": record.step,
-        "mode": list(record.row.mode),
-        "gap": record.row.gap,
-        "precision": record.row.precision,
-        "arrays": {n: [v.dtype.str, list(v.shape)] for n, v in held.items()},
-    }
-    payload = b"".join([json.dumps(told).encode(), b"\n", *(v.tobytes() for v in held.values())])
-    return HEAD.pack(len(payload), zlib.crc32(payload)) + payload
+def _lock(file: FileIO, folder: Path) -> None:
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise StoreError(BUSY, where=folder, do="wait for it, close it, or record to another path") from error
 
 
 def records(folder: Path) -> list[Record]:
     """The sound records of a run's log, in order; none where there is no log."""
-    try:
-        text = schema.read_file(folder, NAME)
-    except FileNotFoundError:
-        return []
-    return list(_sound(text))
+    found = list[Record]()
+    for name in NAMES:
+        try:
+            found += _sound(schema.read_file(folder, name))
+        except FileNotFoundError:
+            continue
+    return sorted(found, key=lambda record: record.step)
 
 
 def _sound(text: bytes) -> Iterator[Record]:
     at = 0
     while at + HEAD.size <= len(text):
         length, crc = HEAD.unpack_from(text, at)
-        payload = text[at + HEAD.size : at + HEAD.size + length]
+        payload = memoryview(text)[at + HEAD.size : at + HEAD.size + length]
         if len(payload) < length or zlib.crc32(payload) != crc:
             return
         try:
             yield _unpacked(payload)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             return
         at += HEAD.size + length
 
 
-def _unpacked(payload: bytes) -> Record:
-    line, _, rest = payload.partition(b"\n")
+def _unpacked(payload: memoryview) -> Record:
+    line, _, rest = bytes(payload).partition(b"\n")
     told = json.loads(line)
     arrays, at = dict[str, Any](), 0
     for name, (kind, shape) in told["arrays"].items():
         dtype = np.dtype(kind)
         size = prod(shape) * dtype.itemsize
-        if dtype.kind not in KINDS or at + size > len(rest):
+        if dtype.kind not in KINDS or any(type(n) is not int or n < 0 for n in shape) or at + size > len(rest):
             raise ValueError("no array of numbers")
         arrays[name] = np.frombuffer(rest[at : at + size], dtype).reshape(shape).copy()
         at += size
@@ -146,7 +233,10 @@ def _unpacked(payload: bytes) -> Record:
 
 def following(found: Sequence[Record], step: int) -> list[Record]:
     """The records of step `step` and those right after it, without a gap, up to the last whose parameters are known."""
-    wanted = {record.step: record for record in found}
+    wanted = dict[int, Record]()
+    for record in found:
+        if record.step not in wanted or record.theta.size:
+            wanted[record.step] = record
     out = list[Record]()
     while step in wanted:
         out.append(wanted[step])
@@ -157,12 +247,12 @@ def following(found: Sequence[Record], step: int) -> list[Record]:
 
 
 def check_idle(folder: Path) -> None:
-    """StoreError where another process is writing the run."""
+    """StoreError where somebody is writing the run."""
     try:
-        with (folder / NAME).open("rb") as file:
+        with (folder / NAMES[0]).open("rb") as file:
             if fcntl is not None:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return
     except BlockingIOError as error:
-        raise StoreError("another process is recording this run", where=folder, do="wait for it to end") from error
+        raise StoreError(BUSY, where=folder, do="wait for it to end, or close it") from error

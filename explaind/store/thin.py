@@ -4,7 +4,7 @@ The parameters after the last step of a block are written with it, so that every
 block is full its steps stand in the log, of whose parameters only the last few are kept.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +13,8 @@ import numpy as np
 from explaind.store import schema
 from explaind.store.manifest import Manifest
 from explaind.store.row import StepRow
-from explaind.store.tail import Record
+from explaind.store.span import Span, whole, write_vectors
+from explaind.store.tail import Place, Record
 from explaind.store.writer import Begun, RunWriter
 
 LOGGED = 16
@@ -24,51 +25,44 @@ FORGOTTEN = np.zeros(0, np.float32)
 class ThinWriter(RunWriter):
     """A ``RunWriter`` of a manifest with ``thin``; a row's preconditioner and momentum are left out by whoever makes it."""
 
+    _known: np.ndarray | None = None
+
     def add(self, row: StepRow, theta: np.ndarray) -> None:
         """Take step ``self.steps``, which led to the parameters theta [param]; parameter groups that have not changed are dropped."""
-        known = next((r.groups for r in reversed(self._rows) if r.groups is not None), None)
+        known = self._known if self._span.entries else None
         same = known is not None and row.groups is not None and np.array_equal(known, row.groups)
-        row = replace(row, groups=None) if same else row
-        record = Record(self.steps, row, theta)
-        self._take(record)
-        try:
-            self._tail.append(record)
-            if self._flush_if_full():
-                self._tail.restart([])
-            elif len(self._rows) % LOGGED == 0:
-                self._tail.restart(self._forgetful())
-        except OSError as error:
-            self.closed = True
-            raise schema.unwritable(self.path, error) from error
+        super().add(replace(row, groups=None) if same else row, theta)
+        if self._span.entries and len(self._span.entries) % LOGGED == 0:
+            with self._guarded():
+                self._forget()
 
-    def _forgetful(self) -> list[Record]:
-        """The steps of the block at hand, the last alone with its parameters."""
-        first = self.steps - len(self._rows)
-        found = [Record(first + i, row, FORGOTTEN, self._crc_theta[i + 1]) for i, row in enumerate(self._rows)]
-        return [*found[:-1], replace(found[-1], theta=self._states[-1], crc=None)]
+    def _take(self, record: Record, places: Mapping[str, Place] | None = None) -> None:
+        super()._take(record, places)
+        self._known = self._known if record.row.groups is None else record.row.groups
 
-    def _take(self, record: Record) -> None:
-        super()._take(record)
-        self._states = self._states[-1:]
+    def _forget(self) -> None:
+        """Of the steps at hand, the last alone keeps its parameters in the log."""
+        span = self._span
+        entries, old = span.entries, span.log
 
-    def _thetas(self, states: int) -> dict[str, np.ndarray]:
-        return {"checksum_theta": np.stack(self._crc_theta[:states])} if states else {}
+        def kept() -> Iterator[Record]:
+            for i, entry in enumerate(entries):
+                last = i == len(entries) - 1
+                yield Record(span.start + i, whole(entry, old), old.read(entry.places["theta"]) if last else FORGOTTEN, entry.crc_theta)
 
-    def _flush(self, states: int) -> None:
-        """The steps at hand, and the parameters that they led to."""
-        now, checksum = self._states[-1:], self._crc_theta[-1:]
-        super()._flush(states)
-        self._states = now
-        try:
-            schema.append(self._columns["theta"], now[0][None], self._written["anchors"])
-            if self._written["states"] == self._written["steps"]:  # else it was the last of those written
-                schema.append(self._columns["checksum_theta"], checksum[0][None], self._written["states"])
-        except OSError as error:
-            self.closed = True
-            raise schema.unwritable(self.path, error) from error
+        span.log = self._tail.begin(self._number, kept())
+        span.entries = [replace(entry, places=places) for entry, places in zip(entries, span.log.places, strict=True)]
 
-    def _commit(self, complete: bool) -> None:
-        self._mark(self._written["steps"], complete)
+    def _opening(self, last: Record) -> list[Record]:
+        """Nothing: the parameters before a span are written with the span before it."""
+        return []
+
+    def _write_states(self, span: Span, end: bool) -> int:
+        """The parameters that its last step led to."""
+        if span.entries:
+            schema.append(self._columns["checksum_theta"], span.checksums(), span.start)
+            write_vectors(self._columns["theta"], self._anchors, span.log, span.states()[-1:])
+        return span.stop
 
 
 def writer_of(manifest: Manifest) -> type[RunWriter]:

@@ -1,74 +1,42 @@
-"""Writing a run: rows are buffered and land in whole chunks, one block of steps at a time, each followed by a commit marker."""
+"""Writing a run: every step goes to a log at once; behind the training, spans of steps are made into whole chunks and committed.
+
+A thread of its own reads a span back from the log, chunk by chunk. So no step is kept in memory, and a disk that is slower than the
+training holds it up, a span later; nothing is lost or changes its order.
+"""
 
 import json
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import zarr
 
-from explaind.errors import StoreError
 from explaind.store import schema
+from explaind.store.checksums import step_checksum, theta_checksum
 from explaind.store.layout import columns, rows_of_chunk
-from explaind.store.manifest import Layer, Manifest
+from explaind.store.manifest import Manifest
 from explaind.store.row import StepRow
-from explaind.store.tail import Record, Tail
-
-ANCHORED = ("momentum", "filtered", "state")
-"""Arrays with a row for every stretch of steps."""
-
-
-def theta_checksum(theta: np.ndarray, layers: Sequence[Layer], previous: np.ndarray) -> np.ndarray:
-    """crc32 of each layer's bytes, continued from the previous state's: a row that is changed, removed or moved breaks the chain."""
-    crcs = [zlib.crc32(theta[a.offset : a.offset + a.size].tobytes(), int(p)) for a, p in zip(layers, previous, strict=True)]
-    return np.array(crcs, dtype=np.uint32)
-
-
-def step_checksum(row: StepRow, mode: int, previous: int, thin: np.ndarray | None = None) -> int:
-    """crc32 of everything else that a step recorded, continued from the previous step's; thin: with theta's checksum before the step."""
-    gap = np.int64(row.gap) if row.gap else None
-    precision = np.float64(row.precision) if row.precision else None
-    for values in (
-        row.batch,
-        row.part,
-        row.weight,
-        row.hyper,
-        row.age,
-        np.int32(mode),
-        row.preconditioner,
-        row.anchor,
-        row.scalars,
-        row.consumed,
-        row.random,
-        row.filtered,
-        gap,
-        precision,
-        row.state,
-        row.groups,
-        thin,
-    ):
-        if values is not None:
-            previous = zlib.crc32(values.tobytes(), previous)
-    return previous
+from explaind.store.span import ANCHORED, Entry, Span, light, write_vectors
+from explaind.store.tail import Place, Record, Tail
 
 
 @dataclass(frozen=True)
 class Begun:
-    """What a run holds of the block that it goes on with: states has one row more than rows."""
+    """What a run holds of the span that it goes on with."""
 
     start: int
     anchors: int
-    """Momenta that the run holds of the blocks before."""
-    states: np.ndarray
-    rows: tuple[StepRow, ...]
-    modes: tuple[tuple[bool, ...], ...]
+    """Momenta that the run holds of the spans before."""
     crc_theta: np.ndarray
-    crc_step: np.ndarray
-    last_crc: int
-    records: tuple[Record, ...] = ()
-    """Of a thin run: the steps behind `start`, which its log holds until their block is full."""
+    """Of the parameters before step `start`: uint32 [layer]."""
+    crc_step: int
+    """Of the step before it."""
+    records: tuple[Record, ...]
+    """The steps from there on."""
+    modes: tuple[tuple[bool, ...], ...]
 
 
 class RunWriter:
@@ -86,168 +54,170 @@ class RunWriter:
         codec: str = "bitdelta",
     ) -> None:
         """codec: of theta and the preconditioner, out of schema.CHOICES."""
-        self.path, self.manifest = path, manifest
-        self.steps = 0
-        self.closed = False
-        self._written = {"states": 0, "steps": 0, "anchors": 0}
-        self._modes: list[tuple[bool, ...]] = []
-        self._rows: list[StepRow] = []
-        self._states = [theta]
-        self._crc_theta = [theta_checksum(theta, manifest.layers, np.zeros(len(manifest.layers), np.uint32))]
-        self._crc_step: list[int] = []
-        self._last_crc = 0
+        crc = theta_checksum(theta, manifest.layers, np.zeros(len(manifest.layers), np.uint32))
+        self._set(path, manifest, 0, 0, [])
         group = schema.create_group(path, "run", {"manifest": manifest.to_json()})
-        try:
+        self._tail = Tail(path)
+        with self._guarded():
             self._columns = self._create(group, momentum, preconditioner, codec)
             for name, values in constants.items():
                 schema.write_array(group, f"constant/{name}", values, tuple(f"{name}.{i}" for i in range(values.ndim)))
             if fingerprint is not None:
                 schema.write_array(group, "fingerprint", fingerprint, ("example",))
-            # The first state is written at once, so that a run that is killed in its first block still opens.
+            # The first state is written at once, so that a run that is killed in its first span still opens.
             schema.append(self._columns["theta"], theta[None], 0)
-            schema.append(self._columns["checksum_theta"], self._crc_theta[0][None], 0)
-            self._tail = Tail(path)
-        except OSError as error:
-            raise schema.unwritable(path, error) from error
-        self._commit(complete=False)
+            schema.append(self._columns["checksum_theta"], crc[None], 0)
+            self._span = Span(0, self._tail.begin(0, ()), crc, 0)
+            self._mark(0, complete=False, modes=())
+
+    def _set(self, path: Path, manifest: Manifest, steps: int, anchors: int, modes: list[tuple[bool, ...]]) -> None:
+        self.path, self.manifest, self.steps, self.closed = path, manifest, steps, False
+        self._anchors, self._modes = anchors, modes
+        self._number = steps // manifest.span
+        self._writing: Future[None] | None = None
+        self._thread = ThreadPoolExecutor(1, "explaind-writer")
 
     @classmethod
-    def resumed(cls, path: Path, manifest: Manifest, begun: "Begun", logged: Sequence[Record] = ()) -> "RunWriter":
-        """Go on with a run after what it holds of its last block, and what was logged behind that; other steps are forgotten.
+    def resumed(cls, path: Path, manifest: Manifest, begun: Begun, logged: Sequence[Record] = ()) -> "RunWriter":
+        """Go on with a run after what it holds of its last span, and what was logged behind that; other steps are forgotten.
 
         Its arrays keep the codec that they have.
         """
         self = cls.__new__(cls)
-        self.path, self.manifest, self.steps, self.closed = path, manifest, begun.start + len(begun.rows), False
-        self._written = {"states": begun.start, "steps": begun.start, "anchors": begun.anchors}
-        self._modes, self._rows, self._states = list(begun.modes), list(begun.rows), list(begun.states)
-        self._crc_theta, self._crc_step = list(begun.crc_theta), begun.crc_step.tolist()
-        self._last_crc = begun.last_crc
+        self._set(path, manifest, begun.start, begun.anchors, list(begun.modes))
         self._columns, self._tail = schema.growing(path), Tail(path)
-        logged = (*begun.records, *logged)
-        if begun.records:
-            self._tail.restart(logged)  # before the marker gives up what stands behind the last whole block
-        self._mark(self.steps, complete=False)
-        for record in logged:
-            self._take(record)
-            self._flush_if_full()
-        self._tail.restart(logged[-1:] if logged and not self._rows else logged)
+        known = [*begun.records, *logged]
+        now, later = known[: manifest.span], known[manifest.span :]
+        with self._guarded():
+            schema.tidy(path)
+            # The log holds the whole span again before the marker gives up what stands behind the steps that are kept.
+            log = self._tail.begin(self._number, now)
+            self._span = Span(begun.start, log, begun.crc_theta, begun.crc_step)
+            self._mark(begun.start + len(begun.records), complete=False, modes=begun.modes)
+            for record, places in zip(now, log.places, strict=True):
+                self._take(record, places)
+            if len(now) < manifest.span:
+                self._tail.begin(self._number + 1, ())  # what it holds is older
+            else:
+                self._turn(now[-1], later)
+                self._wait()
         return self
 
     @property
     def block(self) -> int:
-        """Steps between two commits."""
+        """Steps between two anchors."""
         return self.manifest.block
 
     def _create(self, group: zarr.Group, momentum: bool, preconditioner: bool, codec: str) -> dict[str, zarr.Array]:
         left = {name for name, kept in (("momentum", momentum), ("preconditioner", preconditioner)) if not kept}
         kept = {name: column for name, column in columns(self.manifest, codec).items() if name not in left}
-        return {name: schema.create_column(group, column, rows_of_chunk(column, self.manifest.block)) for name, column in kept.items()}
+        return {name: schema.create_column(group, column, rows_of_chunk(column, self.manifest)) for name, column in kept.items()}
 
     def add(self, row: StepRow, theta: np.ndarray) -> None:
-        """Take step ``self.steps``, which led to the parameters theta [param]."""
-        record = Record(self.steps, row, theta)
-        self._take(record)
-        try:
-            self._tail.append(record)
-            if self._flush_if_full():
-                self._tail.restart([record])
-        except OSError as error:
-            self.closed = True
-            raise schema.unwritable(self.path, error) from error
+        """Take step ``self.steps``, which led to the parameters theta [param]; neither is looked at afterwards.
 
-    def _flush_if_full(self) -> bool:
-        full = len(self._rows) == self.manifest.block
-        if full:
-            # The last state stays in memory, and in the log: it opens the next block's whole chunk.
-            self._flush(len(self._crc_theta) - 1)
-            self._commit(complete=False)
-        return full
+        StoreError when the disk refuses this step, or those that are being written behind it.
+        """
+        with self._guarded():
+            if self._writing is not None and self._writing.done():
+                self._writing.result()
+            record = Record(self.steps, row, theta)
+            self._take(record)
+            if len(self._span.entries) >= self.manifest.span:
+                self._turn(record)
 
-    def _take(self, record: Record) -> None:
-        row, before = record.row, self._crc_theta[-1]
-        if row.mode not in self._modes:
-            self._modes.append(row.mode)
-        self._last_crc = step_checksum(row, self._modes.index(row.mode), self._last_crc, None if self.manifest.thin is None else before)
-        self._crc_step.append(self._last_crc)
-        self._crc_theta.append(theta_checksum(record.theta, self.manifest.layers, before) if record.crc is None else record.crc)
-        self._rows.append(row)
-        self._states.append(record.theta)
-        self.steps += 1
+    def _take(self, record: Record, places: Mapping[str, Place] | None = None) -> None:
+        """places: where the log has it already."""
+        row, span = record.row, self._span
+        mode = self._mode(row.mode)
+        crc_step = step_checksum(row, mode, span.last_crc_step, None if self.manifest.thin is None else span.last_crc_theta)
+        crc = theta_checksum(record.theta, self.manifest.layers, span.last_crc_theta) if record.crc is None else record.crc
+        where = span.log.append(record) if places is None else places
+        span.entries.append(Entry(light(row), mode, crc_step, crc, where))
+        self.steps = span.stop
+
+    def _mode(self, mode: tuple[bool, ...]) -> int:
+        if mode not in self._modes:
+            self._modes.append(mode)
+        return self._modes.index(mode)
+
+    def _turn(self, last: Record, later: Sequence[Record] = ()) -> None:
+        """Hand a full span over to the thread, once that is through with the one before; the other log takes the steps to come.
+
+        later: those that were logged already.
+        """
+        self._wait()
+        full = self._span
+        full.modes = tuple(self._modes)
+        self._writing = self._thread.submit(self._write, full)
+        self._number += 1
+        opening = self._opening(last)
+        log = self._tail.begin(self._number, [*opening, *later]) if later else self._tail.turn(self._number, opening)
+        where = log.places[0]["theta"] if opening else None
+        self._span = Span(full.stop, log, full.last_crc_theta, full.last_crc_step, where)
+        for record, places in zip(later, log.places[len(opening) :], strict=False):
+            self._take(record, places)
+        if len(later) >= self.manifest.span:
+            self._turn(later[-1])
+
+    def _opening(self, last: Record) -> list[Record]:
+        """What a log begins with: the step before its first. Until its span is committed the parameters then stand nowhere else."""
+        return [last]
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
 
     def close(self, complete: bool = True) -> None:
-        """Write what is still in memory, the last partial block included; safe to call twice."""
+        """Write what is only in the log, the last partial span included; safe to call twice."""
         if self.closed:
             return
+        with self._guarded():
+            self._wait()
+            self._span.modes = tuple(self._modes)
+            self._write(self._span, end=True, complete=complete)
         self.closed = True
-        self._flush(len(self._crc_theta))
-        self._commit(complete)
-        self._tail.close(remove=True)
+        self._release(remove=True)
 
-    def _flush(self, states: int) -> None:
-        at, rows = self._written, self._rows
-        slots = max((len(r.batch) for r in rows), default=1)
+    def _release(self, remove: bool) -> None:
+        self._thread.shutdown(wait=True)
+        self._tail.close(remove)
 
-        def padded(name: str, fill: float) -> np.ndarray:
-            return np.stack([np.pad(getattr(r, name), (0, slots - len(r.batch)), constant_values=fill) for r in rows])
-
-        values = self._thetas(states)
-        if rows:
-            values |= {"batch": padded("batch", -1), "part": padded("part", -1), "weight": padded("weight", 0)}
-            values |= {"hyper": np.stack([r.hyper for r in rows]), "age": np.stack([r.age for r in rows])}
-            values |= {
-                "mode": np.array([self._modes.index(r.mode) for r in rows]),
-                "checksum_step": np.array(self._crc_step, dtype=np.uint32),
-                "gap": np.array([r.gap for r in rows]),
-                "precision": np.array([r.precision for r in rows]),
-            }
-            if "scalar" in self._columns:
-                values["scalar"] = np.stack([r.scalars for r in rows if r.scalars is not None])
-            nothing = np.full((len(self.manifest.layers), 2), np.nan)
-            values["consumed"] = np.stack([nothing if r.consumed is None else r.consumed for r in rows])
-            values["random"] = _padded([r.random for r in rows])
-            if "preconditioner" in self._columns:
-                values["preconditioner"] = np.stack([r.preconditioner for r in rows if r.preconditioner is not None])
-            if "groups" in self._columns:
-                values["groups"] = _padded([r.groups for r in rows])
-            for name, anchors in zip(
-                ANCHORED, ([r.anchor for r in rows], [r.filtered for r in rows], [r.state for r in rows]), strict=True
-            ):
-                found = [anchor for anchor in anchors if anchor is not None]
-                values |= {name: np.stack(found)} if found and name in self._columns else {}
-        start = {"theta": at["states"], "checksum_theta": at["states"], **dict.fromkeys(ANCHORED, at["anchors"])}
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Whatever goes wrong ends the recording; what was committed or logged stays."""
         try:
-            for name, array in values.items():
-                schema.append(self._columns[name], array, start.get(name, at["steps"]))
+            yield
         except OSError as error:
-            self.closed = True
+            self._fail()
             raise schema.unwritable(self.path, error) from error
-        self._written = {
-            "states": at["states"] + states,
-            "steps": at["steps"] + len(rows),
-            "anchors": at["anchors"] + max(len(values.get(name, ())) for name in ANCHORED),
-        }
-        self._states, self._crc_theta = self._states[states:], self._crc_theta[states:] or self._crc_theta[-1:]
-        self._rows, self._crc_step = [], []
-
-    def _thetas(self, states: int) -> dict[str, np.ndarray]:
-        """What is written of so many states."""
-        return {"theta": np.stack(self._states[:states]), "checksum_theta": np.stack(self._crc_theta[:states])}
-
-    def _commit(self, complete: bool) -> None:
-        # A step can be used when the state that it leads to is on disk too.
-        self._mark(max(0, min(self._written["steps"], self._written["states"] - 1)), complete)
-
-    def _mark(self, steps: int, complete: bool) -> None:
-        text = json.dumps({"steps": steps, "complete": complete, "modes": self._modes})
-        try:
-            schema.replace_file(self.path / "commit.json", text)
-        except StoreError:
-            self.closed = True
+        except Exception:
+            self._fail()
             raise
 
+    def _fail(self) -> None:
+        if not self.closed:
+            self.closed = True
+            self._release(remove=False)
 
-def _padded(rows: Sequence[np.ndarray | None]) -> np.ndarray:
-    """uint8 [row, longest], at least one wide."""
-    wide = max(1, *(0 if row is None else len(row) for row in rows))
-    return np.stack([np.pad(np.zeros(0, np.uint8) if row is None else row, (0, wide - (0 if row is None else len(row)))) for row in rows])
+    def _write(self, span: Span, end: bool = False, complete: bool = False) -> None:
+        """Make chunks of a span, and commit it; end: with the parameters that its last step led to."""
+        for name, values in span.values(self._columns).items():
+            schema.append(self._columns[name], values, span.start)
+        anchors = self._anchors
+        for name, places in span.vectors():
+            at = anchors if name in ANCHORED else span.start
+            write_vectors(self._columns[name], at, span.log, places)
+            self._anchors = max(self._anchors, at + len(places)) if name in ANCHORED else self._anchors
+        self._mark(self._write_states(span, end), complete, span.modes)
+
+    def _write_states(self, span: Span, end: bool) -> int:
+        """The parameters of a span; how many steps can be used then, whose parameters afterwards are on disk too."""
+        states = span.states() if end else span.states()[:-1]
+        schema.append(self._columns["checksum_theta"], span.checksums()[: len(states)], span.start)
+        write_vectors(self._columns["theta"], span.start, span.log, states)
+        return span.start + len(states) - 1
+
+    def _mark(self, steps: int, complete: bool, modes: Iterable[tuple[bool, ...]]) -> None:
+        schema.replace_file(self.path / "commit.json", json.dumps({"steps": steps, "complete": complete, "modes": list(modes)}))

@@ -1,0 +1,48 @@
+"""Checksums of what a step recorded, chained from step to step: a row that is changed, removed or moved breaks the chain."""
+
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from explaind.store.manifest import Layer
+from explaind.store.row import StepRow
+
+
+def theta_checksum(theta: np.ndarray, layers: Sequence[Layer], previous: np.ndarray) -> np.ndarray:
+    """crc32 of each layer's bytes, continued from the previous state's: uint32 [layer]."""
+    crcs = [crc32(theta[a.offset : a.offset + a.size], int(p)) for a, p in zip(layers, previous, strict=True)]
+    return np.array(crcs, dtype=np.uint32)
+
+
+def step_checksum(row: StepRow, mode: int, previous: int, thin: np.ndarray | None = None) -> int:
+    """crc32 of everything else that a step recorded, continued from the previous step's; thin: with theta's checksum before the step."""
+    gap = np.int64(row.gap) if row.gap else None
+    precision = np.float64(row.precision) if row.precision else None
+    for values in (
+        row.batch,
+        row.part,
+        row.weight,
+        row.hyper,
+        row.age,
+        np.int32(mode),
+        row.preconditioner,
+        row.anchor,
+        row.scalars,
+        row.consumed,
+        row.random,
+        row.filtered,
+        gap,
+        precision,
+        row.state,
+        row.groups,
+        thin,
+    ):
+        if values is not None:
+            previous = crc32(values, previous)
+    return previous
+
+
+def crc32(values: np.ndarray | np.generic, previous: int = 0) -> int:
+    """Of the bytes of an array, which is not copied for it."""
+    return zlib.crc32(np.ascontiguousarray(values).reshape(-1).data.cast("B") if values.size else b"", previous)

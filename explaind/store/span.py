@@ -1,0 +1,152 @@
+"""A span of steps on its way from the log into chunks. Its vectors stay in the log and are read one chunk at a time."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import zarr
+
+from explaind.store import schema
+from explaind.store.row import StepRow
+from explaind.store.tail import Log, Place
+
+VECTORS = {"preconditioner": "preconditioner", "anchor": "momentum", "filtered": "filtered", "state": "state"}
+"""Fields of a row that are read from the log piece by piece, and the arrays that they go to."""
+ANCHORED = ("momentum", "filtered", "state")
+"""Arrays with a row for every stretch of steps."""
+BYTES = ("random", "groups")
+"""Fields whose length changes from step to step."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A step without its vectors, and where those stand in the log."""
+
+    row: StepRow
+    mode: int
+    crc_step: int
+    crc_theta: np.ndarray
+    """Of the parameters that it led to."""
+    places: Mapping[str, Place]
+
+
+@dataclass
+class Span:
+    """Consecutive steps whose vectors one log holds."""
+
+    start: int
+    log: Log
+    crc_theta: np.ndarray
+    """Of the parameters before its first step: uint32 [layer]."""
+    crc_step: int
+    """Of the step before that."""
+    opening: Place | None = None
+    """Where these stand; None: they are on disk already."""
+    modes: tuple[tuple[bool, ...], ...] = ()
+    entries: list[Entry] = field(default_factory=list)
+
+    @property
+    def stop(self) -> int:
+        """The step behind its last."""
+        return self.start + len(self.entries)
+
+    @property
+    def last_crc_theta(self) -> np.ndarray:
+        """Of the parameters behind its last step: uint32 [layer]."""
+        return self.entries[-1].crc_theta if self.entries else self.crc_theta
+
+    @property
+    def last_crc_step(self) -> int:
+        """Of its last step."""
+        return self.entries[-1].crc_step if self.entries else self.crc_step
+
+    def states(self) -> list[Place | None]:
+        """Where the parameters before its first step and after each of its steps stand."""
+        return [self.opening, *(entry.places["theta"] for entry in self.entries)]
+
+    def checksums(self) -> np.ndarray:
+        """Of these parameters: uint32 [state, layer]."""
+        return np.stack([self.crc_theta, *(entry.crc_theta for entry in self.entries)])
+
+    def vectors(self) -> Iterator[tuple[str, list[Place]]]:
+        """Arrays of vectors, with the place of each row."""
+        for name, array in VECTORS.items():
+            places = [entry.places[name] for entry in self.entries if name in entry.places]
+            if places:
+                yield array, places
+
+    def values(self, having: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """The rows of all other arrays that the run has."""
+        rows = [entry.row for entry in self.entries]
+        slots = max((len(row.batch) for row in rows), default=1)
+
+        def padded(name: str, fill: float) -> np.ndarray:
+            return np.stack([np.pad(getattr(row, name), (0, slots - len(row.batch)), constant_values=fill) for row in rows])
+
+        if not rows:
+            return {}
+        nothing = np.full((len(self.crc_theta), 2), np.nan)
+        found = {
+            "batch": padded("batch", -1),
+            "part": padded("part", -1),
+            "weight": padded("weight", 0),
+            "hyper": np.stack([row.hyper for row in rows]),
+            "age": np.stack([row.age for row in rows]),
+            "mode": np.array([entry.mode for entry in self.entries]),
+            "checksum_step": np.array([entry.crc_step for entry in self.entries], dtype=np.uint32),
+            "gap": np.array([row.gap for row in rows]),
+            "precision": np.array([row.precision for row in rows]),
+            "consumed": np.stack([nothing if row.consumed is None else row.consumed for row in rows]),
+            **{name: self._bytes(name) for name in BYTES},
+        }
+        scalars = [row.scalars for row in rows if row.scalars is not None]
+        found |= {"scalar": np.stack(scalars)} if scalars else {}
+        return {name: values for name, values in found.items() if name in having}
+
+    def _bytes(self, name: str) -> np.ndarray:
+        """uint8 [row, longest], at least one wide."""
+        none = np.zeros(0, np.uint8)
+        rows = [self.log.read(entry.places[name]) if name in entry.places else none for entry in self.entries]
+        wide = max(1, *map(len, rows))
+        return np.stack([np.pad(row, (0, wide - len(row))) for row in rows])
+
+
+def light(row: StepRow) -> StepRow:
+    """Without what is large."""
+    nothing: dict[str, Any] = dict.fromkeys((*VECTORS, *BYTES))
+    return replace(row, **nothing)
+
+
+def whole(entry: Entry, log: Log) -> StepRow:
+    """With what is large, from the log."""
+    large: dict[str, Any] = {name: log.read(place) for name, place in entry.places.items() if name in (*VECTORS, *BYTES)}
+    return replace(entry.row, **large)
+
+
+def write_vectors(array: zarr.Array, at: int, log: Log, places: Sequence[Place | None]) -> None:
+    """Rows [at, at + len(places)) of an array [row, number] out of the log, and nothing behind them; None: that row stays as it is.
+
+    One chunk after another, so that no more than one is in memory.
+    """
+    known = [place for place in places if place is not None]
+    if not known:
+        return
+    schema.extend(array, at + len(places), (max(map(length, known)),))
+    long, across = array.chunks
+    for top in range(0, len(places), long):
+        some = places[top : top + long]
+        for start in range(0, array.shape[1], across):
+            stop = min(start + across, array.shape[1])
+            values = np.full((len(some), stop - start), array.fill_value, array.dtype)
+            for i, place in enumerate(some):
+                if place is None:
+                    values[i] = array[at + top + i, start:stop]
+                elif start < length(place):
+                    values[i, : length(place) - start] = log.read(place, start, min(stop, length(place)))
+            array[at + top : at + top + len(some), start:stop] = values
+
+
+def length(place: Place) -> int:
+    """Of a vector."""
+    return place.shape[0]
