@@ -1,0 +1,181 @@
+"""Writing behind the training: slow, short and failing writes; what is on disk afterwards, and what the training is told."""
+
+import errno
+import itertools
+import os
+import threading
+import time
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+import zarr.storage._local as local
+from torch import nn, optim
+
+import explaind
+from explaind.cli import main
+from explaind.errors import StoreError
+from explaind.record import recorder as recording
+from explaind.store import tail
+from explaind.store.reader import open_run
+from explaind.store.repair import repair
+from explaind.store.writer import RunWriter
+from tests import cases
+from tests.closeness import same
+
+CASE = cases.optimizer_named("adamw")
+
+
+def recorded(path):
+    torch.manual_seed(0)  # which the manifest tells
+    model = cases.PLAIN.model()
+    optimizer = CASE.make(cases.trainable(model))
+    with explaind.record(optimizer, model, path, data=cases.DATA) as recorder:
+        cases.train(cases.PLAIN, model, optimizer, CASE, recorder)
+    return explaind.open(path)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        cases.shorten_blocks(patch)
+        return recorded(tmp_path_factory.mktemp("whole") / "run")
+
+
+def on_write(patch, act):
+    """Call act(bytes to write) before every write to disk: of a log, a chunk, metadata or the marker."""
+    log, chunk, sync = tail.FileIO.write, local._put, os.fsync
+
+    class Watched(tail.FileIO):
+        def write(self, text):
+            return log(self, act(text))
+
+    def put(path, value, *args, **options):
+        act(b"")
+        return chunk(path, value, *args, **options)
+
+    def fsync(file):
+        act(b"")
+        sync(file)
+
+    patch.setattr(tail, "FileIO", Watched)
+    patch.setattr(local, "_put", put)
+    patch.setattr(os, "fsync", fsync)
+
+
+def test_a_span_is_written_by_a_thread_of_its_own_while_the_training_goes_on(tmp_path, monkeypatch):
+    cases.shorten_blocks(monkeypatch)
+    seen, write = [], RunWriter._write
+
+    def watched(self, span, *args, **options):
+        seen.append((threading.current_thread().name, span.start, len(span.entries)))
+        write(self, span, *args, **options)
+
+    monkeypatch.setattr(RunWriter, "_write", watched)
+    run = recorded(tmp_path / "run")
+    assert [part[1:] for part in seen] == [(0, 3), (3, 3), (6, 1)]
+    assert all(name.startswith("explaind-writer") for name, *_ in seen[:2])
+    assert run.damage() == []
+    assert not [path.name for path in run.path.iterdir() if "tail" in path.name]
+
+
+def test_a_slow_disk_holds_the_training_up_and_loses_nothing(tmp_path, monkeypatch, whole):
+    cases.shorten_blocks(monkeypatch)
+    write, ahead = RunWriter._write, []
+
+    def slow(self, span, *args, **options):
+        time.sleep(0.2)
+        write(self, span, *args, **options)
+        ahead.append(self.steps - span.stop)
+
+    monkeypatch.setattr(RunWriter, "_write", slow)
+    run = recorded(tmp_path / "run")
+    assert (run.identity, run.complete, run.damage()) == (whole.identity, True, [])
+    assert max(ahead) <= 3, "the training is never more than the span behind it ahead"
+
+
+def test_blocks_that_are_written_together_are_the_same_record(tmp_path, monkeypatch, whole):
+    cases.shorten_blocks(monkeypatch)
+    monkeypatch.setattr(recording, "TOGETHER", 2)
+    run = recorded(tmp_path / "run")
+    assert (run.manifest.block, run.manifest.span, run.damage()) == (3, 6, [])
+    same(run.states(0, 8), whole.states(0, 8))
+    same(cases.decomposed(run).rows["data"].values, cases.decomposed(whole).rows["data"].values)
+
+
+def test_a_file_that_takes_less_than_it_is_given_is_written_on(tmp_path, monkeypatch, whole):
+    cases.shorten_blocks(monkeypatch)
+    on_write(monkeypatch, lambda text: text[:50])
+    assert recorded(tmp_path / "run").identity == whole.identity
+
+
+def test_any_write_may_fail(tmp_path, whole, capsys):
+    told = list[str]()
+    for k in itertools.count():
+        path, count, code = tmp_path / f"run{k}", itertools.count(), (errno.ENOSPC, errno.EIO)[k % 2]
+
+        def fail(text, count=count, k=k, code=code):
+            if next(count) >= k:  # a disk that is full stays full
+                raise OSError(code, os.strerror(code))
+            return text
+
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                cases.shorten_blocks(patch)
+                on_write(patch, fail)
+                recorded(path)
+            break
+        except StoreError as error:
+            told.append(str(error))
+        assert told[-1].startswith(f"cannot write: {os.strerror(code)} ({path}")
+        assert "\n" not in told[-1]
+        if not (path / "commit.json").exists():
+            with pytest.raises(StoreError):
+                open_run(path)
+            continue
+        run = explaind.open(path)
+        assert (run.complete, run.damage()) == (False, [])
+        same(run.states(0, run.steps + 1), whole.states(0, run.steps + 1))
+        assert main(["info", str(path)]) == 0
+        have = run.steps + run.logged
+        repair(path)
+        run = explaind.open(path)
+        assert (run.steps, run.damage()) == (have, [])
+        same(run.states(0, have + 1), whole.states(0, have + 1))
+    capsys.readouterr()
+    assert len(told) == k > 40, "every write of the recording has failed once"
+
+
+def test_a_run_that_is_being_recorded_is_not_overwritten(tmp_path):
+    model = cases.PLAIN.model()
+    optimizer = CASE.make(cases.trainable(model))
+    with explaind.record(optimizer, model, tmp_path / "run") as recorder:
+        cases.train(cases.PLAIN, model, optimizer, CASE, recorder)
+        for options in ({"overwrite": True}, {"resume": True}):
+            with pytest.raises(StoreError, match="this run is being recorded"):
+                explaind.record(optimizer, model, tmp_path / "run", **options)
+    assert explaind.open(tmp_path / "run").complete
+
+
+def test_memory_of_a_recording_does_not_grow_with_its_steps(tmp_path, monkeypatch):
+    """What is kept of a step is small; numpy's memory is traced."""
+    params = 200_000
+    model = nn.Linear(params, 1, bias=False)
+    optimizer = optim.Adam(model.parameters())
+
+    def peak(steps):
+        tracemalloc.start()
+        with explaind.record(optimizer, model, tmp_path / f"run{steps}") as recorder:
+            for _ in range(steps):
+                recorder.examples([0])
+                model(model.weight.new_ones(1, params)).sum().backward()
+                optimizer.step()
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return most
+
+    peak(2)  # imports
+    short, long = peak(40), peak(160)
+    assert long - short < 10 * 4 * params, "120 more steps, of two vectors each, took less than ten vectors"
+    assert np.isfinite(short)
