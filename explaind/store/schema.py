@@ -49,6 +49,8 @@ CHUNK_SLOTS = 1 << 10
 """Examples of a batch in one chunk."""
 CHUNK_BYTES = 1 << 16
 """Of random states in one chunk."""
+CHUNK_ROWS = 16
+"""With so many rows; with more it is narrower."""
 CHUNK_VALUES = 1 << 21
 """Numbers in one chunk, so that neither the writer nor a reader of one layer holds a whole large model."""
 
@@ -70,8 +72,8 @@ class Column:
 
     def chunks(self, rows: int) -> tuple[int, ...]:
         """Extents of a chunk that holds so many rows."""
-        most = max(1, CHUNK_VALUES // max(1, rows))
-        return tuple(max(1, n) for n in (rows, *(self.chunk or min(n, most) for n in self.shape)))
+        most, narrower = max(1, CHUNK_VALUES // max(1, rows)), max(1, rows // CHUNK_ROWS)
+        return tuple(max(1, n) for n in (rows, *(-(-self.chunk // narrower) if self.chunk else min(n, most) for n in self.shape)))
 
 
 def lossless() -> BloscCodec:

@@ -127,13 +127,14 @@ def whole(entry: Entry, log: Log) -> StepRow:
 def write_vectors(array: zarr.Array, at: int, log: Log, places: Sequence[Place | None]) -> None:
     """Rows [at, at + len(places)) of an array [row, number] out of the log, and nothing behind them; None: that row stays as it is.
 
-    One chunk after another, so that no more than one is in memory.
+    One chunk after another, or as many as are no larger than one may be, so that no more than that is in memory.
     """
     known = [place for place in places if place is not None]
     if not known:
         return
     schema.extend(array, at + len(places), (max(map(length, known)),))
     long, across = array.chunks
+    long *= max(1, schema.CHUNK_VALUES // (long * across))
     for top in range(0, len(places), long):
         some = places[top : top + long]
         for start in range(0, array.shape[1], across):
