@@ -154,6 +154,15 @@ def test_killed_recordings_are_sound_and_go_on(tmp_path, monkeypatch, capsys):
     assert "0 corrupt, 0 with phantom steps,\nat most 0 told steps lost, 2 resumed to a bitwise equal end" in capsys.readouterr().out
 
 
+def test_what_recording_costs_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run.py", "--small", "--pairs", "1", "--out", str(tmp_path / "overhead")])
+    loaded("overhead").main()
+    found = json.loads((tmp_path / "overhead" / "overhead.json").read_text())["digits"]
+    assert (found["steps"], found["params"], found["damage"]) == (200, 4810, 0)
+    assert 0 < found["bytes of theta"] < 4
+    assert "| digits | 4,810 |" in capsys.readouterr().out
+
+
 def test_the_small_codec_makes_a_record_small(tmp_path):
     found = loaded("codec").study("digits", tmp_path / "run", ("--train.steps", "48"))
     for array, most in (("theta", 2.8), ("preconditioner", 3.2)):

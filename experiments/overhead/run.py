@@ -29,7 +29,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 TRAININGS = {
     "digits, 12 wide": ("digits", ["--train.steps", "2000", "--task.hidden", "12"]),
     "digits": ("digits", ["--train.steps", "2000"]),
-    "digits, 2048 wide, two layers": ("digits", ["--train.steps", "64", "--task.hidden", "2048"]),
+    "digits, 2048 wide": ("digits", ["--train.steps", "64", "--task.hidden", "2048"]),
     "MOD-113": ("mod113", ["--train.steps", "200"]),
 }
 SMALL = {"digits": ("digits", ["--train.steps", "200"])}

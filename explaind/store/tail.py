@@ -33,6 +33,8 @@ NAMES = ("tail.log", "tail.odd.log")
 """Of the spans with even and with odd numbers; who writes the run holds the first."""
 HEAD = struct.Struct("<QI")
 ARRAYS = tuple(f.name for f in fields(StepRow) if f.name not in ("mode", "gap", "precision"))
+SMALL = 1 << 20
+"""Bytes of a record that is put together before it is written; the vectors of a larger one are written from where they are."""
 KINDS = "biuf"
 """Of the arrays: no object is ever read."""
 BUSY = "this run is being recorded, by another process or by a recorder of this one that was not closed"
@@ -100,7 +102,9 @@ class Log:
             crc = zlib.crc32(piece, crc)
         # Behind the last whole record, whatever an interrupted one has left there.
         at = self._file.seek(self._end) + HEAD.size + len(line)
-        self._write(HEAD.pack(len(line) + sum(map(len, pieces)), crc) + line, *pieces)
+        size = len(line) + sum(map(len, pieces))
+        whole: list[bytes | memoryview] = [HEAD.pack(size, crc) + line, *pieces]
+        self._write(*([b"".join(whole)] if size < SMALL else whole))
         places = {}
         for name, values in held.items():
             places[name] = Place(at, values.dtype, values.shape)
