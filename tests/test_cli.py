@@ -16,6 +16,7 @@ from torch.utils.data import TensorDataset
 import explaind
 from explaind.cli import main
 from explaind.ledger.by_name import task_of
+from tests import cases
 
 SCORES = {"step_scores", "example_scores"}
 SMALL = Path(__file__).parent / "small.toml"
@@ -236,6 +237,7 @@ def test_a_run_of_an_unknown_schema_version(copied, capsys):
     attributes = json.loads((copied / "zarr.json").read_text())
     attributes["attributes"]["explaind"]["schema"] = 99
     (copied / "zarr.json").write_text(json.dumps(attributes))
+    cases.resealed(copied)
     for verb in ("info", "verify", "decompose", "report"):
         line = refused(capsys, verb, copied)
         assert "unknown schema version" in line
@@ -254,6 +256,7 @@ def changed(run: Path, **task) -> None:
     attributes = json.loads((run / "zarr.json").read_text())
     attributes["attributes"]["manifest"]["config"]["task"] |= task
     (run / "zarr.json").write_text(json.dumps(attributes))
+    cases.resealed(run)
 
 
 def test_verify_names_a_changed_float_of_theta(copied, capsys):

@@ -123,6 +123,7 @@ def test_a_killed_recording_opens_at_its_last_commit(tmp_path, monkeypatch):
 
 def edit_json(path, function):
     path.write_text(json.dumps(function(json.loads(path.read_text()))))
+    cases.resealed(path.parent)
 
 
 def of_a_later_schema(path):

@@ -36,6 +36,7 @@ def without_step(path, step):
         change(path, name, lambda values: np.delete(values, step, axis=0))
     commit = json.loads((path / "commit.json").read_text())
     (path / "commit.json").write_text(json.dumps({**commit, "steps": commit["steps"] - 1}))
+    cases.resealed(path)
 
 
 TAMPERS = (

@@ -12,7 +12,8 @@ import numpy as np
 from explaind.axes import KEEPABLE, ROWS
 from explaind.errors import RuleError
 from explaind.store import layout, schema
-from explaind.store.manifest import Manifest
+from explaind.store.manifest import Manifest, is_count
+from explaind.store.opening import LARGEST
 from explaind.store.shelf import TEXT, Slab, Source, Spec, text_of, unfit
 from explaind.store.tail import NAMES
 
@@ -24,10 +25,6 @@ FILES = {"attributes.json", "commit.json"}
 CHECKS = {"movement", "path", "arithmetic", "by_step", "replay_error", "recipes"}
 """Of a ledger, in its group "check"."""
 OF_LEDGER = {*FILES, *ROWS, "final", *KEEPABLE, *(f"check/{name}" for name in CHECKS)}
-LARGEST = 2**31 - 1
-"""Bytes of a chunk: no more fit into one of blosc."""
-BLOCK, RANDOM = 1 << 12, 1 << 20
-"""Most steps of a block, and most bytes of the state of generators."""
 WORD = re.compile(r"[^./\\:][^/\\:]{0,199}")
 
 
@@ -132,35 +129,13 @@ def _attributes(source: Source, text: bytes, kind: str) -> dict[str, Any]:
 
 def _manifest(source: Source, text: bytes) -> Manifest:
     """The manifest; StoreError unless its numbers can be those of a run."""
-    m = Manifest.from_json(_attributes(source, text, "run").get("manifest", {}), source.where)
-    at, fine = 0, True
-    for layer in m.layers:
-        fine = fine and isinstance(layer.name, str) and all(_count(n) for n in (*layer.shape, layer.size, layer.offset))
-        fine = fine and layer.offset == at and layer.size == prod(layer.shape) and layer.optimizer in range(-1, len(m.optimizers))
-        at += layer.size if fine else 0
-    fine = fine and m.dtype in ("float16", "float32", "float64") and bool(m.optimizers) and bool(m.layers)
-    fine = (
-        fine
-        and _count(m.block, BLOCK)
-        and m.block > 0
-        and _count(m.together, BLOCK)
-        and m.together > 0
-        and _count(m.random_bytes, RANDOM)
-        and (m.examples is None or _count(m.examples))
-    )
-    if not fine:
-        raise unfit(source, "the manifest", "damaged", expected="layers that lie end to end, a dtype, a block and a state of generators")
-    return m
-
-
-def _count(number: object, most: int = 2**48) -> bool:
-    return type(number) is int and 0 <= number <= most
+    return Manifest.from_json(_attributes(source, text, "run").get("manifest", {}), source.where)
 
 
 def _commit(source: Source, text: bytes) -> dict[str, Any]:
     try:
         commit = json.loads(text)
-        fine = _count(commit["steps"]) and type(commit["complete"]) is bool
+        fine = is_count(commit["steps"]) and type(commit["complete"]) is bool
         if not fine or not all(type(on) is bool for mode in commit["modes"] for on in mode):
             raise ValueError("steps, complete and modes")
     except (ValueError, KeyError, TypeError, RecursionError) as error:

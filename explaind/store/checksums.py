@@ -1,7 +1,9 @@
 """Checksums of what a step recorded, chained from step to step: a row that is changed, removed or moved breaks the chain."""
 
+import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -41,6 +43,19 @@ def step_checksum(row: StepRow, mode: int, previous: int, thin: np.ndarray | Non
         if values is not None:
             previous = crc32(values, previous)
     return previous
+
+
+def text_checksum(value: Any) -> int:
+    """crc32 of what JSON holds, whatever the order of its keys."""
+    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
+
+
+def constants_checksum(constants: Mapping[str, np.ndarray], fingerprint: np.ndarray | None) -> int:
+    """crc32 of all that was written once: names, kinds and bytes."""
+    found = 0
+    for name, values in sorted({**constants, **({} if fingerprint is None else {"": fingerprint})}.items()):
+        found = zlib.crc32(f"{name} {values.dtype.str} {values.shape}".encode(), crc32(values, found))
+    return found
 
 
 def crc32(values: np.ndarray | np.generic, previous: int = 0) -> int:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from explaind.store.checksums import step_checksum, theta_checksum
+from explaind.store.checksums import constants_checksum, step_checksum, theta_checksum
 
 if TYPE_CHECKING:
     from explaind.store.reader import Run
@@ -14,7 +14,12 @@ if TYPE_CHECKING:
 def damage(run: "Run") -> list[str]:
     """In words; empty when every checksum holds. Of a thin run the parameters that are stored."""
     checksums = run.checksums(0, run.steps + 1)
-    return [*_of_states(run, checksums), *_of_steps(run, checksums)]
+    return [*_of_constants(run), *_of_states(run, checksums), *_of_steps(run, checksums)]
+
+
+def _of_constants(run: "Run") -> Iterator[str]:
+    if run.sums and run.sums["constants"] != constants_checksum(run.constants, run.fingerprint):
+        yield "frozen parameters, buffers or fingerprints are not what was recorded"
 
 
 def _of_states(run: "Run", wanted: np.ndarray) -> Iterator[str]:

@@ -2,9 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import Any
 
 from explaind.errors import StoreError
+
+BLOCK, RANDOM = 1 << 20, 1 << 20
+"""Most steps of a block, and most bytes of the state of generators."""
+
+
+def is_count(number: object, most: int = 2**48) -> bool:
+    """Whether it is a number of things."""
+    return type(number) is int and 0 <= number <= most
 
 
 @dataclass(frozen=True)
@@ -100,11 +109,27 @@ class Manifest:
             known = {**value, "modules": tuple(value["modules"]), "filter_seen": tuple(value.get("filter_seen", ()))}
             known["optimizers"] = tuple(Optimized(**{**o, **_tuples(o, "flags", "options", "scalars")}) for o in value["optimizers"])
             known["layers"] = tuple(Layer(**{**layer, "shape": tuple(layer["shape"])}) for layer in value["layers"])
-            return Manifest(**known)
-        except (KeyError, TypeError, AttributeError) as error:
+            made = Manifest(**known)
+            if not made._sane():
+                raise ValueError("numbers that are those of no run")
+            return made
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
             raise StoreError(
-                "the run's attributes are damaged", where=where, got=repr(error), do="restore zarr.json from a copy"
+                "the run's attributes are damaged", where=where, got=repr(error)[:200], do="restore zarr.json from a copy"
             ) from error
+
+    def _sane(self) -> bool:
+        """Whether its numbers can be those of a run: layers that lie end to end, a dtype, a block and a state of generators."""
+        at = 0
+        for layer in self.layers:
+            if not isinstance(layer.name, str) or not all(is_count(n) for n in (*layer.shape, layer.size, layer.offset)):
+                return False
+            if layer.offset != at or layer.size != prod(layer.shape) or layer.optimizer not in range(-1, len(self.optimizers)):
+                return False
+            at += layer.size
+        counts = is_count(self.block, BLOCK) and is_count(self.together, BLOCK) and is_count(self.random_bytes, RANDOM)
+        known = self.dtype in ("float16", "float32", "float64") and bool(self.optimizers) and bool(self.layers)
+        return counts and known and self.span > 0 and (self.examples is None or is_count(self.examples))
 
 
 def _tuples(value: Mapping[str, Any], *names: str) -> dict[str, tuple[Any, ...]]:

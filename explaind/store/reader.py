@@ -16,9 +16,11 @@ import zarr
 
 from explaind.errors import RequestError, StoreError
 from explaind.store import schema
+from explaind.store.checksums import text_checksum
 from explaind.store.damage import damage
-from explaind.store.layout import starts
+from explaind.store.layout import OPTIONAL, columns, rows, starts
 from explaind.store.manifest import Manifest
+from explaind.store.opening import opened, reading
 from explaind.store.row import StepRow
 from explaind.store.tail import Record, following, records
 from explaind.store.writer import Begun
@@ -47,20 +49,35 @@ class Run:
         self.path = Path(path)
         self._group = schema.open_group(self.path, "run")
         attributes: dict[str, Any] = dict(self._group.attrs)
-        self.manifest = Manifest.from_json(attributes.get("manifest", {}), str(self.path))
         commit = self._read_commit()
+        self.sums: Mapping[str, int] = commit["sums"]
+        if self.sums and self.sums["manifest"] != text_checksum(attributes.get("manifest")):
+            raise StoreError(
+                "the run's attributes are not what was recorded", where=self.path / "zarr.json", do="restore zarr.json from a copy"
+            )
+        self.manifest = Manifest.from_json(attributes.get("manifest", {}), str(self.path))
         self.steps: int = commit["steps"]
         self.complete: bool = commit["complete"]
         self._end = self.steps
-        self.modes: tuple[tuple[bool, ...], ...] = tuple(tuple(m) for m in commit["modes"])
+        self.modes: tuple[tuple[bool, ...], ...] = tuple(commit["modes"])
+        self._arrays: dict[str, zarr.Array] = {}
+        self._known: dict[str, bool] = {}
         self._kept: dict[str, dict[int, np.ndarray]] = {}
         self._check_rows()
 
     def _read_commit(self) -> dict[str, Any]:
         try:
             commit = json.loads(schema.read_file(self.path, "commit.json"))
-            return {"steps": int(commit["steps"]), "complete": bool(commit["complete"]), "modes": list(commit["modes"])}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            if "crc" in commit and commit.pop("crc") != text_checksum(commit):
+                raise ValueError("another checksum")
+            sums = {name: int(crc) for name, crc in commit.get("checksums", {}).items()}
+            if sums and sums.keys() != {"manifest", "constants"}:
+                raise ValueError("no checksums")
+            if type(commit["steps"]) is not int or commit["steps"] < 0:
+                raise ValueError("no number of steps")
+            modes = [tuple(bool(on) for on in mode) for mode in commit["modes"]]
+            return {"steps": commit["steps"], "complete": bool(commit["complete"]), "modes": modes, "sums": sums}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise StoreError(
                 "the commit marker is missing or damaged",
                 where=self.path / "commit.json",
@@ -69,12 +86,12 @@ class Run:
             ) from error
 
     def _check_rows(self) -> None:
-        for name, need in (
-            ("theta", len(self.stored(0, self.steps + 1))),
-            ("batch", self.steps),
-            ("hyper", self.steps),
-            ("age", self.steps),
-        ):
+        """Of every array with a row a step; anchors are missed when they are read."""
+        for name, column in columns(self.manifest).items():
+            kind = column.dims[0]
+            if kind == "anchor" or (name in OPTIONAL and not self._has(name)):
+                continue
+            need = len(self.stored(0, self.steps + 1)) if kind == "stored" else rows(column, self.steps, 0)
             have = self._array(name).shape[0]
             if have < need:
                 raise StoreError(
@@ -85,23 +102,23 @@ class Run:
                     do="restore the run from a copy",
                 )
 
+    def _has(self, name: str) -> bool:
+        if name not in self._known:
+            with reading("the metadata of an array cannot be read", self.path / name):
+                self._known[name] = name in self._group
+        return self._known[name]
+
     def _array(self, name: str) -> zarr.Array:
-        try:
-            array = self._group[name]
-        except KeyError as error:
-            raise StoreError("an array of the run is missing", where=self.path / name, do="restore the run from a copy") from error
-        if not isinstance(array, zarr.Array):
-            raise StoreError("a group stands where an array should be", where=self.path / name, do="restore the run from a copy")
-        return array
+        if name not in self._arrays:
+            self._arrays[name] = opened(self._group, name, self.manifest, self.path / name)
+        return self._arrays[name]
 
     def _read(self, name: str, rows: slice) -> np.ndarray:
-        try:
+        with reading("a chunk cannot be read", self.path / name):
             array = self._array(name)
             if self.manifest.together == 1 or array.chunks[0] != self.manifest.span or rows.stop is None:
                 return np.asarray(array[rows])
             return self._of_spans(name, array, rows.start, rows.stop)
-        except (OSError, RuntimeError, ValueError) as error:
-            raise StoreError("a chunk cannot be read", where=self.path / name, got=error, do="restore the run from a copy") from error
 
     def _of_spans(self, name: str, array: zarr.Array, start: int, stop: int) -> np.ndarray:
         """Rows of an array whose chunks hold many blocks, of which the last two that were read are kept: a chunk is not read for each."""
@@ -176,15 +193,18 @@ class Run:
     @cached_property
     def constants(self) -> Mapping[str, np.ndarray]:
         """Frozen parameters and buffers, by name."""
-        if "constant" not in self._group:
+        if not self._has("constant"):
             return {}
-        group = self._group["constant"]
-        return {name: np.asarray(array[...]) for name, array in group.arrays()} if isinstance(group, zarr.Group) else {}
+        with reading("frozen parameters and buffers cannot be read", self.path / "constant"):
+            group = self._group["constant"]
+            names = sorted(group.keys()) if isinstance(group, zarr.Group) else []
+            arrays = {name: opened(self._group, f"constant/{name}", self.manifest, self.path / "constant" / name) for name in names}
+            return {name: np.asarray(array[...]) for name, array in arrays.items()}
 
     @cached_property
     def fingerprint(self) -> np.ndarray | None:
         """crc32 of each training example, uint32 [example]; None where the recorder was not given the data."""
-        return self._read("fingerprint", slice(None)) if "fingerprint" in self._group else None
+        return self._read("fingerprint", slice(None)) if self._has("fingerprint") else None
 
     @cached_property
     def examples(self) -> np.ndarray:
@@ -231,7 +251,7 @@ class Run:
     def _anchor(self, name: str, step: int) -> np.ndarray | None:
         """A row of "momentum" or "filtered"; None where the run has none."""
         index = bisect_left(self.starts, step)
-        if name not in self._group or self.starts[index : index + 1] != (step,):
+        if not self._has(name) or self.starts[index : index + 1] != (step,):
             return None
         return self._read(name, slice(index, index + 1))[0]
 
@@ -240,11 +260,11 @@ class Run:
         rows = slice(start, stop)
         batch, part, weight = self._slots(rows)
         hyper, age, mode = (self._read(n, rows) for n in ("hyper", "age", "mode"))
-        frozen = self._read("preconditioner", rows) if "preconditioner" in self._group else None
+        frozen = self._read("preconditioner", rows) if self._has("preconditioner") else None
         consumed, random = self._read("consumed", rows), self._read("random", rows)
-        scalars = self._read("scalar", rows) if "scalar" in self._group else None
+        scalars = self._read("scalar", rows) if self._has("scalar") else None
         gaps, precision = self._read("gap", rows), self._read("precision", rows)
-        groups = self._read("groups", rows) if "groups" in self._group else None
+        groups = self._read("groups", rows) if self._has("groups") else None
         steps = []
         for i in range(len(batch)):
             used = part[i] >= 0
@@ -284,7 +304,7 @@ class Run:
         rows = self.block(start, steps).rows if steps > start else ()
         states, crcs = self.states(start, steps + 1), self.checksums(start, steps + 1)
         found = [Record(start + i, row, states[i + 1], crcs[i + 1]) for i, row in enumerate(rows)]
-        return Begun(start, sum(s < start for s in self.starts), crcs[0], self._crc_before(start), tuple(found), self.modes)
+        return Begun(start, sum(s < start for s in self.starts), crcs[0], self._crc_before(start), tuple(found), self.modes, self.sums)
 
     def _begun_thin(self, steps: int, theta: np.ndarray) -> Begun:
         start = steps - steps % self.manifest.span
@@ -292,7 +312,7 @@ class Run:
         rows = self.block(start, steps).rows if steps > start else ()
         found = [Record(start + i, row, nothing, crcs[i + 1]) for i, row in enumerate(rows)]
         found[-1:] = [Record(record.step, record.row, theta, record.crc) for record in found[-1:]]
-        return Begun(start, start // self.manifest.block, crcs[0], self._crc_before(start), tuple(found), self.modes)
+        return Begun(start, start // self.manifest.block, crcs[0], self._crc_before(start), tuple(found), self.modes, self.sums)
 
     def _crc_before(self, step: int) -> int:
         return int(self.step_checksums(step - 1, step)[0]) if step else 0

@@ -15,7 +15,7 @@ import numpy as np
 import zarr
 
 from explaind.store import schema
-from explaind.store.checksums import step_checksum, theta_checksum
+from explaind.store.checksums import constants_checksum, step_checksum, text_checksum, theta_checksum
 from explaind.store.layout import columns, rows_of_chunk
 from explaind.store.manifest import Manifest
 from explaind.store.row import StepRow
@@ -37,6 +37,8 @@ class Begun:
     records: tuple[Record, ...]
     """The steps from there on."""
     modes: tuple[tuple[bool, ...], ...]
+    sums: Mapping[str, int]
+    """Checksums of what was written once; empty where the run is older than these."""
 
 
 class RunWriter:
@@ -68,6 +70,7 @@ class RunWriter:
             schema.append(self._columns["theta"], theta[None], 0)
             schema.append(self._columns["checksum_theta"], crc[None], 0)
             self._span = Span(0, self._tail.begin(0, ()), crc, 0)
+            self._sums = {"manifest": text_checksum(manifest.to_json()), "constants": constants_checksum(constants, fingerprint)}
             self._mark(0, complete=False, modes=())
 
     def _set(self, path: Path, manifest: Manifest, steps: int, anchors: int, modes: list[tuple[bool, ...]]) -> None:
@@ -85,7 +88,7 @@ class RunWriter:
         """
         self = cls.__new__(cls)
         self._set(path, manifest, begun.start, begun.anchors, list(begun.modes))
-        self._columns, self._tail = schema.growing(path), Tail(path)
+        self._columns, self._tail, self._sums = schema.growing(path), Tail(path), dict(begun.sums)
         known = [*begun.records, *logged]
         now, later = known[: manifest.span], known[manifest.span :]
         with self._guarded():
@@ -220,4 +223,5 @@ class RunWriter:
         return span.start + len(states) - 1
 
     def _mark(self, steps: int, complete: bool, modes: Iterable[tuple[bool, ...]]) -> None:
-        schema.replace_file(self.path / "commit.json", json.dumps({"steps": steps, "complete": complete, "modes": list(modes)}))
+        told = {"steps": steps, "complete": complete, "modes": list(modes), **({"checksums": self._sums} if self._sums else {})}
+        schema.replace_file(self.path / "commit.json", json.dumps({**told, "crc": text_checksum(told)}))

@@ -1,0 +1,128 @@
+"""Damage to a run on disk is said, or does no harm; what metadata claim is not believed."""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as some
+
+import explaind
+from explaind.errors import ExplaindError
+from explaind.store.checksums import text_checksum
+from tests import cases
+
+
+def study():
+    spec = importlib.util.spec_from_file_location("corruption", Path(__file__).parents[1] / "experiments" / "corruption" / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.filterwarnings("ignore:Object at:zarr.errors.ZarrUserWarning")
+def test_no_damage_gives_a_wrong_number_without_a_word(tmp_path, monkeypatch):
+    module, told = study(), list[str]()
+    monkeypatch.setattr(module.recording, "TOGETHER", module.recording.TOGETHER)  # put back afterwards
+    found = module.study(tmp_path, 120, 7, told.append)
+    assert told == []
+    assert {end for _, end in found} == {"detected", "harmless"}
+    assert sum(count for (_, end), count in found.items() if end == "detected") > 60
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return cases.recorded(tmp_path_factory.mktemp("sound") / "run", data=cases.DATA).path
+
+
+def edit(path, change):
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def sealed(commit):
+    """With the checksum that it then should have."""
+    commit.pop("crc")
+    commit["crc"] = text_checksum(commit)
+
+
+odd = some.recursive(
+    some.none()
+    | some.booleans()
+    | some.integers(-(2**70), 2**70)
+    | some.floats()
+    | some.sampled_from(["", "../x", "object", "float64", "\0"]),
+    lambda inner: some.lists(inner, max_size=3) | some.dictionaries(some.sampled_from(["name", "size", "shape"]), inner, max_size=3),
+    max_leaves=5,
+)
+FIELDS = [
+    "optimizers",
+    "layers",
+    "dtype",
+    "block",
+    "together",
+    "modules",
+    "examples",
+    "random_bytes",
+    "gradient_filter",
+    "filter_seen",
+    "thin",
+]
+
+
+@settings(max_examples=80, deadline=None, derandomize=True, database=None)
+@given(field=some.sampled_from(FIELDS), value=odd)
+def test_any_manifest_is_read_or_refused_in_one_line(field, value, run):
+    copy = run.parent / "manifest"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(run, copy)
+
+    edit(copy / "zarr.json", lambda group: group["attributes"]["manifest"].__setitem__(field, value))
+    cases.resealed(copy)
+    check_told(copy)
+
+
+@settings(max_examples=80, deadline=None, derandomize=True, database=None)
+@given(field=some.sampled_from(["steps", "complete", "modes", "checksums"]), value=odd)
+def test_any_marker_is_read_or_refused_in_one_line(field, value, run):
+    copy = run.parent / "marker"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(run, copy)
+    edit(copy / "commit.json", lambda commit: (commit.__setitem__(field, value), sealed(commit)))
+    check_told(copy)
+
+
+def check_told(path):
+    try:
+        found = explaind.open(path)
+        found.damage()
+        found.block(0, found.steps)
+    except ExplaindError as error:
+        told = str(error)
+    else:
+        told = ""
+    assert "\n" not in told
+
+
+@pytest.mark.parametrize(("array", "shape"), [("theta", [8, 2**40]), ("batch", [7, 2**50]), ("fingerprint", [2**45])])
+def test_sizes_are_bounded_before_memory_is_made(array, shape, run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    edit(tmp_path / "run" / array / "zarr.json", lambda told: told.__setitem__("shape", shape))
+    with pytest.raises(ExplaindError, match=r"not what the manifest says|too large"):
+        explaind.open(tmp_path / "run").damage()
+
+
+def test_a_frozen_parameter_that_changed_on_disk_is_told(tmp_path):
+    module = study()
+    module.record(tmp_path / "run")
+    run = explaind.open(tmp_path / "run")
+    assert run.damage() == []
+    array = explaind.store.schema.zarr.open_array(run.path / "constant" / "3.bias", mode="r+")
+    array[0] = array[0] + 1
+    assert explaind.open(run.path).damage() == ["frozen parameters, buffers or fingerprints are not what was recorded"]
+    edit(run.path / "zarr.json", lambda group: group["attributes"]["manifest"].__setitem__("reduction", "sum"))
+    with pytest.raises(ExplaindError, match="the run's attributes are not what was recorded"):
+        explaind.open(run.path)
