@@ -106,7 +106,15 @@ SELECTED = {
     "max-pool along a line": (lambda x: F.max_pool1d(x, 2), [(2, 3, 8)]),
     "margin": (lambda x: x[:, 0] - x.masked_fill(F.one_hot(torch.tensor([0, 0, 0]), 4).bool(), -INF).amax(-1), [MATRIX]),
 }
-ALL = LINEAR | PRODUCTS | {k: (f, [MATRIX]) for k, f in (CURVES | KINKED).items()} | NORMALISED | SELECTED
+BRANCHING = {
+    "leaky relu by hand": (lambda x: torch.where(x > 0, x, 0.1 * x), [MATRIX]),
+    "a step": (lambda x: torch.where(x < 0.3, x, x + 2) + (x >= 0.1) * x.exp(), [MATRIX]),
+    "of two that move": (lambda x, y: torch.where(x <= y, x * y, 3.0) + (x != y) * x + x.masked_fill(y > x, 2.0), [MATRIX, MATRIX]),
+    "masks together": (lambda x, y: torch.where((x > 0) & MASK | ~(y > x), x, y) + ((x > 1) | (y > 0)) * x, [MATRIX, MATRIX]),
+    "a mask made of numbers": (lambda x: (x > 0).to(x.dtype).sum(0) * x + torch.where(x < 0.2, 1.0, x), [MATRIX]),
+    "infinity that is not chosen": (lambda x: torch.where(x > 0, x, (x > -INF) / (MASK * 1.0)).masked_fill(~MASK, 0.0), [MATRIX]),
+}
+ALL = LINEAR | PRODUCTS | {k: (f, [MATRIX]) for k, f in (CURVES | KINKED).items()} | NORMALISED | SELECTED | BRANCHING
 
 
 def written(x, y):
@@ -271,7 +279,9 @@ def test_a_model_for_every_row_of_a_batch_alone_and_transposed(name):
     ("function", "word"),
     [
         (lambda x: x.cumprod(0), "cumprod"),
-        (lambda x: torch.where(x > 0, x, 0.1 * x), "gt"),
+        (lambda x: x[x > 0].sum() * x, "trace|index"),
+        (lambda x: torch.where(x > 0, x, -INF).softmax(-1), "condition moves.*where"),
+        (lambda x: x.masked_fill(x > 0, -INF).softmax(-1), "condition moves.*where"),
         (lambda x: x if x.sum() > 0 else -x, "trace"),
         (lambda x: x.topk(2).values, "topk"),
         (lambda x: F.dropout(x, 0.5, training=True), "other values"),

@@ -3,12 +3,14 @@
 ghost        Σ_position δᵀ A x, which never forms a gradient: best for few rows of a, or few positions
 materialise  Σ_position δ ⊗ x of every example, then one matrix product: best for many rows and many positions
 
-What is not taken apart (normalisations, bare parameters) is small and comes as it is.
+What is not taken apart (normalisations, bare parameters) is small and comes as it is. Neurons through which some rows of a never went
+(behind a ReLU, all measures of a query leave the same ones out) are left out of their products too.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from math import prod
 from typing import Literal
 
@@ -26,6 +28,19 @@ GATHERED = 8
 On a GPU rows are always copied, since it would have to tell the host what is looked up."""
 GATHERED_NUMBERS = 1 << 24
 """How many of them at once."""
+FULL = 0.9
+"""Matrices with more of their numbers than this in use are multiplied whole: picking would cost as much."""
+TOGETHER = 32
+"""Rows of a that leave the same out are multiplied apart from others where there are so many of them on average."""
+
+
+@dataclass(frozen=True)
+class Used:
+    """Rows of a, and the rows and columns of their matrices that are not all zero."""
+
+    rows: slice
+    outs: Int[Tensor, " used_out"]
+    ins: Int[Tensor, " used_in"]
 
 
 @dataclass(frozen=True)
@@ -99,8 +114,19 @@ class Contraction:
         """Numbers held at once for one example."""
         return self.factored.size + rows + max(self.work(site, way, rows).held for site, way in enumerate(ways))
 
-    def __call__(self, factors: Factors, a: Float[Tensor, "row param"], ways: Sequence[Way]) -> Float[Tensor, "fine row example"]:
-        """fine is the groups of layers, or 1; factors of one output each."""
+    def used(self, a: Float[Tensor, "row param"]) -> list[list[Used]]:
+        """What of a is not zero, for every site; nothing where it is multiplied whole (on a GPU always: it would have to tell the host)."""
+        columns = self._layout.split(a)
+        whole = [site.lookup or a.is_cuda for site in self.sites]
+        return [
+            [] if skip else used(columns[site.weight].view(len(a), *shape))
+            for site, shape, skip in zip(self.sites, self._shapes, whole, strict=True)
+        ]
+
+    def __call__(
+        self, factors: Factors, a: Float[Tensor, "row param"], ways: Sequence[Way], used: Sequence[Sequence[Used]] | None = None
+    ) -> Float[Tensor, "fine row example"]:
+        """fine is the groups of layers, or 1; factors of one output each; used: of this a."""
         examples, group = len(factors.inputs[0]), dict(zip(self._layout.names, self._layout.group, strict=True))
         into = a.new_zeros(len(self._layout.groups) if self._by_layer else 1, len(a), examples)
         columns = self._layout.split(a)
@@ -110,14 +136,19 @@ class Contraction:
 
         for name, gradient in factors.rest.items():
             of(name).addmm_(columns[name].reshape(len(a), -1), gradient.reshape(examples, -1).T)
-        for site, shape, way, delta, x in zip(self.sites, self._shapes, ways, factors.deltas, factors.inputs, strict=True):
+        used = [[] for _ in self.sites] if used is None else used
+        for site, shape, way, parts, delta, x in zip(self.sites, self._shapes, ways, used, factors.deltas, factors.inputs, strict=True):
             matrix, d = columns[site.weight].view(len(a), *shape), delta[:, 0]
             if site.lookup:
                 at_once = max(1, GATHERED_NUMBERS // d.numel())
                 looked_up = partial(_gathered, at_once=at_once) if len(a) <= self._gathered else _looked_up
                 (looked_up if way == "ghost" else _looked_up_formed)(of(site.weight), matrix, d, x)
             else:
-                (_ghost if way == "ghost" else _formed)(of(site.weight), matrix, d, x, self._room)
+                multiply = _ghost if way == "ghost" else _formed
+                for u in (u for u in parts if len(u.outs)):
+                    multiply(of(site.weight)[u.rows], matrix[u.rows][:, u.outs][:, :, u.ins], d[..., u.outs], x[..., u.ins], self._room)
+                if not parts:
+                    multiply(of(site.weight), matrix, d, x, self._room)
             if site.bias is not None:
                 of(site.bias).addmm_(columns[site.bias], d.sum(1).T)
         return into
@@ -135,6 +166,18 @@ class Contraction:
                 columns[site.weight].view(shape).addmm_(d.T, x.flatten(0, 1))
             if site.bias is not None:
                 columns[site.bias].add_(d.sum(0))
+
+
+def used(a: Float[Tensor, "row out in"]) -> list[Used]:
+    """Runs of rows that leave the same outs and ins out; nothing where that would not pay."""
+    outs, ins = a.any(2), a.any(1)
+    same = torch.cat([outs, ins], 1)
+    starts = [0, *((same[1:] != same[:-1]).any(1).nonzero()[:, 0] + 1).tolist(), len(a)]
+    if len(starts) - 1 > max(1, len(a) // TOGETHER):
+        starts = [0, len(a)]
+    found = [Used(slice(i, j), outs[i:j].any(0).nonzero()[:, 0], ins[i:j].any(0).nonzero()[:, 0]) for i, j in pairwise(starts)]
+    numbers = sum((u.rows.stop - u.rows.start) * len(u.outs) * len(u.ins) for u in found)
+    return found if numbers < FULL * a.numel() else []
 
 
 def _ghost(

@@ -102,8 +102,10 @@ class Products:
         entries: np.ndarray,
         total: Float[Tensor, " param"] | None = None,
         mode: Mode = (),
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> Iterator[tuple[slice | Tensor, Tensor]]:
         """Yields (entries [entry] of the example axis, weighted products [fine, row, entry]); an entry may come more than once.
+
+        Entries in a row come as a slice, which is three times faster to add to.
 
         entries [example]: where each example of the part is booked. Where many share one, their gradients are summed first.
         total: the weighted sum of the part's gradients is added to it, by the time that all is yielded. mode: that the model is in, module
@@ -114,9 +116,11 @@ class Products:
         if self.route == "auto" and self._sums_first(part, a, len(groups)):
             yield from self._of_groups(theta, part, a, entries, groups, total)
             return
-        places = torch.from_numpy(entries).to(a.device, non_blocking=True)
+        first, places = int(entries[0]), torch.from_numpy(entries).to(a.device, non_blocking=True)
+        in_a_row = len(groups) == len(entries) == entries[-1] - first + 1 and bool((np.diff(entries) == 1).all())
         for span, dots in self(theta, part, a, total, mode):
-            yield places[span], dots * part.weights[span]
+            where = slice(first + span.start, first + span.stop) if in_a_row else places[span]
+            yield where, dots.mul_(part.weights[span])
 
     def _sums_first(self, part: Part, a: Tensor, groups: int) -> bool:
         """Whether a gradient for every group of examples is less work than products of every example."""
@@ -240,6 +244,7 @@ class Products:
         assert self._apart is not None
         count = len(part.ids)
         rows = max(1, min(count, self.chunk // (self._apart.held(ways, len(a)) * a.element_size())))
+        used = self._apart.used(a)
         for start in range(0, count, rows):
             span = slice(start, min(start + rows, count))
             some = some_of(part, span)
@@ -250,7 +255,7 @@ class Products:
             else:
                 if total is not None:
                     self._apart.add(total, factors, some.weights)
-                yield span, self._apart(factors, a, ways)
+                yield span, self._apart(factors, a, ways, used)
 
     def _materialise(self, theta: Tensor, part: Part, a: Tensor, total: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
         count = len(part.ids)

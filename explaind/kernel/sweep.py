@@ -237,8 +237,11 @@ class Sweep:
             for places, credit in self.products.credits(
                 step.theta, part, signed, self._entries(part), None if known else gradient, step.mode
             ):
-                for row, entry in enumerate(entries):
-                    self.accounts.data[entry].index_add_(2, places, credit[:, row * count : (row + 1) * count], alpha=-factor)
+                for own, entry in zip(credit.split(count, dim=1), entries, strict=True):
+                    if isinstance(places, slice):
+                        self.accounts.data[entry][:, :, places].add_(own, alpha=-factor)
+                    else:
+                        self.accounts.data[entry].index_add_(2, places, own, alpha=-factor)
 
     def _through(self, passage: Passage, rows: Tensor) -> Tensor:
         """What one unit of the raw gradient did, from what one of the filtered did: of all living costates, one below the other."""

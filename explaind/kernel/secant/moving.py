@@ -69,20 +69,6 @@ def pad(op: Any, x: Pair, widths: Any, value: float = 0) -> Pair:
     return Pair(op(x.a, widths, value), op(x.b, widths, value), op(x.d, widths, 0.0))
 
 
-@rule("where")
-def where(op: Any, condition: Any, x: Any, y: Any) -> Pair:
-    if isinstance(condition, Pair):
-        raise refuse(op, "its condition depends on the parameters")
-    a, b = (torch.where(condition, at(x, side), at(y, side)) for side in "ab")
-    of_x, of_y = (v.d if isinstance(v, Pair) else a.new_zeros(()) for v in (x, y))
-    return Pair(a, b, torch.where(condition, of_x, of_y).expand(a.shape))
-
-
-@rule("masked_fill")
-def masked_fill(op: Any, x: Any, mask: Any, value: Any) -> Pair:
-    return where(aten.where.self, mask, value if isinstance(value, (Pair, Tensor)) else torch.full_like(at(x, "a"), value), x)
-
-
 @rule("select_scatter slice_scatter scatter scatter_add index_put index_add diagonal_scatter masked_scatter")
 def written(op: Any, into: Any, *args: Any, **kwargs: Any) -> Pair:
     """Writing values into a tensor, where both may be pairs: linear in the two together."""

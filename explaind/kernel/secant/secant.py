@@ -17,13 +17,13 @@ from torch.utils._pytree import tree_flatten
 
 from explaind.kernel.gradients import alike
 from explaind.kernel.points import Function
-from explaind.kernel.secant import elementwise, moving, normalising, products, selecting
+from explaind.kernel.secant import branching, elementwise, moving, normalising, products, selecting
 from explaind.kernel.secant.pair import Pair, at, has_pair
 from explaind.kernel.secant.rules import RULES, NoSecant, refuse
 from explaind.kernel.secant.tracing import last_uses, traced
 
 Parameters = Mapping[str, Tensor]
-ROOMS = (elementwise, moving, normalising, products, selecting)
+ROOMS = (branching, elementwise, moving, normalising, products, selecting)
 """Importing them is what fills RULES."""
 
 COMPARES = {getattr(torch.ops.aten, name) for name in ("eq", "ne", "gt", "lt", "ge", "le")}
