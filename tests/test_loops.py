@@ -226,62 +226,6 @@ def test_batch_norm_whose_statistics_matter_has_a_buffers_row(tmp_path):
     algebra(ledger.to_xarray()["buffers"].sum().item(), ledger["buffers"].sum(), "buffers")
 
 
-def under_autocast(path, where, dtype=torch.bfloat16, scaled=False, **options):
-    """A float32 training whose forward passes are computed in another precision."""
-    torch.manual_seed(1)
-    model = nn.Sequential(nn.Linear(3, 16), nn.ReLU(), nn.Linear(16, 2)).float()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    scaler = torch.amp.GradScaler("cpu", enabled=scaled)
-    with explaind.record(optimizer, model, path, **options) as recorder:
-        for ids in BATCHES * 4:
-            x, y = cases.DATA[torch.tensor(ids)]
-            optimizer.zero_grad()
-            if where != "around":
-                recorder.examples(ids)
-            with torch.autocast("cpu", dtype):
-                if where == "around":
-                    recorder.examples(ids)
-                logits = (
-                    torch.func.functional_call(model, dict(model.named_parameters()), (x.float(),)) if where == "told" else model(x.float())
-                )
-                loss = nn.functional.cross_entropy(logits.float(), y)
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-    return explaind.open(path)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("where", "scaled"), [("inside", False), ("around", True), ("told", False)])
-def test_training_under_autocast_closes_and_its_rounding_is_told_apart(where, scaled, dtype, tmp_path):
-    run = under_autocast(tmp_path / "run", where, dtype, scaled, precision=dtype if where == "told" else None)
-    assert {row.precision for row in run.block(0, run.steps).rows} == {torch.finfo(dtype).eps}
-    blank = nn.Sequential(nn.Linear(3, 16), nn.ReLU(), nn.Linear(16, 2))
-    ledger = explaind.decompose(
-        run,
-        blank,
-        data=cases.DATA,
-        losses=lambda m, b: cases.losses(m, b),
-        queries=cases.QUERIES,
-        measure=cases.measure,
-    )
-    verdict = ledger.verify()
-    assert verdict.ok, verdict.reasons
-    assert verdict.maxima["closure"] <= 1e-9
-    share = verdict.maxima["arithmetic_share"]
-    assert torch.finfo(dtype).eps / 100 < share < 32 * torch.finfo(dtype).eps
-    # A loss that is another one is still found.
-    wrong = explaind.decompose(
-        run,
-        blank,
-        data=cases.DATA,
-        losses=lambda m, b: 2 * cases.losses(m, b),
-        queries=cases.QUERIES,
-        measure=cases.measure,
-    )
-    assert not wrong.verify().ok
-
-
 def test_several_recordings_of_one_training(tmp_path):
     """Side by side they are the same run; one that begins later has the momentum from before."""
     model, optimizer, first = begun(tmp_path / "first")

@@ -91,7 +91,7 @@ def causes(steps: Steps, errors: np.ndarray, layout: Layout, losses: Functional,
 def _compared(stretch: Segment, layout: Layout, losses: Functional) -> tuple[Step, Tensor, Tensor, Comparison]:
     """The first step, the gradient that its record implies, where that is known, and how the replayed one compares."""
     recorded = stretch.steps[0]
-    losses.set_mode(recorded.mode)
+    losses.set_mode(recorded.mode, recorded.precision)
     replayed = batch_gradient(losses, layout, recorded.theta, recorded.parts)
     step = realised(recorded, replayed, layout)
     wanted, known = implied(step, stretch.carried.momentum, layout)
@@ -125,7 +125,7 @@ def _of_modes(step: Step, layout: Layout, losses: Functional, wanted: Tensor, kn
     for training in (True, False):
         if all(mode == training for mode in step.mode):
             continue
-        losses.set_mode([training] * len(step.mode))
+        losses.set_mode([training] * len(step.mode), step.precision)
         try:
             other = compared(wanted, known, batch_gradient(losses, layout, step.theta, step.parts))
         except (RuntimeError, ValueError):
@@ -133,7 +133,7 @@ def _of_modes(step: Step, layout: Layout, losses: Functional, wanted: Tensor, kn
         if other.same:
             said = "train" if training else "eval"
             yield f"in {said} mode the model gives the recorded gradient: losses was computed in {said} mode, the record says otherwise"
-    losses.set_mode(step.mode)
+    losses.set_mode(step.mode, step.precision)
     batch = step.parts[0].batch
     with torch.no_grad():
         losses(layout.split(step.theta), batch.batch if isinstance(batch, Drawn) else batch)

@@ -70,7 +70,8 @@ class Trajectory:
         parts = tuple(self._part(row, part) for part in np.unique(row.part).tolist())
         consumed = None if row.consumed is None else self.tensor(row.consumed)
         f = STILL if row.gap else self._filter(row, theta)
-        return Step(index, theta, after, after - theta, f, parts, row.mode, consumed, self._passage(index, row, theta), self._eps, row.gap)
+        through = self._passage(index, row, theta)
+        return Step(index, theta, after, after - theta, f, parts, row.mode, consumed, through, self._eps, row.gap, row.precision)
 
     def _passage(self, index: int, row: StepRow, like: Tensor) -> Passage | None:
         if self._filtering is None:
