@@ -175,35 +175,6 @@ def test_several_optimizers_make_a_step_together(tmp_path):
     closes(cases.decomposed(run))
 
 
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
-@pytest.mark.parametrize("options", [{}, {"nesterov": False, "adjust_lr_fn": "match_rms_adamw"}], ids=str)
-def test_muon_with_adamw_for_the_vectors(options, tmp_path, monkeypatch):
-    """In torch its iterations run in bfloat16, whose rounding is arithmetic; in float64 the ledger is exact."""
-
-    def exact(values):
-        return values.double().clone()
-
-    for round_, arithmetic in ((exact, 1e-9), (None, 0.02)):
-        if round_ is not None:
-            monkeypatch.setattr(torch.Tensor, "bfloat16", round_)
-        model = cases.PLAIN.model()
-        optimizers = [torch.optim.Muon([model[0].weight, model[2].weight], lr=0.02, **options), torch.optim.AdamW([model[0].bias], lr=0.03)]
-        path = tmp_path / str(arithmetic)
-        with explaind.record(optimizers, model, path) as recorder:
-            for ids in BATCHES:
-                model.zero_grad()
-                backward(model, recorder, ids)
-                for optimizer in optimizers:
-                    optimizer.step()
-        monkeypatch.undo()
-        cases.shorten_blocks(monkeypatch)
-        ledger = cases.decomposed(explaind.open(path))
-        maxima = ledger.verify().maxima
-        assert maxima["closure"] <= 1e-9
-        assert maxima["arithmetic"] <= arithmetic * maxima["movement"], maxima
-        assert (maxima["arithmetic"] > 1e-6 * maxima["movement"]) == (round_ is None)
-
-
 def test_random_numbers_are_kept_only_where_a_forward_pass_drew_some(tmp_path):
     problem = cases.Problem("dropout", cases.dropping, trains=lambda s: s in (0, 3))
     run = cases.recorded(tmp_path / "run", problem)

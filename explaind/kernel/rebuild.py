@@ -43,12 +43,14 @@ class Rebuilt:
         The smaller of two readings: |error| / |Δ|, both of the layer, and the gradient that would make up for the error over the
         whole gradient. A parameter whose gradient is nothing but rounding (the bias of attention's keys) moves as far under Adam as any
         other; the first reading alone would take that for a fault. Where no gradient moves a parameter, the first reading is taken.
-        Rounding of the recorded parameters, which is much of a small update, is no error.
+        Rounding of the recorded parameters, which is much of a small update, is no error; nor is what the optimizer's own arithmetic is
+        known to have rounded.
         """
         if self.step.gap:
             return torch.zeros(len(layout.names), dtype=torch.float64, device=self.error.device)
         f = self.step.filter
-        error = self.error.sign() * (self.error.abs() - self.step.eps * self.step.after.abs()).clamp_min(0.0)
+        unknown = self.error - f.rounding
+        error = unknown.sign() * (unknown.abs() - self.step.eps * self.step.after.abs()).clamp_min(0.0)
         rate = torch.zeros_like(error) + (f.C * f.N + f.E)
         for mix in f.P:
             rate[mix.start : mix.start + mix.size] = 0.0  # where parameters are mixed, no single gradient makes up for an error
