@@ -97,7 +97,10 @@ class Recorder:
             )
         self._told = 0.0 if precision is None else torch.finfo(precision).eps
         self._hooks: list[RemovableHandle] = [hook for index, optimizer in enumerate(optimizers) for hook in self._hooked(index, optimizer)]
-        self._hooks.append(self._watched.model.register_forward_pre_hook(self._forward))
+        # A library may have put its own forward around the model's, as accelerate does, with autocast inside: its children are in it.
+        wrapped = "forward" in vars(self._watched.model)
+        for module in (self._watched.model, *(self._watched.model.children() if wrapped else ())):
+            self._hooks.append(module.register_forward_pre_hook(self._forward))
 
     @property
     def steps(self) -> int:
