@@ -94,7 +94,7 @@ def doctor(
     device, dtype = placed(asked.get("device", "cpu")), asked.get("dtype", torch.float64)
     try:
         refused += changed_examples(trial, data, trial.examples)
-        errors, words, _ = replay(trial, model, data, losses, device, None)
+        errors, words, _ = replay(trial, model, data, losses, device, None, asked.get("collate"))
         refused += words
         found["replay_error"] = float(np.nanmax(errors, initial=0.0))
         with differentiable():
