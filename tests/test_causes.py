@@ -89,6 +89,41 @@ def test_a_sum_taken_for_a_mean_is_named(tmp_path):
     assert any("as a step has examples: summed, not averaged" in words for words in reasons), reasons
 
 
+def standardised(examples):
+    """A collate function that does more than stack."""
+    x, y = torch.utils.data.default_collate(examples)
+    return (x - x.mean(0)) / 2, y
+
+
+@pytest.mark.parametrize(
+    ("trained", "given", "words"),
+    [
+        (None, standardised, "with torch's default_collate the model gives the recorded gradient: collate= makes other batches"),
+        (standardised, None, "examples are those of the training .*made a batch by torch's default_collate: give the training's collate="),
+        (standardised, standardised, None),
+    ],
+    ids=["another one", "forgotten", "the training's"],
+)
+def test_another_collate_function_is_named(trained, given, words, tmp_path):
+    model = cases.PLAIN.model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.03)
+    with explaind.record(optimizer, model, tmp_path / "run", data=cases.DATA) as recorder:
+        for ids in ([0, 1, 2], [3, 4, 5, 6], [7, 0, 2]):
+            recorder.examples(ids)
+            optimizer.zero_grad()
+            batch = (trained or torch.utils.data.default_collate)([cases.DATA[i] for i in ids])
+            cases.losses(model, batch).mean().backward()
+            optimizer.step()
+    run = explaind.open(tmp_path / "run")
+    asked = {"data": cases.DATA, "losses": cases.losses, "collate": given}
+    found = explaind.doctor(run, model, queries=cases.QUERIES, measure=cases.measure, **asked).refused
+    for reasons in (found, cases.decomposed(run, collate=given).verify().reasons, verify_run(run, model, **asked).reasons):
+        if words is None:
+            assert not reasons
+        else:
+            assert re.search(words, " | ".join(reasons)), reasons
+
+
 def test_a_sound_run_has_no_cause_to_name(tmp_path):
     for i, problem in enumerate((*cases.PROBLEMS, *cases.WHOLE)):
         run = cases.recorded(tmp_path / str(i), problem, cases.optimizer_named("adamw"))

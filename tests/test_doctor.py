@@ -8,6 +8,7 @@ from torch.utils.data import TensorDataset
 
 import explaind
 from explaind.cli import main
+from explaind.ledger import doctor
 from tests import cases
 from tests.test_causes import Augmented, half
 from tests.test_cli import SMALL as FILE
@@ -107,6 +108,28 @@ def test_what_cannot_be_explained_is_refused_with_the_reason(name, tmp_path):
     assert not found.ok
     assert any(words in reason for reason in found.refused), found.refused
     assert not found.recommended
+
+
+def test_steps_that_are_lived_again_beforehand_are_counted_in(tmp_path, monkeypatch):
+    """Clipped steps are replayed before they are credited, rounded ones in both precisions: an estimate from few steps must know."""
+    passes, own = [], doctor._passes
+    monkeypatch.setattr(doctor, "_passes", lambda *of: passes.append(own(*of)) or passes[-1])
+    model = plain(cases.PLAIN).float()
+    optimizer = sgd(list(model.parameters()))
+    for kind in ("plain", "clipped", "rounded", "both"):
+        with explaind.record(optimizer, model, tmp_path / kind) as recorder:
+            for ids in map(torch.tensor, ([0, 1, 2], [3, 4, 5], [6, 7, 0])):
+                recorder.examples(ids)
+                model.zero_grad()
+                with torch.autocast("cpu", torch.bfloat16, enabled=kind in ("rounded", "both")):
+                    loss = cases.losses(model, (cases.DATA[ids][0].float(), cases.DATA[ids][1])).mean()
+                loss.backward()
+                if kind in ("clipped", "both"):
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+                optimizer.step()
+        asked = {"data": cases.DATA, "losses": cases.losses, "queries": cases.QUERIES, "measure": cases.measure}
+        assert explaind.doctor(explaind.open(tmp_path / kind), plain(cases.PLAIN), keep=("query", "example"), **asked).ok
+    assert passes == [0, 1, 1, 1]
 
 
 def test_its_recommendation_is_what_auto_follows(tmp_path, capsys):

@@ -7,6 +7,7 @@ from torch.utils.data import BatchSampler, DataLoader, WeightedRandomSampler
 
 import explaind
 from explaind.errors import RecordError
+from explaind.ledger.verify_run import verify_run
 from tests import cases
 from tests.closeness import algebra, same
 
@@ -65,6 +66,31 @@ def test_accelerate(accumulate, tmp_path):
                     optimizer.step()
                     optimizer.zero_grad()
     check_same(explaind.open(tmp_path / "run"), plain(tmp_path / "plain", loaded(batch_size=2, shuffle=True), accumulate))
+
+
+def fresh_state():
+    """The library has one precision a process, unless it is told to begin anew."""
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_accelerate_in_mixed_precision(tmp_path):
+    """It puts autocast inside of the model's forward; nobody has to tell."""
+    fresh_state()
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    model = cases.PLAIN.model().float()
+    model, optimizer, loader = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.03), loaded(batch_size=3))
+    with explaind.record(optimizer, model, tmp_path / "run") as recorder:
+        for ids, x, y in loader:
+            recorder.examples(ids)
+            accelerator.backward(cases.losses(model, (x.float(), y)).mean())
+            optimizer.step()
+            optimizer.zero_grad()
+    run = explaind.open(tmp_path / "run")
+    assert {row.precision for row in run.block(0, run.steps).rows} == {torch.finfo(torch.bfloat16).eps}
+    verdict = verify_run(run, cases.PLAIN.model(), cases.DATA, cases.losses)
+    assert verdict.ok, verdict.reasons
+    assert verdict.replay_error.max() <= 1e-5
+    fresh_state()
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # of torch's own compiler

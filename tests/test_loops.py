@@ -175,35 +175,6 @@ def test_several_optimizers_make_a_step_together(tmp_path):
     closes(cases.decomposed(run))
 
 
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
-@pytest.mark.parametrize("options", [{}, {"nesterov": False, "adjust_lr_fn": "match_rms_adamw"}], ids=str)
-def test_muon_with_adamw_for_the_vectors(options, tmp_path, monkeypatch):
-    """In torch its iterations run in bfloat16, whose rounding is arithmetic; in float64 the ledger is exact."""
-
-    def exact(values):
-        return values.double().clone()
-
-    for round_, arithmetic in ((exact, 1e-9), (None, 0.02)):
-        if round_ is not None:
-            monkeypatch.setattr(torch.Tensor, "bfloat16", round_)
-        model = cases.PLAIN.model()
-        optimizers = [torch.optim.Muon([model[0].weight, model[2].weight], lr=0.02, **options), torch.optim.AdamW([model[0].bias], lr=0.03)]
-        path = tmp_path / str(arithmetic)
-        with explaind.record(optimizers, model, path) as recorder:
-            for ids in BATCHES:
-                model.zero_grad()
-                backward(model, recorder, ids)
-                for optimizer in optimizers:
-                    optimizer.step()
-        monkeypatch.undo()
-        cases.shorten_blocks(monkeypatch)
-        ledger = cases.decomposed(explaind.open(path))
-        maxima = ledger.verify().maxima
-        assert maxima["closure"] <= 1e-9
-        assert maxima["arithmetic"] <= arithmetic * maxima["movement"], maxima
-        assert (maxima["arithmetic"] > 1e-6 * maxima["movement"]) == (round_ is None)
-
-
 def test_random_numbers_are_kept_only_where_a_forward_pass_drew_some(tmp_path):
     problem = cases.Problem("dropout", cases.dropping, trains=lambda s: s in (0, 3))
     run = cases.recorded(tmp_path / "run", problem)
@@ -224,62 +195,6 @@ def test_batch_norm_whose_statistics_matter_has_a_buffers_row(tmp_path):
     data = np.abs(ledger["data"]).sum(axis=(0, 1, 2, 4))
     assert not data[moved > 0].any()
     algebra(ledger.to_xarray()["buffers"].sum().item(), ledger["buffers"].sum(), "buffers")
-
-
-def under_autocast(path, where, dtype=torch.bfloat16, scaled=False, **options):
-    """A float32 training whose forward passes are computed in another precision."""
-    torch.manual_seed(1)
-    model = nn.Sequential(nn.Linear(3, 16), nn.ReLU(), nn.Linear(16, 2)).float()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    scaler = torch.amp.GradScaler("cpu", enabled=scaled)
-    with explaind.record(optimizer, model, path, **options) as recorder:
-        for ids in BATCHES * 4:
-            x, y = cases.DATA[torch.tensor(ids)]
-            optimizer.zero_grad()
-            if where != "around":
-                recorder.examples(ids)
-            with torch.autocast("cpu", dtype):
-                if where == "around":
-                    recorder.examples(ids)
-                logits = (
-                    torch.func.functional_call(model, dict(model.named_parameters()), (x.float(),)) if where == "told" else model(x.float())
-                )
-                loss = nn.functional.cross_entropy(logits.float(), y)
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-    return explaind.open(path)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("where", "scaled"), [("inside", False), ("around", True), ("told", False)])
-def test_training_under_autocast_closes_and_its_rounding_is_told_apart(where, scaled, dtype, tmp_path):
-    run = under_autocast(tmp_path / "run", where, dtype, scaled, precision=dtype if where == "told" else None)
-    assert {row.precision for row in run.block(0, run.steps).rows} == {torch.finfo(dtype).eps}
-    blank = nn.Sequential(nn.Linear(3, 16), nn.ReLU(), nn.Linear(16, 2))
-    ledger = explaind.decompose(
-        run,
-        blank,
-        data=cases.DATA,
-        losses=lambda m, b: cases.losses(m, b),
-        queries=cases.QUERIES,
-        measure=cases.measure,
-    )
-    verdict = ledger.verify()
-    assert verdict.ok, verdict.reasons
-    assert verdict.maxima["closure"] <= 1e-9
-    share = verdict.maxima["arithmetic_share"]
-    assert torch.finfo(dtype).eps / 100 < share < 32 * torch.finfo(dtype).eps
-    # A loss that is another one is still found.
-    wrong = explaind.decompose(
-        run,
-        blank,
-        data=cases.DATA,
-        losses=lambda m, b: 2 * cases.losses(m, b),
-        queries=cases.QUERIES,
-        measure=cases.measure,
-    )
-    assert not wrong.verify().ok
 
 
 def test_several_recordings_of_one_training(tmp_path):

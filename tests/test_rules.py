@@ -1,12 +1,14 @@
 """A rule must say what torch.optim did, and split it without a rest."""
 
+import inspect
+
 import pytest
 import torch
 
 from explaind.errors import RuleError
 from explaind.rules import Facts, Filter, Rule, register, rule_named, rule_of
 from tests import cases, reference
-from tests.closeness import algebra
+from tests.closeness import algebra, rounding
 
 SHAPES = ((3, 2), (4,), (2, 2, 2), ())
 EXAMPLES = 3
@@ -105,10 +107,26 @@ def test_a_subclass_that_keeps_the_step_is_accepted():
     assert rule_of(Renamed(parameters())) is rule_named("AdamW")
 
 
-def test_a_differentiable_adam_is_refused():
-    optimizer = torch.optim.Adam(parameters(), differentiable=True)
-    with pytest.raises(RuleError, match="differentiable"):
-        rule_of(optimizer)
+def having(option):
+    """The optimizers of torch that are not refused and have an option."""
+    kinds = [kind for kind in vars(torch.optim).values() if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)]
+    return pytest.mark.parametrize("kind", [k for k in kinds if cases.has(k, option)], ids=lambda kind: kind.__name__)
+
+
+@having("differentiable")
+def test_a_differentiable_optimizer_is_refused(kind):
+    with pytest.raises(RuleError, match=f"{kind.__name__} with differentiable=True"):
+        rule_of(kind(parameters(), differentiable=True))
+
+
+@having("capturable")
+def test_a_capturable_optimizer_is_the_same_filter(kind, monkeypatch):
+    """Its code is for accelerators, but runs anywhere once torch is told that it may; it counts its steps in float32."""
+    monkeypatch.setattr(inspect.getmodule(inspect.unwrap(kind.step)), "_get_capturable_supported_devices", lambda **_: ["cpu"])
+    for step, moment in enumerate(watched(cases.row("capturable", kind, capturable=True, foreach=False))):
+        after, delta = moment.filter.advance(moment.momentum, flat_shares(step).sum(0), moment.theta)
+        rounding(after, moment.momentum_after, f"momentum after step {step}")
+        rounding(delta, moment.after - moment.theta, f"Δ of step {step}")
 
 
 def test_a_run_of_a_rule_that_is_not_here_is_refused_by_name():

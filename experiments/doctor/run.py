@@ -1,7 +1,8 @@
 """Does what the doctor says beforehand happen? Time and memory of whole decompositions beside its estimates from four steps.
 
-python experiments/doctor/run.py [--small] [--out runs/doctor] [--only NAME]
+python experiments/doctor/run.py [--small] [--out runs/doctor] [--only NAME] [--busy]
 
+--busy takes the time of the processor for that of the clock on both sides, which others on the machine do not change.
 Every set-up is recorded, examined and decomposed, the last two in processes of their own, so that peak memory is each one's own.
 """
 
@@ -112,6 +113,34 @@ class SetUp:
     losses: Callable[[nn.Module, Any], Tensor] = apart
     optimizers: Callable[[nn.Module], list[torch.optim.Optimizer]] = adamw
     options: dict[str, Any] = field(default_factory=dict)
+    autocast: bool = False
+    thin: int | None = None
+
+
+class Noisy:
+    """Examples that are others each time that they are read."""
+
+    def __init__(self, data: TensorDataset) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        x, y = self.data[i]
+        return x + 0.3 * torch.randn_like(x), y
+
+
+def relabelled(data: TensorDataset) -> TensorDataset:
+    return TensorDataset(data.tensors[0], 1 - data.tensors[1])
+
+
+def smoothed(model: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="none", label_smoothing=0.2)
+
+
+def flat(model: nn.Module, batch: Any) -> Tensor:
+    return apart(model, batch).sum()
 
 
 SETUPS = {
@@ -124,19 +153,31 @@ SETUPS = {
     "batch norm": SetUp(lambda: mlp(nn.BatchNorm1d(256)), image(64)),
     "contrastive": SetUp(Encoders, captions, contrastive),
     "two optimizers": SetUp(mlp, image(64), optimizers=muon),
+    "autocast": SetUp(Transformer, words, autocast=True),
+    "thin": SetUp(mlp, image(64), thin=20),
 }
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "augmentation": ({"data": Noisy(image(64)())}, "another one each time"),
+    "changed labels": ({"data": relabelled(image(64)())}, "not the data of the training"),
+    "another loss": ({"losses": smoothed}, "the gradients differ in direction"),
+    "a measure that is no number per query": ({"measure": flat}, "one number per query"),
+}
+"""What is asked of the mlp, and must be refused in these words."""
 
 
 def recorded(setup: SetUp, path: Path, steps: int) -> None:
     torch.manual_seed(0)
     model, data = setup.model(), setup.data()
     optimizers, order = setup.optimizers(model), torch.Generator().manual_seed(1)
-    with explaind.record(optimizers, model, path, data=data, overwrite=True) as recorder:
+    given = optimizers[0] if len(optimizers) == 1 else optimizers
+    with explaind.record(given, model, path, data=data, overwrite=True, thin=setup.thin) as recorder:
         for _ in range(steps):
             ids = torch.randperm(EXAMPLES, generator=order)[:BATCH]
             recorder.examples(ids)
             model.zero_grad()
-            setup.losses(model, data[ids]).mean().backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=setup.autocast):
+                loss = setup.losses(model, data[ids]).mean()
+            loss.backward()
             for optimizer in optimizers:
                 optimizer.step()
 
@@ -156,16 +197,30 @@ def part(name: str, path: Path, what: str) -> dict[str, float]:
     return {"seconds": seconds, "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0, "ok": float(ok)}
 
 
-def in_its_own_process(name: str, path: Path, what: str) -> dict[str, float]:
-    command = [sys.executable, __file__, "--part", what, "--only", name, "--run", str(path)]
+def refused(path: Path) -> list[dict[str, Any]]:
+    """What the doctor says of questions that cannot be answered."""
+    setup, rows = SETUPS["mlp"], []
+    recorded(setup, path, 12)
+    data = setup.data()
+    for name, (wrong, words) in WRONG.items():
+        asked = {"data": data, "losses": setup.losses, "queries": data[:QUERIES], "measure": setup.losses, **wrong}
+        found = explaind.doctor(explaind.open(path), setup.model(), **asked).refused
+        rows.append({"set-up": name, "refused": any(words in reason for reason in found), "reasons": found})
+        print(f"{name:40} {'refused: ' + found[-1] if found else 'NOT REFUSED'}")
+    shutil.rmtree(path)
+    return rows
+
+
+def in_its_own_process(name: str, path: Path, what: str, busy: bool) -> dict[str, float]:
+    command = [sys.executable, __file__, "--part", what, "--only", name, "--run", str(path), *(["--busy"] if busy else [])]
     found: dict[str, float] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     return found
 
 
-def compared(name: str, path: Path, steps: int) -> dict[str, Any]:
+def compared(name: str, path: Path, steps: int, busy: bool) -> dict[str, Any]:
     """Estimates over what happened."""
     recorded(SETUPS[name], path, steps)
-    said, done = (in_its_own_process(name, path, what) for what in ("doctor", "decompose"))
+    said, done = (in_its_own_process(name, path, what, busy) for what in ("doctor", "decompose"))
     shutil.rmtree(path)
     return {
         "set-up": name,
@@ -185,9 +240,12 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--small", action="store_true", help="one set-up, few steps")
     parser.add_argument("--only", choices=SETUPS)
+    parser.add_argument("--busy", action="store_true", help="time of the processor, for a machine with other work")
     parser.add_argument("--part", choices=("doctor", "decompose"), help=argparse.SUPPRESS)
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args(arguments)
+    if asked.busy:
+        time.perf_counter = time.process_time
     if asked.part:
         print(json.dumps(part(asked.only, asked.run, asked.part)))
         return []
@@ -196,10 +254,12 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     rows = []
     print("set-up           said s      s  ratio   said MiB    MiB  ratio")
     for name in names:
-        row = compared(name, asked.out / "run", 24 if asked.small else asked.steps)
+        row = compared(name, asked.out / "run", 24 if asked.small else asked.steps, asked.busy)
         rows.append(row)
         times = f"{row['said_seconds']:7.1f} {row['seconds']:6.1f} {row['time_ratio']:6.2f}"
         print(f"{name:15} {times} {row['said_mib']:10.0f} {row['mib']:6.0f} {row['memory_ratio']:6.2f}", flush=True)
+    if not asked.only:
+        rows += refused(asked.out / "run")
     (asked.out / "results.json").write_text(json.dumps(rows, indent=1))
     return rows
 

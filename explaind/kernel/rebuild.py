@@ -1,7 +1,7 @@
 """Living a stretch of the training again: gradients from the batches, updates from the rule, and how far they are from the record."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -21,8 +21,8 @@ class Losses(Protocol):
         """Tensor[batch]."""
         ...
 
-    def set_mode(self, mode: tuple[bool, ...]) -> None:
-        """Put every module into train or eval mode, as a step recorded it."""
+    def set_mode(self, mode: tuple[bool, ...], precision: float = 0.0) -> None:
+        """Put every module into train or eval mode, as a step recorded it, and autocast to the precision with this ε (0: exact)."""
         ...
 
 
@@ -43,12 +43,14 @@ class Rebuilt:
         The smaller of two readings: |error| / |Δ|, both of the layer, and the gradient that would make up for the error over the
         whole gradient. A parameter whose gradient is nothing but rounding (the bias of attention's keys) moves as far under Adam as any
         other; the first reading alone would take that for a fault. Where no gradient moves a parameter, the first reading is taken.
-        Rounding of the recorded parameters, which is much of a small update, is no error.
+        Rounding of the recorded parameters, which is much of a small update, is no error; nor is what the optimizer's own arithmetic is
+        known to have rounded.
         """
         if self.step.gap:
             return torch.zeros(len(layout.names), dtype=torch.float64, device=self.error.device)
         f = self.step.filter
-        error = self.error.sign() * (self.error.abs() - self.step.eps * self.step.after.abs()).clamp_min(0.0)
+        unknown = self.error - f.rounding
+        error = unknown.sign() * (unknown.abs() - self.step.eps * self.step.after.abs()).clamp_min(0.0)
         rate = torch.zeros_like(error) + (f.C * f.N + f.E)
         for mix in f.P:
             rate[mix.start : mix.start + mix.size] = 0.0  # where parameters are mixed, no single gradient makes up for an error
@@ -62,11 +64,14 @@ class Rebuilt:
         return torch.where(torch.tensor(layout.moving, device=smaller.device), 0.0, smaller)
 
 
-def replayed(stretch: Segment, layout: Layout, losses: Losses) -> list[Tensor]:
-    """The gradient that every step of a segment consumed, before its sign and coupled decay: [param] each."""
+def replayed(stretch: Segment, layout: Layout, losses: Losses, exact: bool = False) -> list[Tensor]:
+    """The gradient that every step of a segment consumed, before its sign and coupled decay: [param] each.
+
+    exact: without the rounding of autocast, where the training ran under it.
+    """
     found = []
     for step in stretch.steps:
-        losses.set_mode(step.mode)
+        losses.set_mode(step.mode, 0.0 if exact else step.precision)
         found.append(batch_gradient(losses, layout, step.theta, step.parts))
     return found
 
@@ -84,6 +89,19 @@ def rebuild(stretch: Segment, gradients: Sequence[Tensor], layout: Layout) -> tu
         momentum = None if momentum is None else after
         rebuilt.append(Rebuilt(step, gradient, passed, step.delta - delta))
     return rebuilt, Carried(momentum, filtered)
+
+
+def as_trained(stretch: Segment, layout: Layout, losses: Losses) -> tuple[Segment, Tensor | None]:
+    """A segment that autocast rounded, lived under it: with what was done to its gradients, and its relative errors [step, layer].
+
+    Autocast rounds the gradient of a batch, which no example can be credited with: credits are of exact gradients, whose error is rounding.
+    Whether the replay is the training is told by the rounded ones. A segment without autocast is as it was, its errors None.
+    """
+    if not any(step.precision for step in stretch.steps):
+        return stretch, None
+    lived, _ = rebuild(stretch, replayed(stretch, layout, losses), layout)
+    errors = torch.stack([item.relative_error(layout) for item in lived])
+    return replace(stretch, steps=tuple(replace(item.step, consumed=None) for item in lived)), errors
 
 
 def replay_errors(steps: Steps, layout: Layout, losses: Losses, progress: Callable[[], None] = lambda: None) -> Tensor:

@@ -40,7 +40,7 @@ from explaind.kernel.groups import Grouping
 from explaind.kernel.measures import Measures
 from explaind.kernel.path import PathRule, Segment, average, discrete_gradient
 from explaind.kernel.products import Products
-from explaind.kernel.rebuild import Losses, Rebuilt, rebuild, replayed
+from explaind.kernel.rebuild import Losses, Rebuilt, as_trained, rebuild, replayed
 from explaind.kernel.resolution import Resolution
 from explaind.replay.steps import Carried, Part, Step, Steps, with_examples
 from explaind.replay.steps import Segment as Stretch
@@ -110,8 +110,11 @@ class Sweep:
         """Sweep all segments, last first; `progress` is called after every step, `between` after every segment but the last."""
         following = self._anchor(self._done)
         starts = [start for start in reversed(self.steps.starts) if start < self._done]
-        for start, stretch in zip(starts, self.steps.segments(starts), strict=True):
+        for start, recorded in zip(starts, self.steps.segments(starts), strict=True):
+            stretch, errors = as_trained(recorded, self.layout, self.losses)
             (self._gradients_on_the_way if self._has_room(stretch) else self._gradients_first)(stretch, following, progress)
+            if errors is not None:
+                self.accounts.replay_error[start : start + len(errors)] = errors
             following, self._done = stretch.carried, start
             if start:
                 between()
@@ -140,7 +143,7 @@ class Sweep:
 
     def _gradients_first(self, stretch: Stretch, following: Carried, progress: Callable[[], None]) -> None:
         """Replay a segment forwards, then credit its steps backwards."""
-        rebuilt, carried = rebuild(stretch, replayed(stretch, self.layout, self.losses), self.layout)
+        rebuilt, carried = rebuild(stretch, replayed(stretch, self.layout, self.losses, exact=True), self.layout)
         self._book_jump(self.costates, following, carried, stretch)
         for item in reversed(rebuilt):
             self._book_error(item, *self._step(item.step, item.gradient))

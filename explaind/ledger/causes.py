@@ -8,19 +8,22 @@ where an element of the parameters has a rate C N + E that is not 0; parameters 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 from explaind.kernel.layout import Layout
 from explaind.kernel.realised import realised
 from explaind.kernel.whole import batch_gradient
 from explaind.record.examples import fingerprint
-from explaind.replay.batches import Readable
+from explaind.replay.batches import Readable, moved
 from explaind.replay.functional import Functional
-from explaind.replay.steps import Drawn, Segment, Step, Steps
+from explaind.replay.steps import Drawn, Segment, Step
+from explaind.replay.trajectory import Trajectory
 
 PARALLEL = 0.999
 """Cosine of two gradients that differ by a factor alone."""
@@ -67,7 +70,7 @@ def compared(wanted: Tensor, known: Tensor, found: Tensor) -> Comparison:
     return Comparison(dot / norms if norms else 0.0, dot / size if size else 0.0)
 
 
-def causes(steps: Steps, errors: np.ndarray, layout: Layout, losses: Functional, data: Readable) -> list[str]:
+def causes(steps: Trajectory, errors: np.ndarray, layout: Layout, losses: Functional, data: Readable) -> list[str]:
     """The likely causes of a replay that differs, in words; errors: of the rebuilt updates, [step, layer].
 
     Asked are the first steps of a few segments, the one with the worst error among them.
@@ -81,17 +84,21 @@ def causes(steps: Steps, errors: np.ndarray, layout: Layout, losses: Functional,
             continue
         step, wanted, known, found = _compared(stretch, layout, losses)
         if not found.same:
-            words = [*_of_data(step, data), *_of_modes(step, layout, losses, wanted, known)]
+            words = [
+                *_of_data(step, data),
+                *_of_modes(step, layout, losses, wanted, known),
+                *(() if steps.batches.plain else _of_collate(step, data, layout, losses, wanted, known)),
+            ]
             if words:
                 return words
         plain.append((step, found))
-    return [] if all(found.same for _, found in plain) or not plain else _of_direction(plain)
+    return [] if all(found.same for _, found in plain) or not plain else _of_direction(plain, _batched(steps, data, plain))
 
 
 def _compared(stretch: Segment, layout: Layout, losses: Functional) -> tuple[Step, Tensor, Tensor, Comparison]:
     """The first step, the gradient that its record implies, where that is known, and how the replayed one compares."""
     recorded = stretch.steps[0]
-    losses.set_mode(recorded.mode)
+    losses.set_mode(recorded.mode, recorded.precision)
     replayed = batch_gradient(losses, layout, recorded.theta, recorded.parts)
     step = realised(recorded, replayed, layout)
     wanted, known = implied(step, stretch.carried.momentum, layout)
@@ -100,7 +107,17 @@ def _compared(stretch: Segment, layout: Layout, losses: Functional) -> tuple[Ste
     return step, wanted, known, compared(wanted, known, replayed)
 
 
-def _of_direction(plain: Sequence[tuple[Step, Comparison]]) -> list[str]:
+def _batched(steps: Trajectory, data: Readable, plain: Sequence[tuple[Step, Comparison]]) -> str:
+    """What is known of the examples and of what made batches of them; empty where there are no fingerprints that say so."""
+    prints = steps.run.fingerprint
+    ids = {int(i) for step, _ in plain for part in step.parts for i in part.ids[:ASKED]}
+    if prints is None or any(fingerprint(data[i]) != prints[i] for i in ids):
+        return ""
+    how = "torch's default_collate: give the training's collate=, if it had its own" if steps.batches.plain else "the collate= given"
+    return f"the examples are those of the training (their fingerprints), and were made a batch by {how}; or it is "
+
+
+def _of_direction(plain: Sequence[tuple[Step, Comparison]], batched: str) -> list[str]:
     least = min(found.cosine for _, found in plain)
     words = _of_size(plain) if least >= PARALLEL else None
     if words is not None:
@@ -108,9 +125,10 @@ def _of_direction(plain: Sequence[tuple[Step, Comparison]]) -> list[str]:
     if least >= NEARLY:
         alike = f"the gradients have nearly one direction (cosine {least:.4f})"
         return [f"{alike}: lower precision in training (autocast), or slightly another loss or other data"]
+    others = "" if batched else "another collate function, other data than in training, "
     return [
-        f"the gradients differ in direction (cosine {least:.3f}): another loss (label smoothing, class weights, a penalty), "
-        "another collate function, other data than in training, or a gradient filter (Grokfast) that the recorder was not told of"
+        f"the gradients differ in direction (cosine {least:.3f}): {batched}another loss (label smoothing, class weights, a penalty), "
+        f"{others}or a gradient filter (Grokfast) that the recorder was not told of"
     ]
 
 
@@ -125,7 +143,7 @@ def _of_modes(step: Step, layout: Layout, losses: Functional, wanted: Tensor, kn
     for training in (True, False):
         if all(mode == training for mode in step.mode):
             continue
-        losses.set_mode([training] * len(step.mode))
+        losses.set_mode([training] * len(step.mode), step.precision)
         try:
             other = compared(wanted, known, batch_gradient(losses, layout, step.theta, step.parts))
         except (RuntimeError, ValueError):
@@ -133,12 +151,28 @@ def _of_modes(step: Step, layout: Layout, losses: Functional, wanted: Tensor, kn
         if other.same:
             said = "train" if training else "eval"
             yield f"in {said} mode the model gives the recorded gradient: losses was computed in {said} mode, the record says otherwise"
-    losses.set_mode(step.mode)
+    losses.set_mode(step.mode, step.precision)
     batch = step.parts[0].batch
     with torch.no_grad():
         losses(layout.split(step.theta), batch.batch if isinstance(batch, Drawn) else batch)
     if _modes(losses.model) != step.mode:
         yield "losses changes the mode of the model (model.train() or model.eval() in it): leave that to the record"
+
+
+def _of_collate(step: Step, data: Readable, layout: Layout, losses: Functional, wanted: Tensor, known: Tensor) -> Iterator[str]:
+    """Would the batches that torch makes explain the record?"""
+
+    def made(ids: np.ndarray, batch: Any) -> Any:
+        plain = moved(default_collate([data[int(i)] for i in ids]), step.theta.device, step.theta.dtype)
+        return Drawn(plain, batch.states) if isinstance(batch, Drawn) else plain
+
+    try:
+        parts = tuple(replace(part, batch=made(part.ids, part.batch)) for part in step.parts)
+        other = compared(wanted, known, batch_gradient(losses, layout, step.theta, parts))
+    except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError):
+        return  # examples that torch makes no batch of, or that the losses cannot take
+    if other.same:
+        yield "with torch's default_collate the model gives the recorded gradient: collate= makes other batches than the training's"
 
 
 def _of_size(plain: Sequence[tuple[Step, Comparison]]) -> str | None:

@@ -94,7 +94,9 @@ def doctor(
     device, dtype = placed(asked.get("device", "cpu")), asked.get("dtype", torch.float64)
     try:
         refused += changed_examples(trial, data, trial.examples)
-        errors, words, _ = replay(trial, model, data, losses, device, None)
+        begin = time.perf_counter()
+        errors, words, _ = replay(trial, model, data, losses, device, None, asked.get("collate"))
+        replayed = (time.perf_counter() - begin) / max(1, trial.steps)
         refused += words
         found["replay_error"] = float(np.nanmax(errors, initial=0.0))
         with differentiable():
@@ -102,7 +104,9 @@ def doctor(
         found |= known
         warnings += doubts
         if not refused:
-            found |= _tried(trial, model, whole, {"data": data, "losses": losses, "queries": queries, "measure": measure, **asked})
+            found |= _tried(
+                trial, model, whole, replayed, {"data": data, "losses": losses, "queries": queries, "measure": measure, **asked}
+            )
             found["recommended"] = _recommended(trial, model, queries, measure, device, dtype, found)
     except ExplaindError as error:
         refused.append(str(error))
@@ -146,21 +150,31 @@ def _coupled(training: Functional, layout: Layout, step: Step) -> bool:
     return bool((whole[:half] - some).abs().max() > max(SAME, 64 * torch.finfo(whole.dtype).eps) * (1 + whole.abs().max()))
 
 
-def _tried(run: Run, model: nn.Module, steps: int, asked: dict[str, Any]) -> dict[str, Any]:
-    """Decompose the trial as asked, timed: what the whole will take."""
+def _tried(run: Run, model: nn.Module, steps: int, replayed: float, asked: dict[str, Any]) -> dict[str, Any]:
+    """Decompose the trial as asked, timed: what the whole will take. replayed: seconds of a step that is lived again."""
     ticks = [(0, time.perf_counter())]
     ledger = decompose(run, model, progress=lambda done, total: ticks.append((done, time.perf_counter())), **asked)
     blocks = max(1, ticks[-1][0] // run.steps)
     pauses = np.diff([at for _, at in ticks])
     per_step = float(np.median(pauses[1:])) if len(pauses) > 1 else float(pauses[0])
-    start = max(0.0, float(pauses[0]) - per_step)
+    beforehand = replayed * _passes(ledger, run, asked)  # of all steps of a segment, before the first one is credited
+    start = max(0.0, float(pauses[0]) - per_step - run.steps * beforehand)
     verdict = ledger.verify()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {
         "explained": 1 - verdict.maxima["unexplained"],
-        "seconds": blocks * (start + steps * per_step),
+        "seconds": blocks * (start + steps * (per_step + beforehand)),
         "memory": peak + _grown(ledger, run.steps, steps, asked) + _held(ledger, run, steps, blocks, asked),
     }
+
+
+def _passes(ledger: Ledger, run: Run, asked: Mapping[str, Any]) -> int:
+    """How often a step is lived again before it is credited: not at all where gradients come on the way (``Sweep``)."""
+    rows = run.block(0, run.steps).rows
+    rounded = any(row.precision for row in rows)
+    changed = any(row.consumed is not None for row in rows) and not rounded  # what was done to a rounded gradient is known by then
+    first = changed or run.manifest.gradient_filter is not None or "example" not in ledger.axes
+    return int(rounded) + int(first or asked.get("closure") == "discrete-gradient")
 
 
 def _held(ledger: Ledger, run: Run, steps: int, blocks: int, asked: Mapping[str, Any]) -> int:

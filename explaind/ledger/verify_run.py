@@ -15,7 +15,7 @@ from explaind.ledger.decompose import Progress
 from explaind.ledger.verify import judged, replay_words
 from explaind.record.device import placed
 from explaind.record.watched import model_name
-from explaind.replay.batches import Readable, changed_examples
+from explaind.replay.batches import Collate, Readable, changed_examples
 from explaind.replay.functional import Functional, Readout, fitted
 from explaind.replay.surroundings import differentiable
 from explaind.replay.thin import trajectory
@@ -41,18 +41,24 @@ class RunVerdict:
 
 
 def verify_run(
-    run: Run, model: nn.Module, data: Readable, losses: Readout, device: str = "cpu", progress: Progress | None = None
+    run: Run,
+    model: nn.Module,
+    data: Readable,
+    losses: Readout,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    collate: Collate | None = None,
 ) -> RunVerdict:
     """Check a run against its checksums and replay every step of it in float64.
 
-    model, data, losses as for ``explaind.decompose``. What does not fit is a reason, not an error.
+    model, data, losses, collate as for ``explaind.decompose``. What does not fit is a reason, not an error.
     """
     reasons, words, notes = run.damage(), list[str](), list[str]()
     errors = np.zeros((0, len(run.manifest.layers)))
     try:
         reasons += changed_examples(run, data, run.examples)
         if run.steps:
-            errors, words, notes = replay(run, model, data, losses, placed(device), progress)
+            errors, words, notes = replay(run, model, data, losses, placed(device), progress, collate)
     except ReplayError as error:
         reasons.append(str(error))
     if words and model_name(model) != run.manifest.model:
@@ -61,12 +67,18 @@ def verify_run(
 
 
 def replay(
-    run: Run, model: nn.Module, data: Readable, losses: Readout, device: torch.device, progress: Progress | None
+    run: Run,
+    model: nn.Module,
+    data: Readable,
+    losses: Readout,
+    device: torch.device,
+    progress: Progress | None,
+    collate: Collate | None = None,
 ) -> tuple[np.ndarray, list[str], list[str]]:
     """Replay every step in float64: (relative errors of the rebuilt updates [step, layer], what they say and its likely causes, notes)."""
     layout, done = Layout(run.manifest.layers), iter(range(1, run.steps + 1))
     training = Functional(fitted(model, run.manifest.layers, run.constants), losses, device, torch.float64, any(layout.moving))
-    steps = trajectory(run, model, losses, data, None, device, torch.float64)
+    steps = trajectory(run, model, losses, data, collate, device, torch.float64)
     tick: Callable[[], None] = (lambda: None) if progress is None else lambda: progress(next(done), run.steps)
     with differentiable():
         errors = replay_errors(steps, layout, training, tick).cpu().numpy()

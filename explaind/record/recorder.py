@@ -95,10 +95,12 @@ class Recorder:
                 where=path,
                 do="give what gradfilter_ema or gradfilter_ma returned last: explaind.record(…, filtered=grads)",
             )
-        lowest = [torch.finfo(dtype).eps for dtype in (precision, *(p.dtype for p in self._watched.params)) if dtype is not None]
-        self._lowest = max(lowest) if max(lowest) > torch.finfo(torch.float32).eps else 0.0
+        self._told = 0.0 if precision is None else torch.finfo(precision).eps
         self._hooks: list[RemovableHandle] = [hook for index, optimizer in enumerate(optimizers) for hook in self._hooked(index, optimizer)]
-        self._hooks.append(self._watched.model.register_forward_pre_hook(self._forward))
+        # A library may have put its own forward around the model's, as accelerate does, with autocast inside: its children are in it.
+        wrapped = "forward" in vars(self._watched.model)
+        for module in (self._watched.model, *(self._watched.model.children() if wrapped else ())):
+            self._hooks.append(module.register_forward_pre_hook(self._forward))
 
     @property
     def steps(self) -> int:
@@ -122,7 +124,7 @@ class Recorder:
         self._windows.end()
         if self._windows.recorded:
             self._incoming.add(checked, factors)
-            self._incoming.lower(self._lowest)
+            self._incoming.lower(self._told)
 
     def close(self) -> None:
         """Write what is left and let go of the optimizer; safe to call twice."""
@@ -301,7 +303,8 @@ def record(
                       ``explaind.GrokfastMA(window_size, lamb)``, with the options of ``gradfilter_ema`` and ``gradfilter_ma``
     filtered          what it remembers already (what these functions return), where the training began before the recording
     precision         torch.bfloat16 or torch.float16 where gradients are computed in it (autocast); found by itself where the model, or
-                      ``recorder.examples``, is called inside of ``torch.autocast``. Their rounding stands in ``arithmetic``
+                      ``recorder.examples``, is called inside of ``torch.autocast``. The replay runs under it too; what it
+                      rounds of a batch's gradient is no example's, and stands in ``arithmetic``
     codec             of parameters and second moments: "bitdelta", which is lossless and small, or "standard", which is larger and which
                       zarr reads where explaind is not installed; a run that is gone on with keeps its own
     thin              steps between two stored states, or "sqrt:STEPS" for the root of the steps to come: what is between is lived again

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from explaind.errors import RecordError, RuleError
 from explaind.rules import rule_of
 from explaind.rules.rule import Moment, Rule
-from explaind.store.manifest import Layer, Optimized
+from explaind.store.manifest import ROUNDINGS, Layer, Optimized
 
 FLAGS = ("foreach", "fused", "capturable")
 
@@ -84,7 +84,7 @@ class Watched:
                 tuple({k: v for k, v in group.items() if k in FLAGS and v is not None} for group in optimizer.param_groups),
                 rule.options,
                 rule.scalars,
-                rule.rounding,
+                max(rule.rounding, _rounding([p for group in optimizer.param_groups for p in group["params"]])),
             )
             for rule, optimizer in zip(self.rules, self._optimizers, strict=True)
         )
@@ -258,6 +258,12 @@ def statistics(module: nn.Module) -> tuple[str, ...]:
     """Names of the module's own buffers that it moves in train mode, among them a counter that nothing else reads."""
     tracks = isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
     return ("running_mean", "running_var", COUNTER) if tracks else ()
+
+
+def _rounding(params: Sequence[Tensor]) -> float:
+    """How far, relative to an update, parameters in a precision lower than float32 may be from exact; 0 where there are none."""
+    coarsest = max((torch.finfo(p.dtype).eps for p in params), default=0.0)
+    return ROUNDINGS * coarsest if coarsest > torch.finfo(torch.float32).eps else 0.0
 
 
 def _differs(p: Tensor, known: np.ndarray) -> bool:

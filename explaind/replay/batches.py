@@ -56,6 +56,8 @@ class Batches:
 
     def __init__(self, data: Readable, ids: np.ndarray, collate: Collate | None, device: torch.device, dtype: torch.dtype) -> None:
         self._data, self._collate, self._device, self._dtype = data, collate or default_collate, device, dtype
+        self.plain = collate is None
+        """Whether it is torch's ``default_collate`` that makes them."""
         self._last: tuple[bytes, Any] | None = None
         self._rows: np.ndarray | None = None
         self._stack = self._stacked(ids) if collate is None and len(ids) else None

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from explaind.errors import ReplayError
 from explaind.record.watched import statistics
 from explaind.replay.steps import Drawn
-from explaind.replay.surroundings import DifferentiableStatistics, Lifted, drawing
+from explaind.replay.surroundings import DifferentiableStatistics, Lifted, autocast_dtype, drawing, rounding_as
 from explaind.store.manifest import Layer
 
 Readout = Callable[[nn.Module, Any], Tensor]
@@ -32,6 +32,23 @@ class _Call(nn.Module):
         return self.readout(self.model, batch)
 
 
+class _Scaled(torch.autograd.Function):
+    """The same numbers, whose gradient is multiplied."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return ctx.factor * gradients[0], None
+
+
+SCALE = {torch.bfloat16: 1.0, torch.float16: 2.0**10}
+"""By which losses are multiplied for a backward pass, and gradients divided: the smallest would be 0, as a GradScaler's user knows."""
+
+
 class Functional:
     """readout(model, batch) as a function of parameters {name: tensor}; the user's model is copied, never touched."""
 
@@ -44,9 +61,14 @@ class Functional:
         self._buffers = dict(own.named_buffers())
         self._written: list[str] = []
         self._dtype, self._casts = dtype, dict[tuple[bool, ...], bool]()
+        self._autocast: torch.dtype | None = None
 
-    def set_mode(self, mode: Sequence[bool]) -> None:
-        """Train or eval, module by module, as recorded."""
+    def set_mode(self, mode: Sequence[bool], precision: float = 0.0) -> None:
+        """Train or eval, module by module, and the ε of what autocast computed in (0: exact), as recorded.
+
+        Under autocast numbers are rounded where the training rounded them; plain backward passes alone go through it then.
+        """
+        self._autocast = autocast_dtype(precision)
         for module, training in zip(self.model.modules(), mode, strict=True):
             module.training = training
         # In train mode a normalisation writes statistics that it does not read: they are no parameters of the losses then.
@@ -63,14 +85,34 @@ class Functional:
                 return self(parameters, batch.batch)
         if self._written:
             parameters = {**parameters, **{name: self._buffers[name].clone() for name in self._written}}
-        own = tree_map(lambda leaf: leaf, batch)  # containers of its own, which a function may change
-        before = _versions(own)
+        if self._autocast is not None:
+            return self._rounded(parameters, batch, self._autocast)
         mode = tuple(module.training for module in self.model.modules())
         lifted = Lifted(self._dtype) if self._casts.get(mode, True) else nullcontext()
-        with DifferentiableStatistics() if self._moving else nullcontext(), lifted:
-            found: Tensor = functional_call(self._call, {f"model.{name}": tensor for name, tensor in parameters.items()}, (own,))
+        with lifted:
+            found = self._called(parameters, batch)
         if isinstance(lifted, Lifted):
             self._casts[mode] = lifted.used  # a model without casts is not watched again
+        return found
+
+    def _rounded(self, parameters: Mapping[str, Tensor], batch: Any, precision: torch.dtype) -> Tensor:
+        """In float32 under autocast, as a training has it: from and to the kernel's dtype."""
+        scale = SCALE[precision]
+
+        def single(leaf: Any) -> Any:
+            return leaf.to(torch.float32) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+        still = {name: t for name, t in (*self.model.named_parameters(), *self.model.named_buffers()) if name not in parameters}
+        scaled = {name: single(_Scaled.apply(t, 1 / scale)) for name, t in parameters.items()}
+        with rounding_as(precision, self._device):
+            found = self._called({**{name: single(t) for name, t in still.items()}, **scaled}, tree_map(single, batch))
+        return _Scaled.apply(found.to(self._dtype), scale)
+
+    def _called(self, parameters: Mapping[str, Tensor], batch: Any) -> Tensor:
+        own = tree_map(lambda leaf: leaf, batch)  # containers of its own, which a function may change
+        before = _versions(own)
+        with DifferentiableStatistics() if self._moving else nullcontext():
+            found: Tensor = functional_call(self._call, {f"model.{name}": tensor for name, tensor in parameters.items()}, (own,))
         if _versions(batch) != before:
             raise ReplayError(
                 "losses or measure change the batch that they are given",

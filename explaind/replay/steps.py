@@ -57,6 +57,8 @@ class Step:
     """Relative rounding of the recorded parameters."""
     gap: int = 0
     """Training steps without a record that it stands for; 0: it is a step."""
+    precision: float = 0.0
+    """ε of the numbers that autocast computed its forward passes in; 0 without."""
 
 
 @dataclass(frozen=True)

@@ -29,13 +29,27 @@ def as_in_training(threads: int) -> Iterator[None]:
     before, fast = torch.get_num_threads(), torch.backends.mha.get_fastpath_enabled()
     torch.set_num_threads(threads)
     torch.backends.mha.set_fastpath_enabled(True)
-    kinds = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH)
     try:
-        with torch.enable_grad(), sdpa_kernel(list(kinds)):
+        with torch.enable_grad(), sdpa_kernel(ATTENTIONS):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         torch.set_num_threads(before)
+
+
+ATTENTIONS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
+
+
+@contextmanager
+def rounding_as(precision: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Autocast as in the training, and every attention, since another kernel rounds elsewhere: for plain backward passes alone."""
+    with torch.autocast(device.type, precision, cache_enabled=False), sdpa_kernel(ATTENTIONS):
+        yield
+
+
+def autocast_dtype(precision: float) -> torch.dtype | None:
+    """The dtype that autocast computed in, by its ε; None without."""
+    return next((dtype for dtype in (torch.bfloat16, torch.float16) if torch.finfo(dtype).eps == precision), None)
 
 
 class DifferentiableStatistics(TorchFunctionMode):

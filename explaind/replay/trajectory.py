@@ -1,9 +1,8 @@
 """The run as the kernel wants it: steps with tensors on the device, filters and batches."""
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from explaind.replay.account import Account
 from explaind.replay.ahead import ahead
+from explaind.replay.batches import Batches
 from explaind.replay.steps import Carried, Drawn, Part, Segment, Step
 from explaind.rules import rule_named
 from explaind.rules.filter import IDLE, STILL, Filter, joined
@@ -24,8 +24,8 @@ from explaind.store.row import StepRow
 class Trajectory:
     """Reads a run segment by segment."""
 
-    def __init__(self, run: Run, batches: Callable[[np.ndarray], Any], device: torch.device, dtype: torch.dtype) -> None:
-        self.run, self._batches, self._device, self._dtype = run, batches, device, dtype
+    def __init__(self, run: Run, batches: Batches, device: torch.device, dtype: torch.dtype) -> None:
+        self.run, self.batches, self._device, self._dtype = run, batches, device, dtype
         self._eps = float(np.finfo(run.manifest.dtype).eps)
         self._sizes = [layer.size for layer in run.manifest.layers]
         self._rules = tuple(rule_named(optimizer.rule) for optimizer in run.manifest.optimizers)
@@ -70,7 +70,8 @@ class Trajectory:
         parts = tuple(self._part(row, part) for part in np.unique(row.part).tolist())
         consumed = None if row.consumed is None else self.tensor(row.consumed)
         f = STILL if row.gap else self._filter(row, theta)
-        return Step(index, theta, after, after - theta, f, parts, row.mode, consumed, self._passage(index, row, theta), self._eps, row.gap)
+        through = self._passage(index, row, theta)
+        return Step(index, theta, after, after - theta, f, parts, row.mode, consumed, through, self._eps, row.gap, row.precision)
 
     def _passage(self, index: int, row: StepRow, like: Tensor) -> Passage | None:
         if self._filtering is None:
@@ -85,7 +86,7 @@ class Trajectory:
 
     def _part(self, row: StepRow, part: int) -> Part:
         mine = row.part == part
-        batch, wide = self._batches(row.batch[mine]), self.run.manifest.random_bytes
+        batch, wide = self.batches(row.batch[mine]), self.run.manifest.random_bytes
         state = None if row.random is None else row.random[part * wide : (part + 1) * wide]
         if state is not None and state.any():
             batch = Drawn.of(batch, state)

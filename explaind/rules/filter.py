@@ -50,6 +50,8 @@ class Filter:
     R: Coefficient = 0.0
     kappa: Coefficient = 0.0
     sign: Coefficient = 1.0
+    rounding: Coefficient = 0.0
+    """What the optimizer's own arithmetic, in a low precision, added to Δ: known, but no part of the filter."""
     P: tuple[Mix, ...] = ()
     """The identity but for these."""
 

@@ -11,6 +11,10 @@ BLOCK, RANDOM = 1 << 20, 1 << 20
 """Most steps of a block, and most bytes of the state of generators."""
 
 
+ROUNDINGS = 32.0
+"""In a precision lower than float32, that an update may be off by: of a product that is one rounding off, over a few layers."""
+
+
 def is_count(number: object, most: int = 2**48) -> bool:
     """Whether it is a number of things."""
     return type(number) is int and 0 <= number <= most

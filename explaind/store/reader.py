@@ -19,14 +19,11 @@ from explaind.store import schema
 from explaind.store.checksums import text_checksum
 from explaind.store.damage import damage
 from explaind.store.layout import OPTIONAL, columns, rows, starts
-from explaind.store.manifest import Manifest
+from explaind.store.manifest import ROUNDINGS, Manifest
 from explaind.store.opening import opened, reading
 from explaind.store.row import StepRow
 from explaind.store.tail import Record, following, records
 from explaind.store.writer import Begun
-
-AUTOCAST = 32.0
-"""Roundings, in autocast's precision, that an update may be off by: of a product that is one rounding off, over a few layers."""
 
 KEPT = 2
 """Spans of an array that are kept in memory, where a span has several blocks."""
@@ -231,7 +228,7 @@ class Run:
     def rounding(self) -> list[float]:
         """How far, relative to an update, the training's own arithmetic may be from exact: of its optimizers, and of autocast. [layer]"""
         lowest = float(self._read("precision", slice(0, self.steps)).max(initial=0.0))
-        return [max(own, AUTOCAST * lowest) for own in self.manifest.rounding]
+        return [max(own, ROUNDINGS * lowest) for own in self.manifest.rounding]
 
     @cached_property
     def numbers(self) -> np.ndarray:
