@@ -45,8 +45,8 @@ class Views:
         if tensor is None:
             return np.zeros(layer.size, self._numpy)  # memory that is never written to takes none
         if self._there(layer, tensor):
-            found: np.ndarray = tensor.detach().numpy().reshape(-1)
-            return found
+            found: np.ndarray = (tensor.detach() if tensor.requires_grad else tensor).numpy()
+            return found if found.ndim == 1 else found.reshape(-1)
         return self._copy(layer, tensor, room)
 
     def _there(self, layer: Layer, tensor: Tensor) -> bool:

@@ -199,8 +199,10 @@ def append(array: zarr.Array, rows: np.ndarray, at: int) -> None:
     Other dimensions grow as needed; narrower rows are filled up, so that nothing is left of rows that stood there before.
     """
     extend(array, at + len(rows), rows.shape[1:])
-    wide = [(0, 0), *((0, n - m) for n, m in zip(array.shape[1:], rows.shape[1:], strict=True))]
-    array[at : at + len(rows)] = np.pad(rows, wide, constant_values=array.fill_value)
+    if rows.shape[1:] != array.shape[1:]:
+        wide = [(0, 0), *((0, n - m) for n, m in zip(array.shape[1:], rows.shape[1:], strict=True))]
+        rows = np.pad(rows, wide, constant_values=array.fill_value)
+    array[at : at + len(rows)] = rows
 
 
 def write_array(group: zarr.Group, name: str, values: np.ndarray, dims: tuple[str, ...], chunks: tuple[int, ...] | None = None) -> None:
