@@ -50,7 +50,7 @@ CHUNK_BYTES = 1 << 16
 """Of random states in one chunk."""
 CHUNK_ROWS = 16
 """With so many rows; with more it is narrower."""
-CHUNK_VALUES = 1 << 21
+CHUNK_VALUES = 1 << 20
 """Numbers in one chunk, so that neither the writer nor a reader of one layer holds a whole large model."""
 
 
@@ -72,7 +72,9 @@ class Column:
     def chunks(self, rows: int) -> tuple[int, ...]:
         """Extents of a chunk that holds so many rows."""
         most, narrower = max(1, CHUNK_VALUES // max(1, rows)), max(1, rows // CHUNK_ROWS)
-        return tuple(max(1, n) for n in (rows, *(-(-self.chunk // narrower) if self.chunk else min(n, most) for n in self.shape)))
+        # Chunks of one width, since the last one is as much work as the others.
+        fixed = [-(-self.chunk // narrower) if self.chunk else -(-n // -(-n // most)) if n else 1 for n in self.shape]
+        return tuple(max(1, n) for n in (rows, *fixed))
 
 
 def lossless() -> BloscCodec:

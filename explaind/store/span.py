@@ -141,6 +141,8 @@ def write_vectors(array: zarr.Array, at: int, log: Log, places: Sequence[Place |
     known = [place for place in places if place is not None]
     if not known:
         return
+    if any(place.dtype != array.dtype for place in known):
+        raise TypeError(f"{array.name} holds {array.dtype}, and the log {known[0].dtype}")
     schema.extend(array, at + len(places), (max(map(length, known)),))
     long, across = array.chunks
     long *= max(1, schema.CHUNK_VALUES // (long * across))
@@ -153,7 +155,7 @@ def write_vectors(array: zarr.Array, at: int, log: Log, places: Sequence[Place |
                 if place is None:
                     values[i] = array[at + top + i, start:stop]
                 elif start < length(place):
-                    values[i, : length(place) - start] = log.read(place, start, min(stop, length(place)))
+                    log.read_into(values[i, : length(place) - start], place, start)  # which is of the array's dtype
             array[at + top : at + top + len(some), start:stop] = values
 
 

@@ -130,15 +130,18 @@ class Log:
 
     def read(self, place: Place, start: int = 0, stop: int | None = None) -> np.ndarray:
         """An array, or of a vector the numbers [start, stop). StoreError where the file has become shorter."""
-        size = prod(place.shape) if stop is None else stop - start
-        text = bytearray()
-        want, at = size * place.dtype.itemsize, place.at + start * place.dtype.itemsize
-        while len(text) < want:
-            piece = os.pread(self._file.fileno(), want - len(text), at + len(text))
-            if not piece:
+        found = np.empty(place.shape if stop is None else stop - start, place.dtype)
+        self.read_into(found, place, start)
+        return found
+
+    def read_into(self, found: np.ndarray, place: Place, start: int = 0) -> None:
+        """Fill an array, which has the dtype, from there on."""
+        rest, at = found.reshape(-1).data.cast("B") if found.size else memoryview(b""), place.at + start * place.dtype.itemsize
+        while len(rest):
+            count = os.preadv(self._file.fileno(), [rest], at)
+            if not count:
                 raise StoreError("steps that were logged are gone", where=self.path, do="let nobody else write into a run")
-            text += piece
-        return np.frombuffer(text, place.dtype).reshape(place.shape if stop is None else (size,))
+            rest, at = rest[count:], at + count
 
     def restart(self, kept: Sequence[Record]) -> None:
         """Forget all steps but these, which other files have too."""
