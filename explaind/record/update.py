@@ -23,6 +23,8 @@ class Update:
         self._filtered = filtering.anchor() if first and filtering is not None else None
         self.filtered: Any = None
         self._frozen: list[Tensor | None] = [None] * len(watched.layers)
+        self._several = len(watched.rules) > 1
+        self._lasting = not self._several
         self._hyper, self._owned = watched.hyper(), False
         self._scalars = watched.no_scalars()
         self._active = np.full(len(watched.layers), -1, dtype=np.int32)
@@ -43,8 +45,9 @@ class Update:
             if hyper is not self._hyper:
                 self._changed(i, hyper[i])
             frozen, facts = rule.frozen(moment), rule.facts(moment)
+            self._lasting = self._lasting and id(frozen) in map(id, moment.state.values())
             # Of several optimizers another may still change what this one has just used.
-            self._frozen[i] = frozen.detach().clone() if frozen is not None and len(self._watched.rules) > 1 else frozen
+            self._frozen[i] = frozen.detach().clone() if frozen is not None and self._several else frozen
             if self._scalars is not None:
                 self._scalars[i, : len(facts)] = facts
 
@@ -56,7 +59,7 @@ class Update:
 
     def frozen(self) -> Pieces | None:
         """What the rules froze of the step, as it stands: [param]; None where none freezes a tensor."""
-        return self._watched.frozen(self._frozen)
+        return self._watched.frozen(self._frozen, self._lasting)
 
     def row(self) -> StepRow:
         """The record of the step."""

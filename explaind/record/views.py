@@ -17,7 +17,7 @@ class Views:
         self._layers, self._dtype, self._device = layers, dtype, device
         self._rooms: dict[str, Tensor] = {}
         self._numpy = torch.empty(0, dtype=dtype).numpy().dtype
-        self._known: list[tuple[int, np.ndarray]] = [(0, np.empty(0, self._numpy))] * len(layers)
+        self._known: dict[str, list[tuple[int, np.ndarray]]] = {}
 
     def pieces(self, tensors: Sequence[Tensor | None], room: str) -> Pieces:
         """A vector that changes with the tensors; None stands for zeros.
@@ -33,13 +33,16 @@ class Views:
         """The same of tensors that stay where they are from step to step."""
         if self._device.type != "cpu":
             return self.pieces(tensors, room)
-        for i, (layer, tensor, (pointer, piece)) in enumerate(zip(self._layers, tensors, self._known, strict=True)):
+        if room not in self._known:
+            self._known[room] = [(-1, np.empty(0, self._numpy))] * len(self._layers)
+        known = self._known[room]
+        for i, (tensor, (pointer, piece)) in enumerate(zip(tensors, known, strict=True)):
             # The known piece keeps its memory alive: another tensor cannot have come to stand there.
             there = tensor.data_ptr() == pointer and tensor.dtype is self._dtype
             if not there or not tensor.is_contiguous() or tensor.numel() != len(piece):
-                piece = self._piece(layer, tensor, room)
-                self._known[i] = (tensor.data_ptr() if self._there(layer, tensor) else 0, piece)
-        return Pieces([piece for _, piece in self._known])
+                layer = self._layers[i]
+                known[i] = tensor.data_ptr() if self._there(layer, tensor) else -1, self._piece(layer, tensor, room)
+        return Pieces([piece for _, piece in known])
 
     def _piece(self, layer: Layer, tensor: Tensor | None, room: str) -> np.ndarray:
         if tensor is None:

@@ -46,6 +46,7 @@ class Watched:
         for p in self._params:
             self.dtype = torch.promote_types(self.dtype, p.dtype)
         self._views = Views(self.layers, self.dtype, self.device)
+        self._remembers = any(rule.remembers for rule in self.rules)
         self._groups = Groups(self._optimizers, self.rules, self._params)
         self._scalars = max(len(rule.scalars) for rule in self.rules)
         self.hyper()  # refuse an option without a rule now rather than at the first step
@@ -133,9 +134,15 @@ class Watched:
             return None
         return self._views.flat([None if rule.momentum is None else state.get(rule.momentum) for rule, state in self._states()], "momentum")
 
-    def frozen(self, tensors: Sequence[Tensor | None]) -> Pieces | None:
-        """What the rules froze of a step, one tensor a layer: [param], as it stands; None where no rule freezes one."""
-        return self._views.pieces(tensors, "frozen") if self.has_frozen else None
+    def frozen(self, tensors: Sequence[Tensor | None], lasting: bool = False) -> Pieces | None:
+        """What the rules froze of a step, one tensor a layer: [param], as it stands; None where no rule freezes one.
+
+        lasting: all of them belong to the optimizers' state, and are kept there.
+        """
+        if not self.has_frozen:
+            return None
+        kept = [tensor for tensor in tensors if tensor is not None] if lasting else []
+        return self._views.lasting(kept, "frozen") if len(kept) == len(self.layers) else self._views.pieces(tensors, "frozen")
 
     def ages(self) -> np.ndarray:
         """Updates that each parameter had so far: int32 [layer]."""
@@ -143,6 +150,8 @@ class Watched:
 
     def remembered(self) -> list[dict[str, Tensor]]:
         """Copies of the state that the rules must know from before a step, parameter by parameter."""
+        if not self._remembers:
+            return [{}] * len(self.layers)
         return [{key: state[key].clone() for key in rule.remembers if key in state} for rule, state in self._states()]
 
     def moments(self, optimizer: int, theta: np.ndarray | None, remembered: list[dict[str, Tensor]]) -> list[Moment | None]:
