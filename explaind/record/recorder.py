@@ -27,7 +27,9 @@ from explaind.record.watched import Watched, model_name
 from explaind.record.windows import Windows
 from explaind.rules.gradient_filter import GradientFilter
 from explaind.store import schema
+from explaind.store.checksums import theta_checksum
 from explaind.store.manifest import Manifest
+from explaind.store.row import StepRow
 from explaind.store.tail import check_idle
 from explaind.store.thin import writer_of
 
@@ -70,11 +72,11 @@ class Recorder:
         self._examples = None if data is None else len(data)
         self._fault: str | None = None
         self._update: Update | None = None
-        self._theta = self._watched.theta()
+        theta = self._watched.theta()
         self._incoming = Incoming(self._watched.params, self._watched.device, reduced=ranks.size > 1)
         # A block begins with what a gradient filter remembers, which may be much.
         wanted = 16 if gradient_filter is None else max(16, gradient_filter.slots)
-        step = max(1, 2 * self._theta.nbytes)
+        step = max(1, 2 * theta.size * theta.dtype.itemsize)
         block = every or max(1, min(wanted, BLOCK_BYTES // step))
         self._together = 1 if every else max(1, min(TOGETHER, SPAN_BYTES // (block * step)))
         prints = None if data is None else fingerprints(data)
@@ -82,12 +84,14 @@ class Recorder:
 
         def begin() -> tuple[Writer, int]:
             if resume:
-                return resumed(path, self._manifest(block), self._watched, self._theta, prints)
+                return resumed(path, self._manifest(block), self._watched, np.asarray(theta), prints)
             momentum, preconditioner = (every is None and has for has in (self._watched.has_momentum, self._watched.has_frozen))
             manifest, constants = self._manifest(block), self._watched.constants()
-            return writer_of(manifest)(path, manifest, self._theta, constants, prints, momentum, preconditioner, codec), 0
+            return writer_of(manifest)(path, manifest, theta, constants, prints, momentum, preconditioner, codec), 0
 
-        self._writer, self._windows.number = ranks.led(begin)
+        self._writer, self._windows.number = ranks.led(begin, self._watched.layers)
+        nothing = np.zeros(len(self._watched.layers), np.uint32)
+        self._sums = nothing, theta_checksum(theta, self._watched.layers, nothing)
         if self._writer.steps and gradient_filter is not None and not filtered:
             self._writer.close(complete=False)
             raise RecordError(
@@ -165,12 +169,11 @@ class Recorder:
             if self._update is None:
                 behind = self._windows.passed > 0
                 if behind:
-                    self._theta = self._watched.theta()
-                    self._writer.add(gap_row(self._watched, self._windows.passed, self._first), self._theta)
-                self._watched.check_unchanged(self._theta, self.steps)
+                    self._add(gap_row(self._watched, self._windows.passed, self._first))
+                self._watched.check_unchanged(*self._sums, self.steps)
                 if self._thinning is not None:
                     self._thinning.begin(self._first, closure, self.steps)
-                self._update = Update(self._watched, self._theta, self._first or behind, self._filtering)
+                self._update = Update(self._watched, self._first or behind, self._filtering)
             if closure is None:  # with one, the gradient is made during the step
                 self._gather(self._update)
         except RecordError as error:
@@ -219,13 +222,18 @@ class Recorder:
         if update is None or not update.stepped:
             return
         self._update = None
-        self._theta = self._watched.theta()
         row = update.row()
         if self._filtering is not None:
             self._filtering.take(update.filtered)
         self._windows.taken()
         self._incoming.clear()
-        self._writer.add(row if self._thinning is None else self._thinning.thinned(row), self._theta)
+        self._add(row if self._thinning is None else self._thinning.thinned(row))
+
+    def _add(self, row: StepRow) -> None:
+        """Hand a row over, with the parameters as they stand, whose checksum is all that is kept of them."""
+        before = self._writer.crc_theta
+        self._writer.add(row, self._watched.theta())
+        self._sums = before, self._writer.crc_theta
 
     @property
     def _first(self) -> bool:
@@ -248,7 +256,7 @@ class Recorder:
         return Manifest(
             optimizers=self._watched.optimized,
             layers=self._watched.layers,
-            dtype=str(self._theta.dtype),
+            dtype=str(self._watched.dtype).removeprefix("torch."),
             block=block,
             together=self._together,
             reduction=self._reduction,

@@ -113,13 +113,13 @@ class Run:
     def _read(self, name: str, rows: slice) -> np.ndarray:
         with reading("a chunk cannot be read", self.path / name):
             array = self._array(name)
-            if self.manifest.together == 1 or array.chunks[0] != self.manifest.span or rows.stop is None:
+            if self.manifest.together == 1 or array.chunks[0] < self.manifest.together or rows.stop is None:
                 return np.asarray(array[rows])
             return self._of_spans(name, array, rows.start, rows.stop)
 
     def _of_spans(self, name: str, array: zarr.Array, start: int, stop: int) -> np.ndarray:
         """Rows of an array whose chunks hold many blocks, of which the last two that were read are kept: a chunk is not read for each."""
-        long, kept, found = self.manifest.span, self._kept.setdefault(name, {}), [np.asarray(array[0:0])]
+        long, kept, found = array.chunks[0], self._kept.setdefault(name, {}), [np.asarray(array[0:0])]
         for first in range(start - start % long, stop, long):
             if first not in kept:
                 kept[first] = np.asarray(array[first : min(first + long, array.shape[0])])

@@ -50,7 +50,7 @@ CHUNK_BYTES = 1 << 16
 """Of random states in one chunk."""
 CHUNK_ROWS = 16
 """With so many rows; with more it is narrower."""
-CHUNK_VALUES = 1 << 21
+CHUNK_VALUES = 1 << 20
 """Numbers in one chunk, so that neither the writer nor a reader of one layer holds a whole large model."""
 
 
@@ -72,7 +72,9 @@ class Column:
     def chunks(self, rows: int) -> tuple[int, ...]:
         """Extents of a chunk that holds so many rows."""
         most, narrower = max(1, CHUNK_VALUES // max(1, rows)), max(1, rows // CHUNK_ROWS)
-        return tuple(max(1, n) for n in (rows, *(-(-self.chunk // narrower) if self.chunk else min(n, most) for n in self.shape)))
+        # Chunks of one width, since the last one is as much work as the others.
+        fixed = [-(-self.chunk // narrower) if self.chunk else -(-n // -(-n // most)) if n else 1 for n in self.shape]
+        return tuple(max(1, n) for n in (rows, *fixed))
 
 
 def lossless() -> BloscCodec:
@@ -199,8 +201,10 @@ def append(array: zarr.Array, rows: np.ndarray, at: int) -> None:
     Other dimensions grow as needed; narrower rows are filled up, so that nothing is left of rows that stood there before.
     """
     extend(array, at + len(rows), rows.shape[1:])
-    wide = [(0, 0), *((0, n - m) for n, m in zip(array.shape[1:], rows.shape[1:], strict=True))]
-    array[at : at + len(rows)] = np.pad(rows, wide, constant_values=array.fill_value)
+    if rows.shape[1:] != array.shape[1:]:
+        wide = [(0, 0), *((0, n - m) for n, m in zip(array.shape[1:], rows.shape[1:], strict=True))]
+        rows = np.pad(rows, wide, constant_values=array.fill_value)
+    array[at : at + len(rows)] = rows
 
 
 def write_array(group: zarr.Group, name: str, values: np.ndarray, dims: tuple[str, ...], chunks: tuple[int, ...] | None = None) -> None:

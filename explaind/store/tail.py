@@ -16,13 +16,13 @@ from dataclasses import dataclass, fields
 from io import FileIO
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from explaind.errors import StoreError
 from explaind.store import schema
-from explaind.store.row import StepRow
+from explaind.store.row import Pieces, StepRow, Vector
 
 try:
     import fcntl
@@ -46,14 +46,13 @@ class Record:
 
     step: int
     row: StepRow
-    theta: np.ndarray
+    theta: Vector
     """Empty where a thin run has forgotten it."""
     crc: np.ndarray | None = None
     """Its checksum then, uint32 [layer]."""
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where an array stands in a log."""
 
     at: int
@@ -70,6 +69,7 @@ class Log:
         hold: nobody else may hold it, StoreError where somebody does. OSError where the disk refuses.
         """
         self.path = path
+        self._alike: Any = None
         partial = path.with_name(path.name + ".partial")
         self._file = FileIO(partial, "w+")
         try:
@@ -86,49 +86,62 @@ class Log:
 
     def append(self, record: Record) -> Mapping[str, Place]:
         """Add a step, which survives the process from here on; where its arrays stand."""
-        arrays = {name: getattr(record.row, name) for name in ARRAYS} | {"theta": record.theta, "crc": record.crc}
-        held = {name: np.ascontiguousarray(values) for name, values in arrays.items() if values is not None}
-        told = {
-            "step": record.step,
-            "mode": list(record.row.mode),
-            "gap": record.row.gap,
-            "precision": record.row.precision,
-            "arrays": {n: [v.dtype.str, list(v.shape)] for n, v in held.items()},
-        }
-        line = json.dumps(told).encode() + b"\n"
-        pieces = [v.reshape(-1).data.cast("B") for v in held.values() if v.size]
-        crc = zlib.crc32(line)
-        for piece in pieces:
-            crc = zlib.crc32(piece, crc)
+        row = record.row.__dict__
+        held = {name: _contiguous(row[name]) for name in ARRAYS if row[name] is not None} | {"theta": _contiguous(record.theta)}
+        held |= {} if record.crc is None else {"crc": record.crc}
+        line = self._line(record, held)
+        pieces = [
+            part.data for values in held.values() for part in (values.parts if isinstance(values, Pieces) else (values,)) if part.size
+        ]
         # Behind the last whole record, whatever an interrupted one has left there.
         at = self._file.seek(self._end) + HEAD.size + len(line)
-        size = len(line) + sum(map(len, pieces))
-        whole: list[bytes | memoryview] = [HEAD.pack(size, crc) + line, *pieces]
-        self._write(*([b"".join(whole)] if size < SMALL else whole))
+        size = len(line) + sum([part.nbytes for part in pieces])
+        if size < SMALL:
+            text = bytearray().join([bytes(HEAD.size), line, *pieces])
+            HEAD.pack_into(text, 0, size, zlib.crc32(memoryview(text)[HEAD.size :]))
+            self._write(text)
+        else:
+            crc = zlib.crc32(line)
+            for part in pieces:
+                crc = zlib.crc32(part, crc)
+            for piece in _gathered([memoryview(HEAD.pack(size, crc) + line), *pieces]):
+                self._write(piece)
         places = {}
         for name, values in held.items():
             places[name] = Place(at, values.dtype, values.shape)
-            at += values.nbytes
+            at += values.size * values.dtype.itemsize
         self._end = at
         return places
 
-    def _write(self, *pieces: bytes | memoryview) -> None:
-        for piece in pieces:
-            rest = memoryview(piece)
-            while len(rest):  # a file may take less than it is given
-                rest = rest[self._file.write(rest) :]
+    def _line(self, record: Record, held: Mapping[str, Vector]) -> bytes:
+        """JSON of a record without its arrays; from step to step little but the number changes."""
+        row = record.row
+        alike = (row.mode, row.gap, row.precision, [(name, v.dtype, v.shape) for name, v in held.items()])
+        if alike != self._alike:
+            told = {"mode": list(row.mode), "gap": row.gap, "precision": row.precision}
+            arrays = {name: [v.dtype.str, list(v.shape)] for name, v in held.items()}
+            self._alike, self._told = alike, json.dumps({**told, "arrays": arrays})[1:]
+        return f'{{"step": {record.step}, {self._told}\n'.encode()
+
+    def _write(self, text: bytearray | memoryview) -> None:
+        rest = memoryview(text).cast("B")
+        while len(rest):  # a file may take less than it is given
+            rest = rest[self._file.write(rest) :]
 
     def read(self, place: Place, start: int = 0, stop: int | None = None) -> np.ndarray:
         """An array, or of a vector the numbers [start, stop). StoreError where the file has become shorter."""
-        size = prod(place.shape) if stop is None else stop - start
-        text = bytearray()
-        want, at = size * place.dtype.itemsize, place.at + start * place.dtype.itemsize
-        while len(text) < want:
-            piece = os.pread(self._file.fileno(), want - len(text), at + len(text))
-            if not piece:
+        found = np.empty(place.shape if stop is None else stop - start, place.dtype)
+        self.read_into(found, place, start)
+        return found
+
+    def read_into(self, found: np.ndarray, place: Place, start: int = 0) -> None:
+        """Fill an array, which has the dtype, from there on."""
+        rest, at = found.reshape(-1).data.cast("B") if found.size else memoryview(b""), place.at + start * place.dtype.itemsize
+        while len(rest):
+            count = os.preadv(self._file.fileno(), [rest], at)
+            if not count:
                 raise StoreError("steps that were logged are gone", where=self.path, do="let nobody else write into a run")
-            text += piece
-        return np.frombuffer(text, place.dtype).reshape(place.shape if stop is None else (size,))
+            rest, at = rest[count:], at + count
 
     def restart(self, kept: Sequence[Record]) -> None:
         """Forget all steps but these, which other files have too."""
@@ -139,6 +152,25 @@ class Log:
     def close(self) -> None:
         """Let go of the file."""
         self._file.close()
+
+
+def _contiguous(values: Vector) -> Vector:
+    return values if isinstance(values, Pieces) else np.ascontiguousarray(values)
+
+
+def _gathered(pieces: Iterable[memoryview]) -> Iterator[memoryview]:
+    """The same bytes, small pieces put together."""
+    small, size = list[memoryview](), 0
+    for piece in pieces:
+        if size + piece.nbytes > SMALL:
+            yield memoryview(b"".join(small))
+            small, size = [], 0
+        if piece.nbytes > SMALL:
+            yield piece
+        else:
+            small.append(piece)
+            size += piece.nbytes
+    yield memoryview(b"".join(small))
 
 
 class Tail:

@@ -12,7 +12,7 @@ import numpy as np
 
 from explaind.store import schema
 from explaind.store.manifest import Manifest
-from explaind.store.row import StepRow
+from explaind.store.row import StepRow, Vector
 from explaind.store.span import Span, whole, write_vectors
 from explaind.store.tail import Place, Record
 from explaind.store.writer import Begun, RunWriter
@@ -27,7 +27,7 @@ class ThinWriter(RunWriter):
 
     _known: np.ndarray | None = None
 
-    def add(self, row: StepRow, theta: np.ndarray) -> None:
+    def add(self, row: StepRow, theta: Vector) -> None:
         """Take step ``self.steps``, which led to the parameters theta [param]; parameter groups that have not changed are dropped."""
         known = self._known if self._span.entries else None
         same = known is not None and row.groups is not None and np.array_equal(known, row.groups)

@@ -18,7 +18,7 @@ from explaind.store import schema
 from explaind.store.checksums import constants_checksum, step_checksum, text_checksum, theta_checksum
 from explaind.store.layout import columns, rows_of_chunk
 from explaind.store.manifest import Manifest
-from explaind.store.row import StepRow
+from explaind.store.row import StepRow, Vector, between
 from explaind.store.span import ANCHORED, Entry, Span, light, write_vectors
 from explaind.store.tail import Place, Record, Tail
 
@@ -48,7 +48,7 @@ class RunWriter:
         self,
         path: Path,
         manifest: Manifest,
-        theta: np.ndarray,
+        theta: Vector,
         constants: Mapping[str, np.ndarray],
         fingerprint: np.ndarray | None,
         momentum: bool,
@@ -67,11 +67,19 @@ class RunWriter:
             if fingerprint is not None:
                 schema.write_array(group, "fingerprint", fingerprint, ("example",))
             # The first state is written at once, so that a run that is killed in its first span still opens.
-            schema.append(self._columns["theta"], theta[None], 0)
+            self._write_first(theta)
             schema.append(self._columns["checksum_theta"], crc[None], 0)
             self._span = Span(0, self._tail.begin(0, ()), crc, 0)
             self._sums = {"manifest": text_checksum(manifest.to_json()), "constants": constants_checksum(constants, fingerprint)}
             self._mark(0, complete=False, modes=())
+
+    def _write_first(self, theta: Vector) -> None:
+        """Its first state, chunk by chunk: it may be large."""
+        array = self._columns["theta"]
+        schema.extend(array, 1, theta.shape)
+        for start in range(0, theta.size, array.chunks[1]):
+            stop = min(start + array.chunks[1], theta.size)
+            array[:1, start:stop] = between(theta, start, stop)[None]
 
     def _set(self, path: Path, manifest: Manifest, steps: int, anchors: int, modes: list[tuple[bool, ...]]) -> None:
         self.path, self.manifest, self.steps, self.closed = path, manifest, steps, False
@@ -116,7 +124,12 @@ class RunWriter:
         kept = {name: column for name, column in columns(self.manifest, codec).items() if name not in left}
         return {name: schema.create_column(group, column, rows_of_chunk(column, self.manifest)) for name, column in kept.items()}
 
-    def add(self, row: StepRow, theta: np.ndarray) -> None:
+    @property
+    def crc_theta(self) -> np.ndarray:
+        """Of the parameters after the last step, continuing the one of those before it: uint32 [layer]."""
+        return self._span.last_crc_theta
+
+    def add(self, row: StepRow, theta: Vector) -> None:
         """Take step ``self.steps``, which led to the parameters theta [param]; neither is looked at afterwards.
 
         StoreError when the disk refuses this step, or those that are being written behind it.
