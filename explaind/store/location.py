@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from fsspec.implementations.local import LocalFileSystem
 
 from explaind.errors import StoreError
-from explaind.store.remote import Objects, Remote, remote
+from explaind.store.remote import Objects, Remote, RemoteError, remote
 
 MARKER = "commit.json"
 """What says which part of a run or a ledger is there: it goes first and comes last."""
@@ -97,12 +98,21 @@ def size_of(place: Location) -> int:
     return place.size()
 
 
-def remove_tree(place: Location) -> None:
-    """Remove all that is there; of a run or a ledger the marker first, so that what a kill leaves is none. OSError."""
+def remove_tree(place: Location, ignore_errors: bool = False) -> None:
+    """Remove all that is there; at a URL markers first, so that what a kill leaves is neither run nor ledger. OSError."""
     if isinstance(place, Path):
-        shutil.rmtree(place)
-    else:
+        shutil.rmtree(place, ignore_errors=ignore_errors)
+        return
+    with suppress(*([RemoteError] if ignore_errors else [])):
         place.remove(_in_order(place.files())[::-1])
+
+
+def hide(place: Location, aside: Location) -> None:
+    """Take a tree out of sight: it is renamed, for whoever clears up; at a URL it is removed. OSError."""
+    if isinstance(place, Path) and isinstance(aside, Path):
+        place.rename(aside)
+    else:
+        remove_tree(place)
 
 
 def move(source: Location, target: Location) -> None:

@@ -46,7 +46,8 @@ class Run:
     def __init__(self, path: Where, spool: str | os.PathLike[str] | None = None) -> None:
         self.path = location_of(path, spool)
         self._group = schema.open_group(self.path, "run")
-        attributes: dict[str, Any] = dict(self._group.attrs)
+        self.attributes: Mapping[str, Any] = dict(self._group.attrs)
+        attributes = self.attributes
         commit = self._read_commit()
         self.sums: Mapping[str, int] = commit["sums"]
         if self.sums and self.sums["manifest"] != text_checksum(attributes.get("manifest")):
@@ -324,7 +325,7 @@ class Run:
 
     def log(self) -> list[Record]:
         """The sound records of its tail log, in order; of a run at a URL, where it was recorded on this machine."""
-        return logged(self.path, dict(self._group.attrs))
+        return logged(self.path, self.attributes)
 
     def sound(self) -> int:
         """Steps up to the first fault of what is stored: all of them where ``damage`` finds none."""

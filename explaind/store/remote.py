@@ -162,8 +162,9 @@ def asked(where: str, missing: bool = True) -> Iterator[None]:
 
 def reason(error: BaseException) -> str:
     """Why a request failed, in words that are ours."""
-    if isinstance(error, OSError) and error.errno in errno.errorcode:
-        return os.strerror(error.errno)
+    number = error.errno if isinstance(error, OSError) else None
+    if number is not None and number in errno.errorcode:
+        return os.strerror(number)
     statuses = [int(found) for found in STATUS.findall(str(error)) if int(found) in list(HTTPStatus)]
     return type(error).__name__ + (f", status {statuses[0]} {HTTPStatus(statuses[0]).phrase}" if statuses else "")
 

@@ -150,7 +150,8 @@ def open_group(path: Location, kind: str) -> zarr.Group:
         raise StoreError(f"there is no {kind} here", where=path, got="no such folder", do="check the path")
     try:
         zipped = isinstance(path, Path) and zipfile.is_zipfile(path)
-        group = zarr.open_group(ZipStore(path, mode="r") if zipped else store_of(path, read_only=True), mode="r", zarr_format=3)
+        store = ZipStore(str(path), mode="r") if zipped else store_of(path, read_only=True)
+        group = zarr.open_group(store, mode="r", zarr_format=3)
         mark = dict(group.attrs).get("explaind")
     except ExplaindError:
         raise

@@ -72,8 +72,9 @@ def check_idle(place: Location) -> None:
 def forget(place: Location, attributes: Mapping[str, Any]) -> None:
     """Remove the log of a run that is removed."""
     log = log_of(place, attributes)
-    for name in NAMES if log is not None else ():
-        (log / name).unlink(missing_ok=True)
+    if log is not None:
+        for name in NAMES:
+            (log / name).unlink(missing_ok=True)
 
 
 def _held(place: Remote, recording: str) -> Tail:
