@@ -13,8 +13,8 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-from fsspec.implementations.local import LocalFileSystem
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from explaind.errors import StoreError
 from explaind.store.remote import Objects, Remote, RemoteError, remote
@@ -22,6 +22,7 @@ from explaind.store.remote import Objects, Remote, RemoteError, remote
 MARKER = "commit.json"
 """What says which part of a run or a ledger is there: it goes first and comes last."""
 URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+CHAINED = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*::.*://")
 SHORTENED = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/[^/]")
 """What pathlib makes of a URL."""
 LOCAL = ("file", "local")
@@ -39,14 +40,23 @@ def location_of(where: Where, spool: str | os.PathLike[str] | None = None) -> Lo
     if isinstance(where, Remote):
         return where if spool is None else replace(where, spool=Path(spool))
     text = os.fspath(where)
+    if CHAINED.match(text):
+        raise StoreError("chained URLs name no place", got=text.partition("::")[0] + "::…", do="give the URL alone")
     scheme = URL.match(text)
     if scheme is None:
         if not isinstance(where, str) and SHORTENED.match(text):
             raise StoreError("pathlib has shortened a URL", got=text.split("@")[-1], do="give it as a str")
         return Path(text)
     if scheme[1].lower() in LOCAL:
-        return Path(LocalFileSystem._strip_protocol(text))
+        return _folder(text)
     return remote(text[: scheme.end()] + text[scheme.end() :].rstrip("/"), scheme[1].lower(), spool)
+
+
+def _folder(url: str) -> Path:
+    parts = urlsplit(url)
+    if parts.netloc not in ("", "localhost") or not parts.path:
+        raise StoreError("not a URL of a folder", got=url, expected="file:///PATH", do="give the whole path")
+    return Path(url2pathname(parts.path))
 
 
 def store_of(place: Location, read_only: bool = False) -> Any:

@@ -38,7 +38,7 @@ class Remote:
 
     fs: Any = field(repr=False, compare=False)
     """A filesystem of fsspec, for calls that wait."""
-    key: str
+    key: str = field(repr=False)
     """What it calls the place."""
     url: str = field(repr=False)
     """As it was given."""
@@ -171,8 +171,8 @@ def reason(error: BaseException) -> str:
 
 def remote(url: str, scheme: str, spool: str | os.PathLike[str] | None) -> Remote:
     shown = re.sub(r"(://)[^/]*@", r"\1", url)
-    if "::" in url or any(sign in shown for sign in "?#*[]"):
-        raise StoreError("not a URL of a place", where=re.split(r"[?#]|::", shown)[0], expected="SCHEME://PLACE/NAME and nothing more")
+    if any(sign in shown for sign in "?#*[]"):
+        raise StoreError("not a URL of a place", where=re.split(r"[?#]", shown)[0], expected="SCHEME://PLACE/NAME and nothing more")
     try:
         _check_known(scheme)
         fs, key = fsspec.url_to_fs(url)

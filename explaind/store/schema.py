@@ -1,9 +1,9 @@
 """A run on disk: names, axes, dtypes and chunks of its arrays. In one file: exporting.py.
 
 run/
-  zarr.json          attributes: schema version, manifest
+  zarr.json          attributes: schema version, manifest; of a run that was recorded to a URL the name of the recording (spool.py)
   commit.json        how many steps are safely on disk; readers clamp to it
-  tail.log, tail.odd.log   steps since then, while the run is written or after it was killed (tail.py)
+  tail.log, tail.odd.log   steps since then, while the run is written or after it was killed (tail.py); of one at a URL in its spool
   theta              [state, param]          parameters before step `state` (one row more than steps)
                                              of a thin run [stored, param]: before the first step of every block, and after the last step
   state              [anchor, word]          of a thin run: the optimizer's state there, tensor by tensor (record/living.py)
