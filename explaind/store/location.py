@@ -85,7 +85,7 @@ def names_in(place: Location) -> list[str]:
     """Of what is right below it, sorted; none where there is nothing."""
     try:
         return sorted(path.name for path in place.iterdir())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
 
 

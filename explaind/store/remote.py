@@ -20,6 +20,8 @@ from zarr.storage import FsspecStore
 
 from explaind.errors import ExplaindError, StoreError
 
+KINDS = {FileNotFoundError: errno.ENOENT, PermissionError: errno.EACCES}
+"""What libraries raise without a number."""
 STATUS = re.compile(r"\b[45]\d\d\b")
 
 
@@ -96,9 +98,10 @@ class Remote:
 
     def files(self) -> list[str]:
         """What the filesystem calls all objects below it."""
-        with self._asked():
+        with self._asked(), suppress(FileNotFoundError):
             self.fs.invalidate_cache()
             return [str(path) for path in self.fs.find(self.key)]
+        return []
 
     def read_bytes(self) -> bytes:
         """An object; FileNotFoundError where there is none."""
@@ -162,7 +165,8 @@ def asked(where: str, missing: bool = True) -> Iterator[None]:
 
 def reason(error: BaseException) -> str:
     """Why a request failed, in words that are ours."""
-    number = error.errno if isinstance(error, OSError) else None
+    known = [number for kind, number in KINDS.items() if isinstance(error, kind)]
+    number = known[0] if known else error.errno if isinstance(error, OSError) else None
     if number is not None and number in errno.errorcode:
         return os.strerror(number)
     statuses = [int(found) for found in STATUS.findall(str(error)) if int(found) in list(HTTPStatus)]
