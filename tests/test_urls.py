@@ -203,6 +203,23 @@ def test_a_second_recorder_is_refused_on_this_machine_and_stops_the_first_from_a
     assert (run.steps, run.damage()) == (0, [])
 
 
+def test_a_run_that_is_removed_elsewhere_ends_its_recording(monkeypatch):
+    cases.shorten_blocks(monkeypatch)
+    model = cases.PLAIN.model()
+    optimizer = CASE.make(cases.trainable(model))
+    recorder = explaind.record(optimizer, model, "memory://b/run", data=cases.DATA)
+    (recorder.path / "commit.json").unlink()
+    with pytest.raises(StoreError, match="somebody else is writing this run"), recorder:
+        cases.train(cases.PLAIN, model, optimizer, CASE, recorder)
+
+
+def test_a_spool_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match=rf"cannot write: Not a directory \({tmp_path}/file/spool\)"):
+        recorded("memory://b/run", spool=tmp_path / "file" / "spool")
+    assert not MemoryFileSystem.store
+
+
 def test_logged_steps_of_another_recording_are_neither_taken_up_nor_lost(monkeypatch):
     cases.shorten_blocks(monkeypatch)
     with monkeypatch.context() as patch:
@@ -238,7 +255,7 @@ def test_any_put_may_fail(whole, monkeypatch):
         recorded("memory://b/whole")
     assert count[0] > 90
     seen = set()
-    for after in range(0, count[0], 8):
+    for after in range(0, count[0], 14):
         url = f"memory://b/run{after}"
         with monkeypatch.context() as patch:
             failing(patch, after, (PermissionError, FileNotFoundError, RuntimeError)[after % 3])
@@ -348,6 +365,8 @@ def test_credentials_in_a_url_are_told_to_nobody(tmp_path):
         (f"s3://b/run?secret={SECRET}", r"not a URL of a place \(s3://b/run\)"),
         (f"simplecache::s3://me:{SECRET}@b/run", r"chained URLs name no place; got simplecache::…"),
         ("s3://b/*/run", r"not a URL of a place"),
+        ("s3://bucket", r"not a URL of a place \(s3://bucket\); expected SCHEME://PLACE/NAME; name the run"),
+        ("file://host/run", r"not a URL of a folder; expected file:///PATH; got file://host/run"),
     ],
 )
 def test_what_is_no_place_is_refused_in_one_line(url, message):
@@ -392,10 +411,10 @@ print(*tree["theta"].values[-1].tolist())
 """
 
 
-@pytest.mark.parametrize("place", ["file", "s3"])
-def test_xarray_opens_a_run_of_the_standard_codec_with_nothing_of_ours(place, request, tmp_path):
+def test_xarray_opens_a_run_of_the_standard_codec_with_nothing_of_ours(s3, tmp_path):
+    """In a folder: test_exported_files.py."""
     pytest.importorskip("xarray", reason="xarray is not installed")
-    url = tmp_path.as_uri() if place == "file" else f"{request.getfixturevalue('s3')}/{tmp_path.name}"
+    url = f"{s3}/{tmp_path.name}"
     run = recorded(f"{url}/run", codec="standard")
     told = subprocess.run([sys.executable, "-c", READ, f"{url}/run"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert told.returncode == 0, told.stderr

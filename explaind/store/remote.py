@@ -174,6 +174,7 @@ def reason(error: BaseException) -> str:
 
 
 def remote(url: str, scheme: str, spool: str | os.PathLike[str] | None) -> Remote:
+    """Of a URL without a slash at its end; StoreError for one that cannot be opened here."""
     shown = re.sub(r"(://)[^/]*@", r"\1", url)
     if any(sign in shown for sign in "?#*[]"):
         raise StoreError("not a URL of a place", where=re.split(r"[?#]", shown)[0], expected="SCHEME://PLACE/NAME and nothing more")
@@ -186,7 +187,7 @@ def remote(url: str, scheme: str, spool: str | os.PathLike[str] | None) -> Remot
     except Exception as error:
         raise StoreError("this URL cannot be opened", where=shown, got=reason(error), do="check it") from error
     key = key.rstrip("/")
-    if not key.strip("/"):
+    if not key.strip("/") or (scheme != "memory" and "/" not in shown.partition("://")[2]):  # a bucket is no place for one run
         raise StoreError("not a URL of a place", where=shown, expected="SCHEME://PLACE/NAME", do="name the run")
     # What is in memory is this process's own.
     name = f"{shown} {os.getpid()}" if scheme == "memory" else shown
@@ -211,27 +212,32 @@ def _spool(name: str) -> Path:
     return Path(cache) / "explaind" / "spool" / hashlib.sha256(name.encode()).hexdigest()[:32]
 
 
+def _shown(key: str) -> str:
+    """What a filesystem calls a place, without credentials."""
+    return re.sub(r"^(/?)[^/]*@", r"\1", key)
+
+
 class Objects(FsspecStore):
     """Zarr's store of objects; what fails is told as in ``Remote``, and an answer that did not come is not taken for "nothing there"."""
 
     async def get(self, key: str, *args: Any, **options: Any) -> Any:
-        with asked(self.path):
+        with asked(_shown(self.path)):
             return await super().get(key, *args, **options)
 
     async def get_partial_values(self, *args: Any, **options: Any) -> Any:
-        with asked(self.path):
+        with asked(_shown(self.path)):
             return await super().get_partial_values(*args, **options)
 
     async def set(self, key: str, *args: Any, **options: Any) -> None:
-        with asked(self.path, missing=False):
+        with asked(_shown(self.path), missing=False):
             await super().set(key, *args, **options)
 
     async def delete(self, key: str) -> None:
-        with asked(self.path):
+        with asked(_shown(self.path)):
             await super().delete(key)
 
     async def exists(self, key: str) -> bool:
-        with asked(self.path):
+        with asked(_shown(self.path)):
             try:
                 await self.fs._info(f"{self.path}/{key}")
             except FileNotFoundError:
@@ -239,6 +245,6 @@ class Objects(FsspecStore):
             return True
 
     async def list_dir(self, prefix: str) -> AsyncIterator[str]:
-        with asked(self.path):
+        with asked(_shown(self.path)):
             async for name in super().list_dir(prefix):
                 yield name

@@ -59,8 +59,13 @@ def logged(place: Location, attributes: Mapping[str, Any]) -> list[Record]:
 
 def commit(place: Location, marker: str, before: str | None) -> None:
     """Replace the marker of a run; StoreError where one at a URL is not what this writer put there last, if it has."""
-    if isinstance(place, Remote) and before is not None and (place / MARKER).read_text() != before:
-        raise StoreError("somebody else is writing this run", where=place, do="let one of you record to another URL")
+    if isinstance(place, Remote) and before is not None:
+        try:
+            same = (place / MARKER).read_bytes() == before.encode()
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise StoreError("somebody else is writing this run", where=place, do="let one of you record to another URL")
     schema.replace_file(place / MARKER, marker)
 
 
