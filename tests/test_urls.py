@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -104,6 +105,7 @@ def test_a_run_at_a_url_is_the_run_in_a_folder(url, whole, monkeypatch):
     cases.shorten_blocks(monkeypatch)
     run = recorded(f"{url}/run")
     assert (run.identity, run.complete, run.logged, run.damage()) == (whole.identity, True, 0, [])
+    assert isinstance(run.path, Path) or not run.path.spool.exists(), "a whole run needs none"
     ledger = cases.decomposed(run, save=f"{url}/run/ledgers/one")
     kept, wanted = explaind.open_ledger(f"{url}/run/ledgers/one"), cases.decomposed(whole)
     for name, row in wanted.rows.items():
@@ -377,8 +379,6 @@ def test_what_is_no_place_is_refused_in_one_line(url, message):
 
 
 def test_a_url_that_pathlib_has_shortened_is_refused():
-    from pathlib import Path
-
     with pytest.raises(StoreError, match=r"pathlib has shortened a URL; got s3:/bucket/run; give it as a str"):
         explaind.open(Path("s3://bucket/run"))
 

@@ -10,6 +10,7 @@ The spool bears the name of the recording, which the run has in its attributes: 
 
 import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,23 @@ def begin(place: Location, attributes: Mapping[str, Any]) -> tuple[zarr.Group, T
     try:
         return schema.create_group(place, "run", {**attributes, NAME: recording}), log
     except BaseException:
-        log.close(remove=True)
+        let_go(place, log, remove=True)
         raise
 
 
 def go_on(place: Location) -> Tail:
     """The log of a run that is gone on with; StoreError where somebody is recording it."""
     return Tail(place) if isinstance(place, Path) else _held(place, _named(schema.open_group(place, "run").attrs))
+
+
+def let_go(place: Location, log: Tail, remove: bool) -> None:
+    """Close the log; remove: a run that is whole needs neither it nor a spool."""
+    if remove and isinstance(place, Remote):
+        (place.spool / NAME).unlink(missing_ok=True)  # while nobody else can hold it
+    log.close(remove)
+    if remove and isinstance(place, Remote):
+        with suppress(OSError):  # it holds something else
+            place.spool.rmdir()
 
 
 def log_of(place: Location, attributes: Mapping[str, Any]) -> Path | None:

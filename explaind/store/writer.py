@@ -185,7 +185,7 @@ class RunWriter:
 
     def _release(self, remove: bool) -> None:
         self._thread.shutdown(wait=True)
-        self._tail.close(remove)
+        spool.let_go(self.path, self._tail, remove)
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
