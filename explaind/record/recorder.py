@@ -2,9 +2,7 @@
 
 import os
 import platform
-import shutil
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -27,10 +25,11 @@ from explaind.record.watched import Watched, model_name
 from explaind.record.windows import Windows
 from explaind.rules.gradient_filter import GradientFilter
 from explaind.store import schema
+from explaind.store import spool as spools
 from explaind.store.checksums import theta_checksum
+from explaind.store.location import Location, Where, location_of, remove_tree
 from explaind.store.manifest import Manifest
 from explaind.store.row import StepRow
-from explaind.store.tail import check_idle
 from explaind.store.thin import writer_of
 
 BLOCK_BYTES = 256 << 20
@@ -46,7 +45,7 @@ class Recorder:
         self,
         optimizers: Sequence[torch.optim.Optimizer],
         model: nn.Module,
-        path: Path,
+        path: Location,
         reduction: str,
         data: MapStyle[Any] | None,
         config: Mapping[str, Any] | None,
@@ -278,7 +277,7 @@ class Recorder:
 def record(
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
     model: nn.Module,
-    path: str | os.PathLike[str],
+    path: Where,
     *,
     reduction: str = "mean",
     data: MapStyle[Any] | None = None,
@@ -292,6 +291,7 @@ def record(
     precision: torch.dtype | None = None,
     codec: str = "bitdelta",
     thin: int | str | None = None,
+    spool: str | os.PathLike[str] | None = None,
 ) -> Recorder:
     """Record every step of a training to a run folder; use as a context manager, or call ``close()`` at the end.
 
@@ -299,8 +299,8 @@ def record(
                       DataParallel and DistributedDataParallel put around them is looked through: of several processes that train one
                       model, each says whose gradients are its own, and the first one writes
     optimizer         or several of them, each with parameters of its own: they make a step together
-    path              a new or empty folder (overwrite=True removes a run that is there; resume=True goes on with it, at the recorded
-                      state that the model is in: load the training's checkpoint first)
+    path              a new or empty folder, or a URL such as s3://bucket/run where nothing is (overwrite=True removes a run that is there;
+                      resume=True goes on with it, at the recorded state that the model is in: load the training's checkpoint first)
     reduction         how the training loss reduces a batch: "mean" or "sum"
     data              optional: the training data; ids are then range-checked and each example's fingerprint is stored
     config            optional: a JSON-able mapping that is kept with the run
@@ -317,15 +317,18 @@ def record(
                       zarr reads where explaind is not installed; a run that is gone on with keeps its own
     thin              steps between two stored states, or "sqrt:STEPS" for the root of the steps to come: what is between is lived again
                       when it is asked for, in a small part of the room; RecordError names what cannot be
+    spool             of a run at a URL: a folder of this machine that holds the steps which are not committed there yet, and the lock; by
+                      default one in the user's cache. Who resumes or repairs the run names the same
 
     Raises RuleError for an optimizer without a rule, RecordError for parameters that cannot be recorded, StoreError for the path.
     """
     _check_words(reduction, codec)
-    folder, ranks = Path(path), ranks_of(model) if isinstance(model, nn.Module) else ALONE
+    folder, ranks = location_of(path, spool), ranks_of(model) if isinstance(model, nn.Module) else ALONE
     if overwrite and ranks.first and folder.exists():
-        schema.open_group(folder, "run")  # only ever remove what is a run,
-        check_idle(folder)  # and is not being written
-        shutil.rmtree(folder)
+        attributes = schema.open_group(folder, "run").attrs  # only ever remove what is a run,
+        spools.check_idle(folder)  # and is not being written
+        spools.forget(folder, attributes)
+        remove_tree(folder)
     optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
     return Recorder(
         [unwrapped_optimizer(o) for o in optimizers],

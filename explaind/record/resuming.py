@@ -1,12 +1,11 @@
 """Going on with a recording that was interrupted, at the recorded state that the model is in."""
 
-from pathlib import Path
-
 import numpy as np
 
 from explaind.errors import RecordError
 from explaind.record.watched import Watched
 from explaind.store.checksums import theta_checksum
+from explaind.store.location import Location
 from explaind.store.manifest import Manifest
 from explaind.store.reader import Run
 from explaind.store.repair import recovered
@@ -17,7 +16,9 @@ ALIKE = ("optimizers", "layers", "dtype", "reduction", "model", "modules", "rand
 """What a run and its continuation must agree on."""
 
 
-def resumed(path: Path, manifest: Manifest, watched: Watched, theta: np.ndarray, fingerprint: np.ndarray | None) -> tuple[RunWriter, int]:
+def resumed(
+    path: Location, manifest: Manifest, watched: Watched, theta: np.ndarray, fingerprint: np.ndarray | None
+) -> tuple[RunWriter, int]:
     """A writer that goes on where the model is, and the number of the training's next step; theta: its parameters [param].
 
     Steps that were recorded after that state are forgotten: the training is about to make them again. RecordError where the run is

@@ -176,12 +176,15 @@ def _gathered(pieces: Iterable[memoryview]) -> Iterator[memoryview]:
 class Tail:
     """The two logs of a run that is being written; one writer at a time holds them."""
 
-    def __init__(self, folder: Path) -> None:
-        """StoreError where somebody is writing the run. What the logs hold stays until ``begin`` or ``turn`` makes them anew."""
-        self._folder = folder
+    def __init__(self, folder: Path, of: object = None) -> None:
+        """StoreError where somebody is writing the run. What the logs hold stays until ``begin`` or ``turn`` makes them anew.
+
+        of: where the run is, if not in the same folder.
+        """
+        self._folder, self._of = folder, of or folder
         self._held: FileIO | None = FileIO(folder / NAMES[0], "a")
         try:
-            _lock(self._held, folder)
+            _lock(self._held, self._of)
         except StoreError:
             self._held.close()
             raise
@@ -217,12 +220,12 @@ class Tail:
             self._held.close()
 
 
-def _lock(file: FileIO, folder: Path) -> None:
+def _lock(file: FileIO, run: object) -> None:
     try:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        raise StoreError(BUSY, where=folder, do="wait for it, close it, or record to another path") from error
+        raise StoreError(BUSY, where=run, do="wait for it, close it, or record to another path") from error
 
 
 def records(folder: Path) -> list[Record]:
@@ -282,8 +285,8 @@ def following(found: Sequence[Record], step: int) -> list[Record]:
     return out
 
 
-def check_idle(folder: Path) -> None:
-    """StoreError where somebody is writing the run."""
+def check_idle(folder: Path, of: object = None) -> None:
+    """StoreError where somebody is writing the run; of: where that is, if not in the same folder."""
     try:
         with (folder / NAMES[0]).open("rb") as file:
             if fcntl is not None:
@@ -291,4 +294,4 @@ def check_idle(folder: Path) -> None:
     except FileNotFoundError:
         return
     except BlockingIOError as error:
-        raise StoreError(BUSY, where=folder, do="wait for it to end, or close it") from error
+        raise StoreError(BUSY, where=of or folder, do="wait for it to end, or close it") from error

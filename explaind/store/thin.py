@@ -6,11 +6,11 @@ block is full its steps stand in the log, of whose parameters only the last few 
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
 from explaind.store import schema
+from explaind.store.location import Location
 from explaind.store.manifest import Manifest
 from explaind.store.row import StepRow, Vector
 from explaind.store.span import Span, whole, write_vectors
@@ -70,6 +70,6 @@ def writer_of(manifest: Manifest) -> type[RunWriter]:
     return RunWriter if manifest.thin is None else ThinWriter
 
 
-def going_on(path: Path, manifest: Manifest, begun: Begun, logged: Sequence[Record] = ()) -> RunWriter:
+def going_on(path: Location, manifest: Manifest, begun: Begun, logged: Sequence[Record] = ()) -> RunWriter:
     """``RunWriter.resumed`` of the class that writes such a run."""
     return writer_of(manifest).resumed(path, manifest, begun, logged)

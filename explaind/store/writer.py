@@ -9,18 +9,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import zarr
 
-from explaind.store import schema
+from explaind.store import schema, spool
 from explaind.store.checksums import constants_checksum, step_checksum, text_checksum, theta_checksum
 from explaind.store.layout import columns, rows_of_chunk
+from explaind.store.location import Location
 from explaind.store.manifest import Manifest
 from explaind.store.row import StepRow, Vector, between
 from explaind.store.span import ANCHORED, Entry, Span, light, write_vectors
-from explaind.store.tail import Place, Record, Tail
+from explaind.store.tail import Place, Record
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class RunWriter:
 
     def __init__(
         self,
-        path: Path,
+        path: Location,
         manifest: Manifest,
         theta: Vector,
         constants: Mapping[str, np.ndarray],
@@ -58,8 +58,7 @@ class RunWriter:
         """codec: of theta and the preconditioner, out of schema.CHOICES."""
         crc = theta_checksum(theta, manifest.layers, np.zeros(len(manifest.layers), np.uint32))
         self._set(path, manifest, 0, 0, [])
-        group = schema.create_group(path, "run", {"manifest": manifest.to_json()})
-        self._tail = Tail(path)
+        group, self._tail = spool.begin(path, {"manifest": manifest.to_json()})
         with self._guarded():
             self._columns = self._create(group, momentum, preconditioner, codec)
             for name, values in constants.items():
@@ -81,22 +80,23 @@ class RunWriter:
             stop = min(start + array.chunks[1], theta.size)
             array[:1, start:stop] = between(theta, start, stop)[None]
 
-    def _set(self, path: Path, manifest: Manifest, steps: int, anchors: int, modes: list[tuple[bool, ...]]) -> None:
+    def _set(self, path: Location, manifest: Manifest, steps: int, anchors: int, modes: list[tuple[bool, ...]]) -> None:
         self.path, self.manifest, self.steps, self.closed = path, manifest, steps, False
         self._anchors, self._modes = anchors, modes
+        self._marked: str | None = None
         self._number = steps // manifest.span
         self._writing: Future[None] | None = None
         self._thread = ThreadPoolExecutor(1, "explaind-writer")
 
     @classmethod
-    def resumed(cls, path: Path, manifest: Manifest, begun: Begun, logged: Sequence[Record] = ()) -> "RunWriter":
+    def resumed(cls, path: Location, manifest: Manifest, begun: Begun, logged: Sequence[Record] = ()) -> "RunWriter":
         """Go on with a run after what it holds of its last span, and what was logged behind that; other steps are forgotten.
 
         Its arrays keep the codec that they have.
         """
         self = cls.__new__(cls)
         self._set(path, manifest, begun.start, begun.anchors, list(begun.modes))
-        self._columns, self._tail, self._sums = schema.growing(path), Tail(path), dict(begun.sums)
+        self._columns, self._tail, self._sums = schema.growing(path), spool.go_on(path), dict(begun.sums)
         known = [*begun.records, *logged]
         now, later = known[: manifest.span], known[manifest.span :]
         with self._guarded():
@@ -198,7 +198,7 @@ class RunWriter:
 
     def _release(self, remove: bool) -> None:
         self._thread.shutdown(wait=True)
-        self._tail.close(remove)
+        spool.let_go(self.path, self._tail, remove)
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
@@ -237,4 +237,6 @@ class RunWriter:
 
     def _mark(self, steps: int, complete: bool, modes: Iterable[tuple[bool, ...]]) -> None:
         told = {"steps": steps, "complete": complete, "modes": list(modes), **({"checksums": self._sums} if self._sums else {})}
-        schema.replace_file(self.path / "commit.json", json.dumps({**told, "crc": text_checksum(told)}))
+        marker = json.dumps({**told, "crc": text_checksum(told)})
+        spool.commit(self.path, marker, self._marked)
+        self._marked = marker
