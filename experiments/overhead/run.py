@@ -1,9 +1,9 @@
 """What does recording cost a training: time, memory and disk?
 
-python experiments/overhead/run.py [--small] [--pairs 5] [--only NAME] [--out runs/overhead]
+python experiments/overhead/run.py [--small] [--pairs 5] [--only NAME] [--out runs/overhead] [--memory]
 
 Every training is made with and without a recorder, in turn, each in a process of its own. Time is the loop's, the recorder's closing
-included, behind a few steps to warm up; memory is the most that the process ever held.
+included, behind a few steps to warm up; memory is the most that the process ever held. --memory looks at that alone, in large models.
 """
 
 import argparse
@@ -14,13 +14,16 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from explaind.config import read
+from explaind.record.recorder import record
 from explaind.store.reader import open_run
 from explaind.tasks import load
 from explaind.tasks.training import fit
@@ -34,6 +37,8 @@ TRAININGS = {
 }
 SMALL = {"digits": ("digits", ["--train.steps", "200"])}
 WARM = 5
+STACKS, WIDE = (1, 5, 10), 2048
+"""Layers of the stacks whose memory is looked at, and how wide they are."""
 
 
 def trained(config: str, overrides: list[str], path: Path | None) -> dict[str, float]:
@@ -53,6 +58,43 @@ def trained(config: str, overrides: list[str], path: Path | None) -> dict[str, f
         "params": params,
         "steps": settings.train.steps,
     }
+
+
+def stacked(layers: int, path: Path | None, steps: int = 6) -> dict[str, float]:
+    """Bytes that a few AdamW steps of linear layers held at most."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(WIDE, WIDE) for _ in range(layers)), nn.Linear(WIDE, 10))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    x, y = torch.randn(8, WIDE), torch.arange(8)
+    with nullcontext() if path is None else record(optimizer, model, path) as recorder:
+        for _ in range(steps):
+            if recorder is not None:
+                recorder.examples(range(8))
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"peak": peak, "params": sum(p.numel() for p in model.parameters())}
+
+
+def memory(out: Path) -> None:
+    """What recording adds to the memory of stacks of linear layers."""
+
+    def made(layers: int, path: Path | None) -> dict[str, float]:
+        words = [sys.executable, __file__, "--stack", str(layers), *([] if path is None else ["--out", str(path)])]
+        found: dict[str, float] = json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+        return found
+
+    print("| parameters | a copy of them | memory of the training | more when recorded | in copies |\n|---|---|---|---|---|")
+    for layers in STACKS:
+        path = out / f"stack{layers}"
+        plain, recorded = made(layers, None), made(layers, path)
+        shutil.rmtree(path)
+        copy, more = 4 * plain["params"], recorded["peak"] - plain["peak"]
+        print(
+            f"| {plain['params']:,} | {copy / 1e6:.0f} MB | {plain['peak'] / 1e6:.0f} MB | {more / 1e6:.0f} MB | {more / copy:.2f} |",
+            flush=True,
+        )
 
 
 def study(name: str, out: Path, pairs: int, small: bool) -> dict[str, Any]:
@@ -115,14 +157,22 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--only")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--memory", action="store_true")
     parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--stack", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
         config, overrides = (SMALL if given.small else TRAININGS)[given.child]
         print(json.dumps(trained(config, overrides, given.out)))
         return
+    if given.stack:
+        print(json.dumps(stacked(given.stack, given.out)))
+        return
     out = given.out or Path("runs/overhead")
     shutil.rmtree(out, ignore_errors=True)
+    if given.memory:
+        memory(out)
+        return
     print("| training | parameters | ms a step | recorded | more time | more memory, in copies of theta | theta | preconditioner | all |")
     print("|---|---|---|---|---|---|---|---|---|")
     found = {}
