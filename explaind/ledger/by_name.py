@@ -14,6 +14,7 @@ from explaind.kernel.choosing import path_rule
 from explaind.kernel.groups import Asked, check_groups
 from explaind.kernel.resolution import resolution
 from explaind.ledger.decompose import Progress, decompose
+from explaind.ledger.doctor import Diagnosis, doctor
 from explaind.ledger.ledger import Ledger
 from explaind.record.device import placed
 from explaind.store.reader import Run
@@ -215,3 +216,9 @@ def decompose_by_name(
 ) -> Ledger:
     """``explaind.decompose`` of a run that was recorded from a configuration."""
     return decompose(run, save=save, overwrite=overwrite, shard=shard, progress=progress, **arguments(run, asked))
+
+
+def diagnosed(run: Run, asked: Decompose, steps: int | None = None) -> Diagnosis:
+    """``explaind.doctor`` for what a configuration asks of a run; steps: of the whole training."""
+    given = arguments(run, asked)
+    return doctor(run, given.pop("model"), steps=steps, **given)
