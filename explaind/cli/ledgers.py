@@ -13,12 +13,13 @@ from explaind.ledger.parts import is_begun, shards_left
 from explaind.ledger.plan import shard_named
 from explaind.ledger.saving import open_ledger
 from explaind.ledger.verify_run import RunVerdict, verify_run
-from explaind.report.lines import info_lines, ledger_lines, repair_lines, run_lines, shard_lines, verify_lines
+from explaind.report.lines import info_lines, ledger_lines, repair_lines, run_lines, shard_lines, upgrade_lines, verify_lines
 from explaind.report.report import run_facts
 from explaind.report.summary import ledger_facts
 from explaind.store import schema
 from explaind.store.reader import Run, open_run
 from explaind.store.repair import repair
+from explaind.store.upgrading import upgrade
 from explaind.tasks import load
 from explaind.tasks.training import train
 
@@ -191,6 +192,13 @@ def info(path: Path, /, *, json: Json = False) -> int:
 def repaired(run: Path, /, *, json: Json = False) -> int:
     """Put a RUN right that was killed or damaged: take up the steps of its log, and cut it off before the first fault."""
     printed({"run": str(run), **asdict(repair(run))}, json, repair_lines)
+    return FINE
+
+
+@app.command(name="upgrade")
+def upgraded(run: Path, /, *, json: Json = False) -> int:
+    """Make a RUN that an older explaind recorded one that this one reads; what was recorded stays as it is."""
+    printed({"run": str(run), **asdict(upgrade(run))}, json, upgrade_lines)
     return FINE
 
 

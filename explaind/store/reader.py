@@ -20,9 +20,9 @@ from explaind.store.checksums import text_checksum
 from explaind.store.damage import damage
 from explaind.store.layout import OPTIONAL, columns, rows, starts
 from explaind.store.manifest import ROUNDINGS, Manifest
-from explaind.store.opening import opened, reading
+from explaind.store.opening import COPY, opened, reading
 from explaind.store.row import StepRow
-from explaind.store.tail import Record, following, records
+from explaind.store.tail import Record, following, has_log, records
 from explaind.store.writer import Begun
 
 KEPT = 2
@@ -48,7 +48,7 @@ class Run:
         attributes: dict[str, Any] = dict(self._group.attrs)
         commit = self._read_commit()
         self.sums: Mapping[str, int] = commit["sums"]
-        if self.sums and self.sums["manifest"] != text_checksum(attributes.get("manifest")):
+        if self.sums["manifest"] != text_checksum(attributes.get("manifest")):
             raise StoreError(
                 "the run's attributes are not what was recorded", where=self.path / "zarr.json", do="restore zarr.json from a copy"
             )
@@ -65,10 +65,10 @@ class Run:
     def _read_commit(self) -> dict[str, Any]:
         try:
             commit = json.loads(schema.read_file(self.path, "commit.json"))
-            if "crc" in commit and commit.pop("crc") != text_checksum(commit):
+            if commit.pop("crc") != text_checksum(commit):
                 raise ValueError("another checksum")
-            sums = {name: int(crc) for name, crc in commit.get("checksums", {}).items()}
-            if sums and sums.keys() != {"manifest", "constants"}:
+            sums = {name: int(crc) for name, crc in commit["checksums"].items()}
+            if sums.keys() != {"manifest", "constants"}:
                 raise ValueError("no checksums")
             if type(commit["steps"]) is not int or commit["steps"] < 0:
                 raise ValueError("no number of steps")
@@ -96,7 +96,7 @@ class Run:
                     where=self.path,
                     expected=f"{need} for {self.steps} committed steps",
                     got=have,
-                    do="restore the run from a copy",
+                    do=COPY,
                 )
 
     def _has(self, name: str) -> bool:
@@ -250,7 +250,10 @@ class Run:
         index = bisect_left(self.starts, step)
         if not self._has(name) or self.starts[index : index + 1] != (step,):
             return None
-        return self._read(name, slice(index, index + 1))[0]
+        found = self._read(name, slice(index, index + 1))
+        if not len(found):
+            raise StoreError(f"rows of {name} are missing", where=self.path, expected=f"one for step {step}", got="none", do=COPY)
+        return found[0]
 
     def block(self, start: int, stop: int) -> Block:
         """Steps [start, stop) with everything recorded of them."""
@@ -323,22 +326,30 @@ class Run:
     def sound(self) -> int:
         """Steps up to the first fault of what is stored: all of them where ``damage`` finds none."""
         found, block = 0, self.manifest.block
-        try:
-            for start in range(0, self.steps + 1, block):
-                shorter = self.first(min(start + block, self.steps))
-                if shorter.damage():
-                    break
-                found = shorter.steps
-            while self.manifest.thin is None and found < self.steps and not self.first(found + 1).damage():
-                found += 1
-        except StoreError:
-            pass
+        while found < self.steps and self._holds(found, end := min(found + block - found % block, self.steps)):
+            found = end
+        while self.manifest.thin is None and found < self.steps and self._holds(found, found + 1):
+            found += 1
         return found
+
+    def _holds(self, start: int, stop: int) -> bool:
+        """Whether steps [start, stop), with the states before and after each, are sound."""
+        try:
+            return not damage(self.first(stop), start)
+        except StoreError:
+            return False
 
     def damage(self) -> list[str]:
         """Where stored bytes are not what was recorded, in words; empty when every checksum holds."""
         self._kept.clear()
-        return damage(self)
+        return [*damage(self), *self._forgotten()]
+
+    def _forgotten(self) -> list[str]:
+        """What stands behind the committed steps is vouched for by the log of whoever wrote it, and goes when that one closes the run."""
+        behind = self._array("checksum_step").shape[0] - self._end
+        if behind <= 0 or self.path.is_file() or has_log(self.path):
+            return []
+        return [f"{behind} steps stand behind those that the commit marker tells of, and there is no log: the marker is an older one"]
 
 
 def _words(state: np.ndarray | None) -> np.ndarray | None:

@@ -43,7 +43,8 @@ from zarr.storage import ZipStore
 from explaind.errors import StoreError
 from explaind.store.bitdelta import BitDelta
 
-VERSION = 2
+VERSIONS: Mapping[str, int] = {"run": 3, "ledger": 2}
+"""Of the schema, by what it is of. A change that older runs do not have is a new one, and a step in upgrading.py."""
 CHUNK_SLOTS = 1 << 10
 """Examples of a batch in one chunk."""
 CHUNK_BYTES = 1 << 16
@@ -105,7 +106,7 @@ def create_group(path: Path, kind: str, attributes: Mapping[str, Any]) -> zarr.G
     """A new zarr v3 group marked with what it is and its schema version; the folder must not hold anything yet."""
     check_new(path)
     try:
-        return zarr.create_group(path, zarr_format=3, attributes={"explaind": {"kind": kind, "schema": VERSION}, **attributes})
+        return zarr.create_group(path, zarr_format=3, attributes={"explaind": {"kind": kind, "schema": VERSIONS[kind]}, **attributes})
     except OSError as error:
         raise unwritable(path, error) from error
 
@@ -152,9 +153,19 @@ def open_group(path: Path, kind: str) -> zarr.Group:
     if not isinstance(mark, dict) or mark.get("kind") != kind:
         got = mark.get("kind") if isinstance(mark, dict) else "a zarr group that explaind did not write"
         raise StoreError(f"this is not a {kind}", where=path, got=got, do="check the path")
-    if mark.get("schema") != VERSION:
-        raise StoreError(f"unknown schema version of a {kind}", where=path, expected=VERSION, got=mark.get("schema"), do="update explaind")
+    check_version(path, kind, mark.get("schema"))
     return group
+
+
+def check_version(path: Path, kind: str, found: object) -> None:
+    """StoreError where a run or a ledger is of another schema than this explaind writes."""
+    want = VERSIONS[kind]
+    if found == want:
+        return
+    older = type(found) is int and found < want
+    again = f"explaind upgrade {path}" if kind == "run" else "decompose again"
+    do = again if older else "update explaind"
+    raise StoreError(f"{'an older' if older else 'unknown'} schema version of a {kind}", where=path, expected=want, got=found, do=do)
 
 
 def create_column(group: zarr.Group, column: Column, rows: int) -> zarr.Array:
@@ -214,7 +225,7 @@ def write_array(group: zarr.Group, name: str, values: np.ndarray, dims: tuple[st
         compressors=compressors(values.dtype),
     )
     if values.size:
-        array[...] = values
+        array[...] = np.ascontiguousarray(values)  # zarr 3.1.6 writes texts in the order in which they lie in memory
 
 
 def compressors(dtype: np.dtype[Any]) -> Any:

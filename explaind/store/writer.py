@@ -16,7 +16,7 @@ import zarr
 
 from explaind.store import schema
 from explaind.store.checksums import constants_checksum, step_checksum, text_checksum, theta_checksum
-from explaind.store.layout import columns, rows_of_chunk
+from explaind.store.layout import columns, rows, rows_of_chunk
 from explaind.store.manifest import Manifest
 from explaind.store.row import StepRow
 from explaind.store.span import ANCHORED, Entry, Span, light, write_vectors
@@ -38,7 +38,7 @@ class Begun:
     """The steps from there on."""
     modes: tuple[tuple[bool, ...], ...]
     sums: Mapping[str, int]
-    """Checksums of what was written once; empty where the run is older than these."""
+    """Checksums of what was written once."""
 
 
 class RunWriter:
@@ -180,8 +180,14 @@ class RunWriter:
             self._wait()
             self._span.modes = tuple(self._modes)
             self._write(self._span, end=True, complete=complete)
+            self._trim()
         self.closed = True
         self._release(remove=True)
+
+    def _trim(self) -> None:
+        """Take away what stands behind the steps of a run that was gone on with at an earlier one."""
+        for name, array in self._columns.items():
+            schema.extend(array, rows(columns(self.manifest)[name], self.steps, self._anchors), array.shape[1:])
 
     def _release(self, remove: bool) -> None:
         self._thread.shutdown(wait=True)
@@ -223,5 +229,10 @@ class RunWriter:
         return span.start + len(states) - 1
 
     def _mark(self, steps: int, complete: bool, modes: Iterable[tuple[bool, ...]]) -> None:
-        told = {"steps": steps, "complete": complete, "modes": list(modes), **({"checksums": self._sums} if self._sums else {})}
-        schema.replace_file(self.path / "commit.json", json.dumps({**told, "crc": text_checksum(told)}))
+        write_marker(self.path, steps, complete, modes, self._sums)
+
+
+def write_marker(path: Path, steps: int, complete: bool, modes: Iterable[tuple[bool, ...]], sums: Mapping[str, int]) -> None:
+    """So many steps of a run are whole on disk, from here on."""
+    told = {"steps": steps, "complete": complete, "modes": list(modes), "checksums": sums}
+    schema.replace_file(path / "commit.json", json.dumps({**told, "crc": text_checksum(told)}))
