@@ -179,12 +179,14 @@ def verify(path: Path, /, *, json: Json = False) -> int:
 
 @app.command
 def info(path: Path, /, *, json: Json = False) -> int:
-    """Say what a RUN or a LEDGER holds."""
+    """Say what a RUN or a LEDGER holds; of a run that was damaged, how much of it is sound."""
     if schema.kind_of(path) == "ledger":
         printed({"ledger": str(path), **ledger_facts(open_ledger(path))}, json, ledger_lines)
     else:
         recorded = open_run(path)
-        printed({**run_facts(recorded), "ledgers": [str(p) for p in ledgers_of(path)]}, json, info_lines)
+        sound = recorded.sound()
+        held = {"steps": recorded.steps, "sound": sound, "logged": recorded.logged}
+        printed({**run_facts(recorded.first(sound)), **held, "ledgers": [str(p) for p in ledgers_of(path)]}, json, info_lines)
     return FINE
 
 

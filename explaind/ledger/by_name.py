@@ -1,5 +1,6 @@
 """Asking by name: a run that was recorded from a configuration knows its own task, so that queries and measures are words."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,7 +41,27 @@ def config_of(run: Run) -> Config:
 def task_of(run: Run) -> Task:
     """The task that a run was recorded from."""
     named = config_of(run).task
+    if _lies_in(named.name, run.path):
+        raise RequestError(
+            "the run names a task of its own folder, which would be executed",
+            where=run.path,
+            got=named.name,
+            do="look at it, and put it elsewhere if you trust it",
+        )
     return load(named.name, named.options)
+
+
+def _lies_in(name: str, folder: Path) -> bool:
+    """Whether Python would look for the module of package.module:Name in a folder, at whatever place of its path."""
+    own = folder.resolve()
+    for entry in sys.path:
+        place = Path(entry or ".").resolve()
+        for part in name.partition(":")[0].split(".") if ":" in name else ():
+            there = place.joinpath(part).exists() or any(place.glob(f"{part}.*"))
+            place = place / part
+            if there and place.resolve().is_relative_to(own):
+                return True
+    return False
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,8 @@ def info_lines(facts: dict[str, Any]) -> list[str]:
     ]
     if facts["thin"]:
         lines.append(f"  thin        parameters and optimizer state every {facts['thin']} steps; what is between is lived again")
+    if facts["sound"] < facts["steps"]:
+        lines.append(f"  DAMAGED     {facts['sound']} steps are sound: explaind verify says what is not, explaind repair cuts the rest off")
     if facts["logged"]:
         lines.append(f"  log         {facts['logged']} more steps: explaind repair takes them up")
     lines += [f"  task        {json.dumps(config['task'])}"] if "task" in config else []

@@ -18,14 +18,14 @@ COPY = "restore the run from a copy"
 
 
 @contextmanager
-def reading(what: str, where: Path) -> Iterator[None]:
+def reading(what: str, where: Path, do: str = COPY) -> Iterator[None]:
     """Whatever a library raises over odd bytes, of any class, in one line."""
     try:
         yield
     except ExplaindError:
         raise
     except Exception as error:
-        raise StoreError(what, where=where, got=f"{type(error).__name__}: {error}"[:200], do=COPY) from error
+        raise StoreError(what, where=where, got=f"{type(error).__name__}: {error}"[:200], do=do) from error
 
 
 def opened(group: zarr.Group, name: str, manifest: Manifest, where: Path) -> zarr.Array:

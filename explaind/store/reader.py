@@ -99,6 +99,17 @@ class Run:
                     do=COPY,
                 )
 
+        self._check_stored()
+
+    def _check_stored(self) -> None:
+        """No memory is made for steps on the word of metadata alone: every committed step has checksums, which are never all zero."""
+        with reading("the metadata of an array cannot be read", self.path / "checksum_theta"):
+            array = self._array("checksum_theta")
+            need = -(-(self.steps + 1) // array.chunks[0]) * -(-array.shape[1] // array.chunks[1])
+            have = schema.chunks_stored(self.path, "checksum_theta")
+        if have < need:
+            raise StoreError("chunks of checksum_theta are missing", where=self.path, expected=f"at least {need}", got=have, do=COPY)
+
     def _has(self, name: str) -> bool:
         if name not in self._known:
             with reading("the metadata of an array cannot be read", self.path / name):
@@ -346,8 +357,10 @@ class Run:
 
     def _forgotten(self) -> list[str]:
         """What stands behind the committed steps is vouched for by the log of whoever wrote it, and goes when that one closes the run."""
-        behind = self._array("checksum_step").shape[0] - self._end
-        if behind <= 0 or self.path.is_file() or has_log(self.path):
+        if self.path.is_file() or has_log(self.path):
+            return []
+        behind = self._array("checksum_step").shape[0] - self._read_commit()["steps"]  # which may be another one by now
+        if behind <= 0 or has_log(self.path):
             return []
         return [f"{behind} steps stand behind those that the commit marker tells of, and there is no log: the marker is an older one"]
 

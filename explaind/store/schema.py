@@ -130,6 +130,14 @@ def read_file(path: Path, name: str) -> bytes:
         raise FileNotFoundError(2, f"no {name} in the zip", str(path)) from error
 
 
+def chunks_stored(path: Path, name: str) -> int:
+    """How many chunks of an array there are, in the folder of a run or in its zip; whatever its metadata say of their number."""
+    if not path.is_file():
+        return sum(1 for file in (path / name / "c").rglob("*") if file.is_file())
+    with zipfile.ZipFile(path) as archive:
+        return sum(1 for file in archive.namelist() if file.startswith(f"{name}/c/"))
+
+
 def kind_of(path: Path) -> str:
     """ "run" or "ledger"; StoreError where neither is."""
     if not path.exists():
@@ -225,7 +233,7 @@ def write_array(group: zarr.Group, name: str, values: np.ndarray, dims: tuple[st
         compressors=compressors(values.dtype),
     )
     if values.size:
-        array[...] = np.ascontiguousarray(values)  # zarr 3.1.6 writes texts in the order in which they lie in memory
+        array[...] = np.asarray(values, order="C")  # zarr 3.1.6 writes texts in the order in which they lie in memory
 
 
 def compressors(dtype: np.dtype[Any]) -> Any:
