@@ -23,6 +23,8 @@ class Trial:
     """The first steps of a training."""
 
     run: Run
+    start: float
+    """Seconds until the first step is made: of reading the data, and of beginning the record."""
     step: float
     """Seconds of a recorded step, the median."""
     close: float
@@ -36,7 +38,7 @@ class Trial:
 
     def seconds(self, steps: int, span: int | None = None) -> float:
         """Of recording so many steps; span: steps between two commits, where the trial has others."""
-        return self.step * steps + self.close * -(-steps // (self.run.manifest.span if span is None else span))
+        return self.start + self.step * steps + self.close * -(-steps // (self.run.manifest.span if span is None else span))
 
 
 def tried(settings: Config, path: Path) -> Trial:
@@ -46,7 +48,8 @@ def tried(settings: Config, path: Path) -> Trial:
     train(load(settings.task.name, settings.task.options), shorter, path, progress=lambda *_: ticks.append(time.perf_counter()))
     end = time.perf_counter()
     pauses = np.diff(ticks)
-    return Trial(open_run(path), float(np.median(pauses[1:] if len(pauses) > 1 else pauses)), end - ticks[-1], peak())
+    step = float(np.median(pauses[1:] if len(pauses) > 1 else pauses))
+    return Trial(open_run(path), max(0.0, float(pauses[0]) - step), step, end - ticks[-1], peak())
 
 
 def peak() -> int:
