@@ -3,6 +3,7 @@
 import errno
 import itertools
 import os
+import shutil
 import threading
 import time
 import tracemalloc
@@ -20,9 +21,11 @@ from explaind.record import recorder as recording
 from explaind.store import tail
 from explaind.store.reader import open_run
 from explaind.store.repair import repair
+from explaind.store.sealed import read_sealed
 from explaind.store.writer import RunWriter
 from tests import cases
 from tests.closeness import same
+from tests.stopped import nothing_but, same_ledger, save_at_every_segment
 
 CASE = cases.optimizer_named("adamw")
 
@@ -145,6 +148,39 @@ def test_any_write_may_fail(tmp_path, whole, capsys):
         same(run.states(0, have + 1), whole.states(0, have + 1))
     capsys.readouterr()
     assert len(told) == k > 40, "every write of the recording has failed once"
+
+
+def test_any_write_of_a_decomposition_may_fail(tmp_path, whole):
+    """The ledger is not there then; what was saved on the way is whole, and is gone on with to the undisturbed ledger."""
+    asked, told, folder = {"keep": ("query", "output", "layer")}, list[str](), tmp_path / ".val.parts"
+    want = cases.decomposed(whole, **asked)
+    for k in itertools.count():
+        count, code = itertools.count(), (errno.ENOSPC, errno.EIO)[k % 2]
+
+        def fail(text, count=count, k=k, code=code):
+            if next(count) >= k:  # a disk that is full stays full
+                raise OSError(code, os.strerror(code))
+            return text
+
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                save_at_every_segment(patch)
+                on_write(patch, fail)
+                cases.decomposed(whole, save=tmp_path / "val", **asked)
+            break
+        except StoreError as error:
+            told.append(str(error))
+        assert told[-1].startswith(f"cannot write: {os.strerror(code)} ({tmp_path}")
+        assert "\n" not in told[-1]
+        assert {path.name for path in tmp_path.iterdir()} <= {folder.name}
+        assert all(read_sealed(path) is not None for path in folder.glob("block-*"))
+        if k % 12 == 5:
+            same_ledger(cases.decomposed(whole, save=tmp_path / "val", **asked), want)
+            same_ledger(explaind.open_ledger(tmp_path / "val"), want)
+            shutil.rmtree(tmp_path / "val")
+        shutil.rmtree(folder, ignore_errors=True)
+    assert len(told) == k > 40, "every write of the decomposition has failed once"
+    nothing_but(tmp_path / "val")
 
 
 def test_a_run_that_is_being_recorded_is_not_overwritten(tmp_path):

@@ -115,6 +115,20 @@ def test_sizes_are_bounded_before_memory_is_made(array, shape, run, tmp_path):
         explaind.open(tmp_path / "run").damage()
 
 
+def test_a_marker_of_an_earlier_moment_is_told(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    edit(tmp_path / "run" / "commit.json", lambda commit: (commit.update(steps=4, complete=False), sealed(commit)))
+    [told] = explaind.open(tmp_path / "run").damage()
+    assert told.startswith("3 steps stand behind those that the commit marker tells of")
+
+
+def test_another_fill_of_what_was_never_written_is_refused(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    edit(tmp_path / "run" / "gap" / "zarr.json", lambda told: told.__setitem__("fill_value", 1))
+    with pytest.raises(ExplaindError, match=r"not what the manifest says.*gap.*filled with 0; got .*filled with 1"):
+        explaind.open(tmp_path / "run")
+
+
 def test_a_frozen_parameter_that_changed_on_disk_is_told(tmp_path):
     module = study()
     module.record(tmp_path / "run")

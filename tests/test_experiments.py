@@ -154,6 +154,18 @@ def test_killed_recordings_are_sound_and_go_on(tmp_path, monkeypatch, capsys):
     assert "0 corrupt, 0 with phantom steps,\nat most 0 told steps lost, 2 resumed to a bitwise equal end" in capsys.readouterr().out
 
 
+def test_killed_decompositions_go_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run.py", "--what", "decompose", "--kills", "1", "--out", str(tmp_path / "store")])
+    study = loaded("store")
+    for module, name in ((study.recording, "TOGETHER"), (study.parts, "SECONDS"), (study.parts, "PATIENCE")):
+        monkeypatch.setattr(module, name, getattr(module, name))  # put back afterwards
+    monkeypatch.setattr(study, "DECOMPOSED", 48)
+    study.main()
+    out = capsys.readouterr().out
+    assert "of 192: 0 corrupt" in out
+    assert "1 ledgers bitwise the undisturbed one" in out
+
+
 def test_what_recording_costs_is_told(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["run.py", "--small", "--pairs", "1", "--out", str(tmp_path / "overhead")])
     loaded("overhead").main()

@@ -10,6 +10,7 @@ import zarr
 import explaind
 from explaind.kernel.sweep import Sweep
 from explaind.ledger import plan
+from explaind.store import schema
 from tests import cases, reference
 from tests.closeness import algebra, rounding, same
 
@@ -200,6 +201,16 @@ def test_a_saved_ledger_is_bitwise_the_one_in_memory_and_read_on_demand(run, tmp
     same(opened.verify().explained, ledger.verify().explained)
     same(opened.verify().closure, ledger.verify().closure)
     algebra(opened.sum("example", "step")["data"], ledger["data"].sum((2, 4)), "sum of a row on disk")
+
+
+def test_texts_are_written_in_their_order_however_they_lie_in_memory(tmp_path):
+    """What the path rule did is told by step and block, and made block by block."""
+    words = np.array([["a", "b", "c"], ["d", "e", "f"]]).T.astype(np.dtypes.StringDType())
+    group = zarr.create_group(tmp_path / "group")
+    schema.write_array(group, "recipes", words, ("every_step", "every_block"))
+    schema.write_array(group, "one", np.array(3), ())
+    assert group["recipes"][...].tolist() == words.tolist()
+    assert group["one"].shape == ()
 
 
 def test_rows_and_axes_that_are_not_there_are_refused(full):

@@ -1,10 +1,12 @@
 """A recording that was interrupted goes on, and is the one that was not."""
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -192,10 +194,70 @@ def test_repair_cuts_a_damaged_run_off_before_the_fault(state, tmp_path, capsys)
         assert main(["repair", str(run.path)]) == 2
         assert "not even the first state" in capsys.readouterr().err
         return
+    assert main(["info", str(run.path)]) == 0
+    assert f"{LENGTH} steps" in (told := capsys.readouterr().out)
+    assert f"DAMAGED     {state - 1} steps are sound" in told
     assert repair(run.path) == Repair(LENGTH, state - 1, 0, LENGTH - state + 1)
     after = explaind.open(run.path)
     assert (after.steps, after.complete, after.damage()) == (state - 1, False, [])
     assert cases.decomposed(after, cases.Problem("loop")).verify().ok
+
+
+@pytest.mark.parametrize("name", ["batch", "theta", "preconditioner"])
+def test_info_says_what_is_left_of_a_run_with_a_chunk_that_cannot_be_read(name, tmp_path, capsys):
+    run = Loop(tmp_path / "run").record(LENGTH)
+    chunk = sorted(file for file in (run.path / name / "c").rglob("*") if file.is_file())[2]  # of states, or steps, 6 to 8
+    chunk.write_bytes(chunk.read_bytes()[:-3])
+    assert main(["info", str(run.path), "--json"]) == 0
+    left = 5 if name == "theta" else 6
+    assert (json.loads(capsys.readouterr().out)["sound"], explaind.open(run.path).sound()) == (left, left)
+    assert main(["repair", str(run.path)]) == 0
+    after = explaind.open(run.path)
+    assert (after.steps, after.damage()) == (left, [])
+
+
+RECORDER = """
+import sys, time
+import torch
+from tests import cases, test_resumed_recording as t
+from pathlib import Path
+import pytest
+cases.shorten_blocks(pytest.MonkeyPatch())
+loop = t.Loop(Path(sys.argv[1]))
+try:
+    loop.record(int(sys.argv[2]), resume=len(sys.argv) > 3)
+    print("recorded")
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+def recorder(path, *words):
+    command = [sys.executable, "-c", RECORDER, str(path), *words]
+    return subprocess.Popen(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True)
+
+
+def test_of_two_processes_on_one_path_one_records_and_one_is_refused(tmp_path):
+    """And one that wants to go on with what another is recording; a reader meanwhile sees whole prefixes of the record."""
+    want = Loop(tmp_path / "whole").record(80)
+    racing = [recorder(tmp_path / "run", "80") for _ in range(2)]
+    while not (tmp_path / "run" / "commit.json").exists():
+        time.sleep(0.001)
+    late, seen = recorder(tmp_path / "run", "80", "resume"), list[int]()
+    while any(process.poll() is None for process in racing):
+        run = explaind.open(tmp_path / "run")
+        assert run.damage() == []
+        same(run.states(0, run.steps + 1), want.states(0, run.steps + 1))
+        seen.append(run.steps)
+    said = sorted(process.communicate()[0].strip() for process in racing)
+    assert said[1] == "recorded"
+    assert said[0].startswith("StoreError there is something here already")
+    assert seen == sorted(seen)
+    assert len(set(seen)) > 1
+    told = late.communicate()[0]
+    assert "this run is being recorded" in told or told.strip() == "recorded"  # where it came when the other was through
+    run = explaind.open(tmp_path / "run")
+    assert (run.identity, run.complete, run.damage()) == (want.identity, True, [])
 
 
 def test_a_second_recorder_on_one_path_is_refused(tmp_path):

@@ -148,7 +148,7 @@ def with_a_longer_commit(path):
 
 BROKEN = (
     (shutil.rmtree, "there is no run here"),
-    (of_a_later_schema, "unknown schema version of a run.*expected 2; got 99; update explaind"),
+    (of_a_later_schema, "unknown schema version of a run.*expected 3; got 99; update explaind"),
     (with_half_a_manifest, "attributes are damaged.*optimizers"),
     (without_its_mark, "not a run.*explaind did not write"),
     (with_half_a_commit, "commit marker is missing or damaged.*commit.json"),

@@ -1,9 +1,10 @@
-"""Is a recording that is killed ever corrupt, and what is lost?
+"""Is a recording, or a decomposition, that is killed ever corrupt, and what is lost?
 
-python experiments/store/run.py [--kills 50] [--out runs/store]
+python experiments/store/run.py [--what record|decompose] [--kills 50] [--out runs/store]
 
 A training is recorded in a process of its own and killed with SIGKILL at a random moment. Its record is checked, resumed from
-the training's own checkpoint, run to the end, and compared bitwise with one that was not interrupted.
+the training's own checkpoint, run to the end, and compared bitwise with one that was not interrupted. Or a decomposition of some of
+its steps is killed, looked at, asked for again, and its ledger compared bitwise with the undisturbed one.
 """
 
 import argparse
@@ -14,7 +15,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +26,12 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import explaind
+from explaind.ledger import parts
 from explaind.record import recorder as recording
 
 STEPS = 400
+DECOMPOSED, QUERIES, MEMORY = 48, 12, 1_000_000
+"""Steps, queries, and bytes for some of them."""
 
 
 def data():
@@ -44,7 +50,7 @@ class Loop:
 
     def load(self) -> None:
         if self.file.exists():
-            model, optimizer = torch.load(self.file)
+            model, optimizer = torch.load(self.file, weights_only=True)
             self.model.load_state_dict(model)
             self.optimizer.load_state_dict(optimizer)
 
@@ -78,22 +84,78 @@ def kill_one(path: Path, rng: random.Random) -> int:
     return int(lines[-1]) if lines else 0
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--out", type=Path, default=Path("runs/store"))
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    recording.TOGETHER = 1  # a commit every sixteen steps, of which there are many while a child lives
-    if given.child:
-        return Loop(given.child).run(tell=True)
-    shutil.rmtree(given.out, ignore_errors=True)
-    given.out.mkdir(parents=True)
-    Loop(given.out / "whole").run()
-    want, rng = explaind.open(given.out / "whole").states(0, STEPS + 1), random.Random(0)
-    found = {"kills": given.kills, "corrupt": 0, "phantom": 0, "lost": [], "at": [], "resumed_bitwise": 0}
-    for index in range(given.kills):
-        path = given.out / f"run-{index}"
+def decomposed(run: Path, save: Path | None, progress: Callable[[int, int], None] | None = None) -> explaind.Ledger:
+    """Of some steps of a recording, in blocks of three queries."""
+    some, queries = explaind.open(run).first(DECOMPOSED), torch.randn(QUERIES, 20, generator=torch.Generator().manual_seed(2))
+    return explaind.decompose(
+        some,
+        Loop(run).model,
+        data=data(),
+        losses=lambda model, batch: F.cross_entropy(model(batch[0]), batch[1], reduction="none"),
+        queries=queries,
+        measure=lambda model, x: model(x),
+        keep=("query", "output", "example", "layer"),
+        memory=MEMORY,
+        save=save,
+        progress=progress,
+    )
+
+
+def decompose_child(run: Path, save: Path) -> None:
+    """Tells of every step that it has swept."""
+    print(0, flush=True)
+    decomposed(run, save, lambda done, total: print(done, flush=True))
+
+
+def kill_decompose(run: Path, save: Path, rng: random.Random, total: int) -> int:
+    """Steps that were swept when the child was killed: at a random one, and then a random part of one."""
+    told, after = save.with_suffix(".told"), rng.randint(0, total)
+    with told.open("w") as out:
+        child = subprocess.Popen([sys.executable, __file__, "--child", str(run), "--save", str(save)], stdout=out)
+        while len(told.read_text().splitlines()) <= after and child.poll() is None:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0.0, 0.02))
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    return max(0, len(told.read_text().splitlines()) - 1)
+
+
+def alike(one: explaind.Ledger, other: explaind.Ledger) -> bool:
+    """Bitwise, with all coordinates and checks."""
+    arrays = [{**{name: ledger[name] for name in (*ledger.rows, "final")}, **ledger.coords} for ledger in (one, other)]
+    checks = [{name: values for name, values in vars(ledger.checks).items() if isinstance(values, np.ndarray)} for ledger in (one, other)]
+    same = all(mine.keys() == theirs.keys() for mine, theirs in (arrays, checks))
+    return same and all(mine[name].tobytes() == theirs[name].tobytes() for mine, theirs in (arrays, checks) for name in mine)
+
+
+def decompositions(out: Path, kills: int) -> dict[str, Any]:
+    """Each is killed once, looked at, and asked for again."""
+    Loop(out / "whole").run()
+    want, rng, ticks = decomposed(out / "whole", None), random.Random(1), list[int]()
+    decomposed(out / "whole", out / "undisturbed", lambda done, total: ticks.append(total))
+    found: dict[str, Any] = {"kills": kills, "at": [], "of": ticks[-1], "corrupt": 0, "kept_work": 0, "finished": 0, "bitwise": 0}
+    for index in range(kills):
+        save = out / f"ledger-{index}"
+        at = kill_decompose(out / "whole", save, rng, ticks[-1])
+        found["at"].append(at)
+        whole = (save / "commit.json").exists()
+        found["finished"] += whole
+        found["corrupt"] += (whole and not alike(explaind.open_ledger(save), want)) or (save.exists() and not whole)
+        found["kept_work"] += any((out / f".{save.name}.parts").glob("block-*"))
+        ledger = explaind.open_ledger(save) if whole else decomposed(out / "whole", save)
+        found["bitwise"] += alike(ledger, want) and alike(explaind.open_ledger(save), want)
+        found["corrupt"] += bool(list(out.glob(f".{save.name}.*"))) and not whole  # nothing is left beside it
+        shutil.rmtree(save)
+    return found
+
+
+def recordings(out: Path, kills: int) -> dict[str, Any]:
+    """Each is killed once, checked, and run to its end."""
+    Loop(out / "whole").run()
+    want, rng = explaind.open(out / "whole").states(0, STEPS + 1), random.Random(0)
+    found: dict[str, Any] = {"kills": kills, "corrupt": 0, "phantom": 0, "lost": [], "at": [], "resumed_bitwise": 0}
+    for index in range(kills):
+        path = out / f"run-{index}"
         told = kill_one(path, rng)
         run = explaind.open(path)
         held = run.steps + run.logged
@@ -107,10 +169,33 @@ def main() -> None:
         run = explaind.open(path)
         found["resumed_bitwise"] += run.steps == STEPS and not run.damage() and np.array_equal(run.states(0, STEPS + 1), want)
         shutil.rmtree(path)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--what", choices=("record", "decompose"), default="record")
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--out", type=Path, default=Path("runs/store"))
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--save", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    recording.TOGETHER = 1  # a commit every sixteen steps, of which there are many while a child lives
+    parts.SECONDS = parts.PATIENCE = 0.0  # and a block on its way is saved between any two segments
+    if given.child:
+        return decompose_child(given.child, given.save) if given.save else Loop(given.child).run(tell=True)
+    shutil.rmtree(given.out, ignore_errors=True)
+    given.out.mkdir(parents=True)
+    found = (recordings if given.what == "record" else decompositions)(given.out, given.kills)
     (given.out / "results.json").write_text(json.dumps(found, indent=1))
     at = f"{min(found['at'])} … {max(found['at'])}"
-    print(f"{given.kills} kills at steps {at}: {found['corrupt']} corrupt, {found['phantom']} with phantom steps,")
-    print(f"at most {max(found['lost'])} told steps lost, {found['resumed_bitwise']} resumed to a bitwise equal end")
+    if given.what == "record":
+        print(f"{given.kills} kills at steps {at}: {found['corrupt']} corrupt, {found['phantom']} with phantom steps,")
+        print(f"at most {max(found['lost'])} told steps lost, {found['resumed_bitwise']} resumed to a bitwise equal end")
+    else:
+        print(f"{given.kills} kills of decompose at steps {at} of {found['of']}: {found['corrupt']} corrupt,")
+        kept, done = found["kept_work"], found["finished"]
+        print(f"{kept} left work that was gone on with, {done} were through; {found['bitwise']} ledgers bitwise the undisturbed one")
 
 
 if __name__ == "__main__":

@@ -1,27 +1,21 @@
-"""The verb that says what will happen before hours are spent: doctor."""
+"""Verbs that say what will happen before hours are spent: doctor, plan."""
 
 import tempfile
-import time
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from explaind.cli.terminal import FAILED, FINE, Json, Overrides, app, printed
 from explaind.config import Config, Decompose, read
 from explaind.errors import ExplaindError, RequestError
-from explaind.ledger.by_name import arguments, check_asked, config_of, measure_named, task_of
-from explaind.ledger.doctor import Diagnosis, doctor
-from explaind.report.lines import doctor_lines
+from explaind.ledger.by_name import check_asked, config_of, diagnosed, measure_named
+from explaind.ledger.choices import choices
+from explaind.ledger.doctor import Diagnosis
+from explaind.ledger.trial import tried
+from explaind.report.lines import doctor_lines, plan_lines
 from explaind.store.location import location_of, size_of
 from explaind.store.reader import Run, open_run
 from explaind.tasks import load
-from explaind.tasks.training import train
-
-TRIAL = 20
-"""Steps that are recorded to try a configuration: more than one block of them, so that what is written once is told from what grows."""
 
 
 @app.command(name="doctor")
@@ -37,7 +31,8 @@ def diagnose(path: str, /, *overrides: Overrides, json: Json = False) -> int:
             raise RequestError("a run was recorded with its configuration", got=" ".join(overrides), do="give no settings with a RUN")
         recorded = open_run(place)
         settings = config_of(recorded)
-        facts = {"of": str(place), **_facts(diagnosed(recorded, settings.decompose)), **_sizes(recorded, recorded.steps)}
+        disk = size_of(place) - size_of(place / "ledgers")
+        facts = {"of": str(place), **_facts(diagnosed(recorded, settings.decompose)), "disk": disk}
     else:
         settings = read(place, overrides)
         check_asked(settings)
@@ -48,10 +43,19 @@ def diagnose(path: str, /, *overrides: Overrides, json: Json = False) -> int:
     return FINE if facts["ok"] else FAILED
 
 
-def diagnosed(run: Run, asked: Decompose, steps: int | None = None) -> Diagnosis:
-    """The doctor's findings, for what a configuration asks of a run."""
-    given = arguments(run, asked)
-    return doctor(run, given.pop("model"), steps=steps, **given)
+@app.command
+def plan(config: Path, /, *overrides: Overrides, json: Json = False) -> int:
+    """Say what each way to record a CONFIG will take, from a few steps that are recorded: plan CONFIG [--table.key value …].
+
+    Disk, memory and time of recording, and of the decomposition that it asks for, with every state stored in either codec, and thin
+    with a state every so many steps. Exit status 1 where the training or the decomposition would be refused.
+    """
+    settings = read(config, overrides)
+    check_asked(settings)
+    found, ways = choices(settings)
+    facts = {"of": str(config), "ok": found.ok, "steps": settings.train.steps, "refused": found.refused}
+    printed({**facts, "choices": [asdict(way) for way in ways]}, json, plan_lines)
+    return FINE if found.ok else FAILED
 
 
 def recommended(run: Run, asked: Decompose) -> Decompose:
@@ -65,29 +69,14 @@ def recommended(run: Run, asked: Decompose) -> Decompose:
 def _tried(settings: Config) -> dict[str, Any]:
     """Record a few steps of a configuration, and diagnose them."""
     steps = settings.train.steps
-    ticks = [time.perf_counter()]
-    shorter = replace(settings, train=replace(settings.train, steps=min(TRIAL, steps)))
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "run"
         try:
-            train(load(settings.task.name, settings.task.options), shorter, path, progress=lambda *_: ticks.append(time.perf_counter()))
+            trial = tried(settings, Path(folder) / "run")
         except ExplaindError as error:
             return _facts(Diagnosis([str(error)], steps=steps))
-        run = open_run(path)
-        task_of(run)
-        pauses = np.diff(ticks)[1:]
-        record = float(np.mean(pauses)) * steps if len(pauses) else None
-        return {**_facts(diagnosed(run, settings.decompose, steps)), **_sizes(run, steps), "record_seconds": record}
+        found = _facts(diagnosed(trial.run, settings.decompose, steps))
+        return {**found, "disk": trial.disk(steps), "record_seconds": trial.seconds(steps)}
 
 
 def _facts(found: Diagnosis) -> dict[str, Any]:
     return {"ok": found.ok, **asdict(found)}
-
-
-def _sizes(run: Run, steps: int) -> Mapping[str, int]:
-    """Bytes on disk, of what is recorded and of so many steps."""
-    columns = ("theta", "momentum", "filtered", "preconditioner", "scalar", "batch", "part", "weight", "hyper", "age", "mode", "gap")
-    others = ("precision", "consumed", "random", "state", "groups", "checksum_theta", "checksum_step")
-    have = {name: size_of(run.path / name) for name in (*columns, *others)}
-    rest = size_of(run.path) - sum(have.values()) - size_of(run.path / "ledgers")
-    return {"disk": int(rest + sum(have.values()) * steps / max(1, run.steps))}

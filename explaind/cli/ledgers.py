@@ -13,13 +13,14 @@ from explaind.ledger.parts import is_begun, shards_left
 from explaind.ledger.plan import shard_named
 from explaind.ledger.saving import open_ledger
 from explaind.ledger.verify_run import RunVerdict, verify_run
-from explaind.report.lines import info_lines, ledger_lines, repair_lines, run_lines, shard_lines, verify_lines
+from explaind.report.lines import info_lines, ledger_lines, repair_lines, run_lines, shard_lines, upgrade_lines, verify_lines
 from explaind.report.report import run_facts
 from explaind.report.summary import ledger_facts
 from explaind.store import schema
 from explaind.store.location import Location, location_of
 from explaind.store.reader import Run, open_run
 from explaind.store.repair import repair
+from explaind.store.upgrading import upgrade
 from explaind.tasks import load
 from explaind.tasks.training import train
 
@@ -189,13 +190,15 @@ def verify(path: str, /, *, json: Json = False) -> int:
 
 @app.command
 def info(path: str, /, *, spool: Spool = None, json: Json = False) -> int:
-    """Say what a RUN or a LEDGER holds."""
+    """Say what a RUN or a LEDGER holds; of a run that was damaged, how much of it is sound."""
     place = location_of(path, spool)
     if schema.kind_of(place) == "ledger":
         printed({"ledger": str(place), **ledger_facts(open_ledger(path))}, json, ledger_lines)
     else:
         recorded = open_run(place)
-        printed({**run_facts(recorded), "ledgers": [str(p) for p in ledgers_of(place)]}, json, info_lines)
+        sound = recorded.sound()
+        held = {"steps": recorded.steps, "sound": sound, "logged": recorded.logged}
+        printed({**run_facts(recorded.first(sound)), **held, "ledgers": [str(p) for p in ledgers_of(place)]}, json, info_lines)
     return FINE
 
 
@@ -204,6 +207,14 @@ def repaired(run: str, /, *, spool: Spool = None, json: Json = False) -> int:
     """Put a RUN right that was killed or damaged: take up the steps of its log, and cut it off before the first fault."""
     place = location_of(run, spool)
     printed({"run": str(place), **asdict(repair(place))}, json, repair_lines)
+    return FINE
+
+
+@app.command(name="upgrade")
+def upgraded(run: str, /, *, json: Json = False) -> int:
+    """Make a RUN that an older explaind recorded one that this one reads; what was recorded stays as it is."""
+    place = location_of(run)
+    printed({"run": str(place), **asdict(upgrade(place))}, json, upgrade_lines)
     return FINE
 
 

@@ -1,7 +1,9 @@
 """Asking by name: a run that was recorded from a configuration knows its own task, so that queries and measures are words."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +15,10 @@ from explaind.kernel.choosing import path_rule
 from explaind.kernel.groups import Asked, check_groups
 from explaind.kernel.resolution import resolution
 from explaind.ledger.decompose import Progress, decompose
+from explaind.ledger.doctor import Diagnosis, doctor
 from explaind.ledger.ledger import Ledger
 from explaind.record.device import placed
-from explaind.store.location import Where
+from explaind.store.location import Location, Where
 from explaind.store.reader import Run
 from explaind.tasks import Task, load
 from explaind.tasks.task import Grouped, Measure
@@ -39,7 +42,29 @@ def config_of(run: Run) -> Config:
 def task_of(run: Run) -> Task:
     """The task that a run was recorded from."""
     named = config_of(run).task
+    if _lies_in(named.name, run.path):
+        raise RequestError(
+            "the run names a task of its own folder, which would be executed",
+            where=run.path,
+            got=named.name,
+            do="look at it, and put it elsewhere if you trust it",
+        )
     return load(named.name, named.options)
+
+
+def _lies_in(name: str, folder: Location) -> bool:
+    """Whether Python would look for the module of package.module:Name in a folder, at whatever place of its path."""
+    if not isinstance(folder, Path):
+        return False
+    own = folder.resolve()
+    for entry in sys.path:
+        place = Path(entry or ".").resolve()
+        for part in name.partition(":")[0].split(".") if ":" in name else ():
+            there = place.joinpath(part).exists() or any(place.glob(f"{part}.*"))
+            place = place / part
+            if there and place.resolve().is_relative_to(own):
+                return True
+    return False
 
 
 @dataclass(frozen=True)
@@ -215,3 +240,9 @@ def decompose_by_name(
 ) -> Ledger:
     """``explaind.decompose`` of a run that was recorded from a configuration."""
     return decompose(run, save=save, overwrite=overwrite, shard=shard, progress=progress, **arguments(run, asked))
+
+
+def diagnosed(run: Run, asked: Decompose, steps: int | None = None) -> Diagnosis:
+    """``explaind.doctor`` for what a configuration asks of a run; steps: of the whole training."""
+    given = arguments(run, asked)
+    return doctor(run, given.pop("model"), steps=steps, **given)

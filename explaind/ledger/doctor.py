@@ -1,10 +1,9 @@
 """What will happen, said before hours are spent: a few steps of the run are replayed and decomposed, timed, and counted up."""
 
-import resource
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from explaind.kernel.secant import NoSecant, Secant
 from explaind.ledger.decompose import decompose
 from explaind.ledger.ledger import Ledger
 from explaind.ledger.plan import chunk_bytes
+from explaind.ledger.trial import peak
 from explaind.ledger.verify_run import replay
 from explaind.record.device import placed
 from explaind.replay.batches import Readable, changed_examples, count, moved
@@ -61,6 +61,10 @@ class Diagnosis:
     """Estimated, of the whole decomposition."""
     memory: int | None = None
     """Estimated, bytes of the process at its largest."""
+    ledger: int | None = None
+    """Bytes of the result, uncompressed."""
+    blocks: int = 1
+    """Of queries, that are decomposed one after another."""
     recommended: dict[str, Any] = field(default_factory=dict)
     """Settings of a decomposition."""
 
@@ -160,11 +164,13 @@ def _tried(run: Run, model: nn.Module, steps: int, replayed: float, asked: dict[
     beforehand = replayed * _passes(ledger, run, asked)  # of all steps of a segment, before the first one is credited
     start = max(0.0, float(pauses[0]) - per_step - run.steps * beforehand)
     verdict = ledger.verify()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    tried, whole = (_size(ledger, run, n, asked) for n in (run.steps, steps))
     return {
         "explained": 1 - verdict.maxima["unexplained"],
         "seconds": blocks * (start + steps * (per_step + beforehand)),
-        "memory": peak + _grown(ledger, run.steps, steps, asked) + _held(ledger, run, steps, blocks, asked),
+        "memory": peak() + whole - tried + _held(ledger, run, steps, blocks, asked),
+        "ledger": whole,
+        "blocks": blocks,
     }
 
 
@@ -186,10 +192,15 @@ def _held(ledger: Ledger, run: Run, steps: int, blocks: int, asked: Mapping[str,
     return (segment - run.steps) * step if fits and "example" in ledger.axes else 0
 
 
-def _grown(ledger: Ledger, tried: int, steps: int, asked: Mapping[str, Any]) -> int:
-    """How many bytes larger the result of all steps is."""
-    size = sum(np.asarray(row.array).nbytes for row in ledger.rows.values())
-    return int(size * (steps / tried - 1)) if "step" in ledger.axes else 0
+def _size(ledger: Ledger, run: Run, steps: int, asked: Mapping[str, Any]) -> int:
+    """Bytes of the ledger of so many steps: one with this one's axes, where they do not grow with the steps."""
+    longer = {"step": -(-steps // int(asked.get("windows", 1)))}
+    if "example" not in (asked.get("groups") or {}):
+        seen = -(-len(run.examples) * steps // run.steps)  # of a training that went on to see others
+        longer["example"] = seen if run.manifest.examples is None else min(seen, run.manifest.examples)
+    rows = (*ledger.rows.values(), ledger.final)
+    sizes = [row.values.itemsize * prod(longer.get(axis, n) for axis, n in zip(row.dims, row.values.shape, strict=True)) for row in rows]
+    return sum(sizes) + (ledger.checks.by_step.nbytes + ledger.checks.replay_error.nbytes) * steps // run.steps
 
 
 def _recommended(

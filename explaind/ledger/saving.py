@@ -2,17 +2,22 @@
 
 from collections.abc import Mapping
 from dataclasses import fields
+from math import prod
 from typing import Any
 
 import numpy as np
 import zarr
 
+from explaind.axes import KEEPABLE, ROWS
 from explaind.errors import StoreError
 from explaind.ledger.ledger import Checks, Ledger, Row
 from explaind.store import schema
-from explaind.store.location import MARKER, Where, location_of
+from explaind.store.location import MARKER, Location, Where, location_of
+from explaind.store.opening import LARGEST, reading
 
 CHUNK_BYTES = 4 << 20
+EMPTY = 100
+"""Of a large array at least one chunk in so many is stored; chunks of zeros are not."""
 
 
 def save(ledger: Ledger, path: Where) -> None:
@@ -70,30 +75,50 @@ def open_ledger(path: Where) -> Ledger:
     group = schema.open_group(folder, "ledger")
     if not (folder / MARKER).exists():
         raise StoreError("this ledger was not written to its end", where=folder, do="decompose again")
-    attributes: dict[str, Any] = dict(group.attrs)
-    try:
-        rows = {name: _row(group, name) for name in attributes["rows"]}
+    with reading("the ledger is damaged", folder, do="decompose again"):
+        attributes: dict[str, Any] = dict(group.attrs)
+        if not set(attributes["rows"]) <= {*ROWS}:
+            raise KeyError(*attributes["rows"])
+        rows = {name: _row(group, name, folder) for name in attributes["rows"]}
         axes = {axis for row in rows.values() for axis in row.dims}
-        coords = {axis: _plain(np.asarray(_array(group, axis)[...])) for axis in axes}
+        coords = {axis: _plain(np.asarray(_array(group, axis, folder)[...])) for axis in sorted(axes & {*KEEPABLE})}
         names = [f.name for f in fields(Checks) if f.name not in ("dims", "layers", "doubts")]
-        arrays = {name: _plain(np.asarray(_array(group, f"check/{name}")[...])) for name in names}
-        checks = Checks(
-            **arrays, dims=tuple(attributes["check_dims"]), layers=tuple(attributes["layers"]), doubts=tuple(attributes["doubts"])
-        )
-        return Ledger(rows, coords, _row(group, "final"), attributes["settings"], checks)
-    except (KeyError, TypeError) as error:
-        raise StoreError("the ledger is damaged", where=folder, got=repr(error), do="decompose again") from error
+        arrays = {name: _plain(np.asarray(_array(group, f"check/{name}", folder)[...])) for name in names}
+        dims, layers, doubts = (tuple(str(word) for word in attributes[name]) for name in ("check_dims", "layers", "doubts"))
+        final = _row(group, "final", folder)
+        for row in (*rows.values(), final):
+            if row.array.shape != tuple(len(coords[axis]) for axis in row.dims):
+                raise ValueError("an array of another size than its axes")
+        settings = dict(attributes["settings"])
+        _check_settings(settings, *arrays["replay_error"].shape)
+        return Ledger(rows, coords, final, settings, Checks(**arrays, dims=dims, layers=layers, doubts=doubts))
 
 
-def _array(group: zarr.Group, name: str) -> zarr.Array:
+def _check_settings(told: Mapping[str, Any], steps: int, layers: int) -> None:
+    """ValueError or KeyError for settings that a ledger is not judged by."""
+    texts = [told[name] for name in ("rule", "dtype", "device", "view", "model", "recorded_model")]
+    rounding, anchored = list(told["rounding"]), list(told.get("anchored", ()))
+    if not all(isinstance(text, str) for text in texts) or told["dtype"] not in ("float32", "float64"):
+        raise ValueError("settings that are no words")
+    if len(rounding) != layers or not all(isinstance(r, float | int) for r in rounding):
+        raise ValueError("no rounding of every layer")
+    if not all(type(step) is int and 0 <= step < steps for step in anchored):
+        raise ValueError("no steps of the run")
+
+
+def _array(group: zarr.Group, name: str, folder: Location) -> zarr.Array:
+    """One that takes no more memory than what is stored of it may need."""
     array = group[name]
     if not isinstance(array, zarr.Array):
         raise KeyError(name)
+    chunk = prod(array.chunks) * array.dtype.itemsize
+    if chunk > LARGEST or (array.nbytes > LARGEST and array.nbytes > EMPTY * chunk * schema.chunks_stored(folder, name)):
+        raise ValueError(f"{name} is too large: {array.dtype} {list(array.shape)} in chunks of {list(array.chunks)}")
     return array
 
 
-def _row(group: zarr.Group, name: str) -> Row:
-    array = _array(group, name)
+def _row(group: zarr.Group, name: str, folder: Location) -> Row:
+    array = _array(group, name, folder)
     return Row(tuple(str(d) for d in getattr(array.metadata, "dimension_names", None) or ()), array)
 
 

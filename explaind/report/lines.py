@@ -95,6 +95,8 @@ def info_lines(facts: dict[str, Any]) -> list[str]:
     ]
     if facts["thin"]:
         lines.append(f"  thin        parameters and optimizer state every {facts['thin']} steps; what is between is lived again")
+    if facts["sound"] < facts["steps"]:
+        lines.append(f"  DAMAGED     {facts['sound']} steps are sound: explaind verify says what is not, explaind repair cuts the rest off")
     if facts["logged"]:
         lines.append(f"  log         {facts['logged']} more steps: explaind repair takes them up")
     lines += [f"  task        {json.dumps(config['task'])}"] if "task" in config else []
@@ -151,10 +153,41 @@ def _needs(facts: dict[str, Any]) -> str:
     return f"  {facts['steps']} steps  {record}decomposing {facts['seconds']:.3g} s, memory {memory:.2f} GiB, disk {disk:.3f} GiB"
 
 
+def plan_lines(facts: dict[str, Any]) -> list[str]:
+    """What every way to record takes, as a table."""
+    head = f"{'thickness':<14} {'codec':<9} {'disk':>9} {'record':>9} {'memory':>9} {'ledger':>9} {'decompose':>10} {'memory':>9}"
+    lines = [f"{facts['of']}: {facts['steps']} steps, estimated from a few", *(f"  REFUSED: {reason}" for reason in facts["refused"])]
+    lines.append(f"  {head}")
+    for way in facts["choices"]:
+        name = f"every {way['thin']} steps" if way["thin"] else "every step"
+        first = f"  {name + (' *' if way['asked'] else ''):<14} {way['codec']:<9}"
+        if way["refused"]:
+            lines.append(f"{first} refused: {way['refused']}")
+            continue
+        record = f"{_amount(way['disk'])} {_clock(way['record_seconds'])} {_amount(way['record_memory'])}"
+        lines.append(f"{first} {record} {_amount(way['ledger'])} {_clock(way['decompose_seconds']):>10} {_amount(way['decompose_memory'])}")
+    return [*lines, "  * as the configuration says; thin records live the steps between again; the ledger is uncompressed"]
+
+
+def _amount(size: float | None) -> str:
+    return f"{'–':>9}" if size is None else f"{size / 2**20:.1f} MiB".rjust(9) if size < 2**30 else f"{size / 2**30:.2f} GiB".rjust(9)
+
+
+def _clock(seconds: float | None) -> str:
+    return f"{'–':>9}" if seconds is None else f"{seconds:.3g} s".rjust(9) if seconds < 7200 else f"{seconds / 3600:.1f} h".rjust(9)
+
+
 def repair_lines(facts: dict[str, Any]) -> list[str]:
     """What a repair did."""
     done = [f"{facts[name]} {words}" for name, words in (("regained", "taken from its log"), ("lost", "cut off")) if facts[name]]
     return [f"run {facts['run']}: {facts['after']} steps" + (f" ({', '.join(done)})" if done else ", nothing to repair")]
+
+
+def upgrade_lines(facts: dict[str, Any]) -> list[str]:
+    """What an upgrade did."""
+    before, after = facts["before"], facts["after"]
+    done = f"schema {before} → {after}" if before != after else f"schema {after} already"
+    return [f"run {facts['run']}: {done}, {facts['steps']} steps"]
 
 
 def export_lines(facts: dict[str, Any]) -> list[str]:

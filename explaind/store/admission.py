@@ -122,8 +122,8 @@ def _attributes(source: Source, text: bytes, kind: str) -> dict[str, Any]:
         found = mark["kind"], mark["schema"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise unfit(source, f"the attributes of the {kind}", "damaged", got=type(error).__name__) from error
-    if found != (kind, schema.VERSION):
-        raise unfit(source, f"the {kind}", "something else", expected=f"{kind}, schema {schema.VERSION}", got=found)
+    if found != (kind, schema.VERSIONS[kind]):
+        raise unfit(source, f"the {kind}", "something else", expected=f"{kind}, schema {schema.VERSIONS[kind]}", got=found)
     return dict(attributes)
 
 

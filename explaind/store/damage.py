@@ -11,37 +11,43 @@ if TYPE_CHECKING:
     from explaind.store.reader import Run
 
 
-def damage(run: "Run") -> list[str]:
-    """In words; empty when every checksum holds. Of a thin run the parameters that are stored."""
-    checksums = run.checksums(0, run.steps + 1)
-    return [*_of_constants(run), *_of_states(run, checksums), *_of_steps(run, checksums)]
+def damage(run: "Run", start: int = 0) -> list[str]:
+    """In words; empty when every checksum holds. Of a thin run the parameters that are stored.
+
+    start: a step, one of a thin run before which something is stored; what is before it is known to be sound
+    """
+    return [*(_of_constants(run) if start == 0 else ()), *_of_states(run, start), *_of_steps(run, start)]
 
 
 def _of_constants(run: "Run") -> Iterator[str]:
-    if run.sums and run.sums["constants"] != constants_checksum(run.constants, run.fingerprint):
+    if run.sums["constants"] != constants_checksum(run.constants, run.fingerprint):
         yield "frozen parameters, buffers or fingerprints are not what was recorded"
 
 
-def _of_states(run: "Run", wanted: np.ndarray) -> Iterator[str]:
+def _of_states(run: "Run", first: int) -> Iterator[str]:
     block, layers = run.manifest.block, run.manifest.layers
-    for start in range(0, run.steps + 1, block):
+    base = max(0, first - 1)
+    wanted = run.checksums(base, run.steps + 1)
+    for start in range(first, run.steps + 1, block):
         stop = min(start + block, run.steps + 1)
         for i, theta in zip(run.stored(start, stop), run.stored_states(start, stop), strict=True):
-            crc = theta_checksum(theta, layers, wanted[i - 1] if i else np.zeros_like(wanted[0]))
-            wrong = [a.name for a, c, w in zip(layers, crc, wanted[i], strict=True) if c != w]
+            crc = theta_checksum(theta, layers, wanted[i - 1 - base] if i else np.zeros_like(wanted[0]))
+            wrong = [a.name for a, c, w in zip(layers, crc, wanted[i - base], strict=True) if c != w]
             if wrong:
                 yield _theta_words(i, wrong, len(crc))
 
 
-def _of_steps(run: "Run", of_theta: np.ndarray) -> Iterator[str]:
-    wanted, thin, previous = run.step_checksums(0, run.steps), run.manifest.thin is not None, 0
+def _of_steps(run: "Run", first: int) -> Iterator[str]:
+    thin, block = run.manifest.thin is not None, run.manifest.block
+    previous = int(run.step_checksums(first - 1, first)[0]) if first else 0
+    wanted, of_theta = run.step_checksums(first, run.steps), run.checksums(first, run.steps)
     kinds = "batch, weights, hyper-parameters or " + ("the optimizer's state" if thin else "preconditioner")
-    for start in range(0, run.steps, run.manifest.block):
-        block = run.block(start, min(start + run.manifest.block, run.steps))
-        for i, (row, mode) in enumerate(zip(block.rows, block.modes, strict=True), start):
-            if step_checksum(row, mode, previous, of_theta[i] if thin else None) != wanted[i]:
+    for start in range(first, run.steps, block):
+        some = run.block(start, min(start + block, run.steps))
+        for i, (row, mode) in enumerate(zip(some.rows, some.modes, strict=True), start):
+            if step_checksum(row, mode, previous, of_theta[i - first] if thin else None) != wanted[i - first]:
                 yield f"the record of step {i} is not what was recorded ({kinds}), or a step before it was removed"
-            previous = int(wanted[i])
+            previous = int(wanted[i - first])
 
 
 def _theta_words(state: int, wrong: list[str], layers: int) -> str:

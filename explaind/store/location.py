@@ -102,8 +102,10 @@ def absolute(place: Location) -> Location:
 
 
 def size_of(place: Location) -> int:
-    """Bytes of all that is there."""
+    """Bytes of a file, or of all files below it; 0 where there is none."""
     if isinstance(place, Path):
+        if place.is_file():
+            return place.stat().st_size
         return sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
     return place.size()
 

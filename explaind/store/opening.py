@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
 
+import numpy as np
 import zarr
 
 from explaind.errors import ExplaindError, StoreError
@@ -17,14 +18,14 @@ COPY = "restore the run from a copy"
 
 
 @contextmanager
-def reading(what: str, where: Location) -> Iterator[None]:
+def reading(what: str, where: Location, do: str = COPY) -> Iterator[None]:
     """Whatever a library raises over odd bytes, of any class, in one line."""
     try:
         yield
     except ExplaindError:
         raise
     except Exception as error:
-        raise StoreError(what, where=where, got=f"{type(error).__name__}: {error}"[:200], do=COPY) from error
+        raise StoreError(what, where=where, got=f"{type(error).__name__}: {error}"[:200], do=do) from error
 
 
 def opened(group: zarr.Group, name: str, manifest: Manifest, where: Location) -> zarr.Array:
@@ -44,9 +45,11 @@ def opened(group: zarr.Group, name: str, manifest: Manifest, where: Location) ->
             return array
         kind, rest = str(array.dtype), array.shape[1:]
         names = getattr(array.metadata, "dimension_names", None)
-        fits = len(rest) == len(column.shape) and (kind, names) == (column.dtype, tuple(column.dims))
+        fill = np.array_equal(np.asarray(array.fill_value), np.asarray(column.fill, array.dtype), equal_nan=array.dtype.kind == "f")
+        fits = fill and len(rest) == len(column.shape) and (kind, names) == (column.dtype, tuple(column.dims))
         fits = fits and (rest == column.shape if column.chunk is None else array.shape[1] * itemsize * manifest.span <= LARGEST)
         if not fits:
             expected = f"{column.dtype} [{', '.join(map(str, ('…', *(column.shape if column.chunk is None else ('…',)))))}]"
+            expected, got = f"{expected} filled with {column.fill}", f"{got} filled with {array.fill_value}"
             raise StoreError("an array is not what the manifest says", where=where, expected=expected, got=got, do=COPY)
         return array

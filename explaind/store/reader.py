@@ -20,10 +20,10 @@ from explaind.store.damage import damage
 from explaind.store.layout import OPTIONAL, columns, rows, starts
 from explaind.store.location import Where, location_of
 from explaind.store.manifest import ROUNDINGS, Manifest
-from explaind.store.opening import opened, reading
+from explaind.store.opening import COPY, opened, reading
 from explaind.store.row import StepRow
-from explaind.store.spool import logged
-from explaind.store.tail import Record, following
+from explaind.store.spool import log_of, logged
+from explaind.store.tail import Record, following, has_log
 from explaind.store.writer import Begun
 
 KEPT = 2
@@ -50,7 +50,7 @@ class Run:
         attributes = self.attributes
         commit = self._read_commit()
         self.sums: Mapping[str, int] = commit["sums"]
-        if self.sums and self.sums["manifest"] != text_checksum(attributes.get("manifest")):
+        if self.sums["manifest"] != text_checksum(attributes.get("manifest")):
             raise StoreError(
                 "the run's attributes are not what was recorded", where=self.path / "zarr.json", do="restore zarr.json from a copy"
             )
@@ -67,10 +67,10 @@ class Run:
     def _read_commit(self) -> dict[str, Any]:
         try:
             commit = json.loads(schema.read_file(self.path, "commit.json"))
-            if "crc" in commit and commit.pop("crc") != text_checksum(commit):
+            if commit.pop("crc") != text_checksum(commit):
                 raise ValueError("another checksum")
-            sums = {name: int(crc) for name, crc in commit.get("checksums", {}).items()}
-            if sums and sums.keys() != {"manifest", "constants"}:
+            sums = {name: int(crc) for name, crc in commit["checksums"].items()}
+            if sums.keys() != {"manifest", "constants"}:
                 raise ValueError("no checksums")
             if type(commit["steps"]) is not int or commit["steps"] < 0:
                 raise ValueError("no number of steps")
@@ -100,8 +100,19 @@ class Run:
                     where=self.path,
                     expected=f"{need} for {self.steps} committed steps",
                     got=have,
-                    do="restore the run from a copy",
+                    do=COPY,
                 )
+
+        self._check_stored()
+
+    def _check_stored(self) -> None:
+        """No memory is made for steps on the word of metadata alone: every committed step has checksums, which are never all zero."""
+        with reading("the metadata of an array cannot be read", self.path / "checksum_theta"):
+            array = self._array("checksum_theta")
+            need = -(-(self.steps + 1) // array.chunks[0]) * -(-array.shape[1] // array.chunks[1])
+            have = schema.chunks_stored(self.path, "checksum_theta")
+        if have < need:
+            raise StoreError("chunks of checksum_theta are missing", where=self.path, expected=f"at least {need}", got=have, do=COPY)
 
     def _has(self, name: str) -> bool:
         if name not in self._known:
@@ -254,7 +265,10 @@ class Run:
         index = bisect_left(self.starts, step)
         if not self._has(name) or self.starts[index : index + 1] != (step,):
             return None
-        return self._read(name, slice(index, index + 1))[0]
+        found = self._read(name, slice(index, index + 1))
+        if not len(found):
+            raise StoreError(f"rows of {name} are missing", where=self.path, expected=f"one for step {step}", got="none", do=COPY)
+        return found[0]
 
     def block(self, start: int, stop: int) -> Block:
         """Steps [start, stop) with everything recorded of them."""
@@ -330,22 +344,33 @@ class Run:
     def sound(self) -> int:
         """Steps up to the first fault of what is stored: all of them where ``damage`` finds none."""
         found, block = 0, self.manifest.block
-        try:
-            for start in range(0, self.steps + 1, block):
-                shorter = self.first(min(start + block, self.steps))
-                if shorter.damage():
-                    break
-                found = shorter.steps
-            while self.manifest.thin is None and found < self.steps and not self.first(found + 1).damage():
-                found += 1
-        except StoreError:
-            pass
+        while found < self.steps and self._holds(found, end := min(found + block - found % block, self.steps)):
+            found = end
+        while self.manifest.thin is None and found < self.steps and self._holds(found, found + 1):
+            found += 1
         return found
+
+    def _holds(self, start: int, stop: int) -> bool:
+        """Whether steps [start, stop), with the states before and after each, are sound."""
+        try:
+            return not damage(self.first(stop), start)
+        except StoreError:
+            return False
 
     def damage(self) -> list[str]:
         """Where stored bytes are not what was recorded, in words; empty when every checksum holds."""
         self._kept.clear()
-        return damage(self)
+        return [*damage(self), *self._forgotten()]
+
+    def _forgotten(self) -> list[str]:
+        """What stands behind the committed steps is vouched for by the log of whoever wrote it, and goes when that one closes the run."""
+        log = log_of(self.path, self.attributes)  # at a URL that of another machine is not known
+        if log is None or self.path.is_file() or has_log(log):
+            return []
+        behind = self._array("checksum_step").shape[0] - self._read_commit()["steps"]  # which may be another one by now
+        if behind <= 0 or has_log(log):
+            return []
+        return [f"{behind} steps stand behind those that the commit marker tells of, and there is no log: the marker is an older one"]
 
 
 def _words(state: np.ndarray | None) -> np.ndarray | None:

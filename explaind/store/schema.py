@@ -45,7 +45,8 @@ from explaind.store.bitdelta import BitDelta
 from explaind.store.location import Location, is_free, names_in, store_of
 from explaind.store.remote import Remote, RemoteError
 
-VERSION = 2
+VERSIONS: Mapping[str, int] = {"run": 3, "ledger": 2}
+"""Of the schema, by what it is of. A change that older runs do not have is a new one, and a step in upgrading.py."""
 CHUNK_SLOTS = 1 << 10
 """Examples of a batch in one chunk."""
 CHUNK_BYTES = 1 << 16
@@ -109,7 +110,8 @@ def create_group(path: Location, kind: str, attributes: Mapping[str, Any]) -> za
     """A new zarr v3 group marked with what it is and its schema version; the folder must not hold anything yet."""
     check_new(path)
     try:
-        return zarr.create_group(store_of(path), zarr_format=3, attributes={"explaind": {"kind": kind, "schema": VERSION}, **attributes})
+        told = {"explaind": {"kind": kind, "schema": VERSIONS[kind]}, **attributes}
+        return zarr.create_group(store_of(path), zarr_format=3, attributes=told)
     except OSError as error:
         raise unwritable(path, error) from error
 
@@ -131,6 +133,16 @@ def read_file(path: Location, name: str) -> bytes:
             return archive.read(name)
     except (KeyError, zipfile.BadZipFile, NotImplementedError) as error:
         raise FileNotFoundError(2, f"no {name} in the zip", str(path)) from error
+
+
+def chunks_stored(path: Location, name: str) -> int:
+    """How many chunks of an array there are, in the folder of a run or in its zip; whatever its metadata say of their number."""
+    if isinstance(path, Remote):
+        return len((path / f"{name}/c").files())
+    if not path.is_file():
+        return sum(1 for file in (path / name / "c").rglob("*") if file.is_file())
+    with zipfile.ZipFile(path) as archive:
+        return sum(1 for file in archive.namelist() if file.startswith(f"{name}/c/"))
 
 
 def kind_of(path: Location) -> str:
@@ -162,9 +174,19 @@ def open_group(path: Location, kind: str) -> zarr.Group:
     if not isinstance(mark, dict) or mark.get("kind") != kind:
         got = mark.get("kind") if isinstance(mark, dict) else "a zarr group that explaind did not write"
         raise StoreError(f"this is not a {kind}", where=path, got=got, do="check the path")
-    if mark.get("schema") != VERSION:
-        raise StoreError(f"unknown schema version of a {kind}", where=path, expected=VERSION, got=mark.get("schema"), do="update explaind")
+    check_version(path, kind, mark.get("schema"))
     return group
+
+
+def check_version(path: Location, kind: str, found: object) -> None:
+    """StoreError where a run or a ledger is of another schema than this explaind writes."""
+    want = VERSIONS[kind]
+    if found == want:
+        return
+    older = type(found) is int and found < want
+    again = f"explaind upgrade {path}" if kind == "run" else "decompose again"
+    do = again if older else "update explaind"
+    raise StoreError(f"{'an older' if older else 'unknown'} schema version of a {kind}", where=path, expected=want, got=found, do=do)
 
 
 def create_column(group: zarr.Group, column: Column, rows: int) -> zarr.Array:
@@ -227,7 +249,7 @@ def write_array(group: zarr.Group, name: str, values: np.ndarray, dims: tuple[st
         compressors=compressors(values.dtype),
     )
     if values.size:
-        array[...] = values
+        array[...] = np.asarray(values, order="C")  # zarr 3.1.6 writes texts in the order in which they lie in memory
 
 
 def compressors(dtype: np.dtype[Any]) -> Any:

@@ -239,6 +239,11 @@ def records(folder: Path) -> list[Record]:
     return sorted(found, key=lambda record: record.step)
 
 
+def has_log(folder: Path) -> bool:
+    """Whether a run is being written, or was left by a kill."""
+    return any((folder / name).exists() for name in NAMES)
+
+
 def _sound(text: bytes) -> Iterator[Record]:
     at = 0
     while at + HEAD.size <= len(text):

@@ -15,7 +15,7 @@ import zarr
 
 from explaind.store import schema, spool
 from explaind.store.checksums import constants_checksum, step_checksum, text_checksum, theta_checksum
-from explaind.store.layout import columns, rows_of_chunk
+from explaind.store.layout import columns, rows, rows_of_chunk
 from explaind.store.location import Location
 from explaind.store.manifest import Manifest
 from explaind.store.row import StepRow, Vector, between
@@ -38,7 +38,7 @@ class Begun:
     """The steps from there on."""
     modes: tuple[tuple[bool, ...], ...]
     sums: Mapping[str, int]
-    """Checksums of what was written once; empty where the run is older than these."""
+    """Checksums of what was written once."""
 
 
 class RunWriter:
@@ -193,8 +193,14 @@ class RunWriter:
             self._wait()
             self._span.modes = tuple(self._modes)
             self._write(self._span, end=True, complete=complete)
+            self._trim()
         self.closed = True
         self._release(remove=True)
+
+    def _trim(self) -> None:
+        """Take away what stands behind the steps of a run that was gone on with at an earlier one."""
+        for name, array in self._columns.items():
+            schema.extend(array, rows(columns(self.manifest)[name], self.steps, self._anchors), array.shape[1:])
 
     def _release(self, remove: bool) -> None:
         self._thread.shutdown(wait=True)
@@ -236,7 +242,12 @@ class RunWriter:
         return span.start + len(states) - 1
 
     def _mark(self, steps: int, complete: bool, modes: Iterable[tuple[bool, ...]]) -> None:
-        told = {"steps": steps, "complete": complete, "modes": list(modes), **({"checksums": self._sums} if self._sums else {})}
-        marker = json.dumps({**told, "crc": text_checksum(told)})
+        marker = marker_of(steps, complete, modes, self._sums)
         spool.commit(self.path, marker, self._marked)
         self._marked = marker
+
+
+def marker_of(steps: int, complete: bool, modes: Iterable[tuple[bool, ...]], sums: Mapping[str, int]) -> str:
+    """What says that so many steps of a run are whole on disk."""
+    told = {"steps": steps, "complete": complete, "modes": list(modes), "checksums": sums}
+    return json.dumps({**told, "crc": text_checksum(told)})

@@ -1,0 +1,197 @@
+"""A stranger's run, or ledger, is data: nothing in it is executed, no name in it leads anywhere, no size in it is believed."""
+
+import ast
+import json
+import pickle
+import shutil
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as some
+
+import explaind
+from explaind.cli import main
+from explaind.errors import ExplaindError
+from explaind.store.sealed import HEAD
+from explaind.store.tail import records
+from tests import cases
+from tests.stopped import ONE_QUERY, Killed, kill_at, recorded, save_at_every_segment
+from tests.test_cli import SMALL
+from tests.test_corruption import edit, odd
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted(path for folder in ("explaind", "experiments") for path in (ROOT / folder).rglob("*.py"))
+PICKLES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle", "copyreg"}
+CODECS = {"bytes", "blosc", "zstd", "vlen-utf8", "explaind.bitdelta"}
+
+
+def option(node, name):
+    return next((ast.literal_eval(k.value) for k in node.keywords if k.arg == name), None)
+
+
+def unsafe(text, package=True):
+    """Lines of a source that read or write pickles, or execute what they are given; a user's loop may save checkpoints of its own."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = {alias.name for alias in node.names} | {getattr(node, "module", None) or ""}
+            bad = not PICKLES.isdisjoint(name.split(".")[0] for name in names)
+        elif isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            bad = package and name in ("eval", "exec", "compile", "torch.load", "torch.save")
+            bad |= name == "torch.load" and option(node, "weights_only") is not True
+            bad |= package and name in ("np.load", "numpy.load") and option(node, "allow_pickle") is not False
+            bad |= bool(option(node, "allow_pickle"))
+        else:
+            continue
+        if bad:
+            yield ast.unparse(node)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["import pickle", "from pickle import loads", "torch.load(f)", "np.load(f)", "np.save(f, x, allow_pickle=True)", "eval(x)"],
+)
+def test_what_the_scan_of_sources_finds(line):
+    assert list(unsafe(line)) == [line]
+
+
+def test_no_source_reads_or_writes_pickles():
+    assert len(SOURCES) > 150
+    found = {str(path): list(unsafe(path.read_text(), path.is_relative_to(ROOT / "explaind"))) for path in SOURCES}
+    assert not any(found.values()), {path: lines for path, lines in found.items() if lines}
+
+
+def check_holds_no_pickle(folder):
+    """Every file is JSON, a chunk of an array of numbers or texts in a known codec, a log of such arrays, or a sealed npz of them."""
+    kinds = set()
+    for path in sorted(file for file in folder.rglob("*") if file.is_file()):
+        part = path.relative_to(folder)
+        if path.suffix == ".json":
+            told = json.loads(path.read_text())
+            if told.get("node_type") == "array":
+                assert np.dtype("S" if told["data_type"] == "string" else told["data_type"]).kind in "fiubcS", part
+                assert {codec["name"] for codec in told["codecs"]} <= CODECS, part
+        elif path.name.endswith(".log"):
+            kinds.add("log")
+        elif ".parts" in str(part):
+            with np.load(BytesIO(path.read_bytes()[HEAD:]), allow_pickle=False) as archive:
+                assert {archive[name].dtype.kind for name in archive.files} <= set("fiubU"), part
+        else:
+            assert "c" in part.parts, part
+        kinds.add(path.suffix or "chunk")
+        with pytest.raises(Exception):  # noqa: B017, PT011 — whatever pickle makes of bytes that are none
+            pickle.loads(path.read_bytes())
+    return kinds
+
+
+@pytest.mark.parametrize("options", [{}, {"codec": "standard"}, {"thin": 3}], ids=["full", "standard", "thin"])
+def test_a_run_and_what_is_left_of_a_kill_hold_no_pickle(options, tmp_path, monkeypatch):
+    save_at_every_segment(monkeypatch)
+    run = cases.recorded(
+        tmp_path / "run", cases.problem_named("frozen parameter"), cases.optimizer_named("adamw"), data=cases.DATA, **options
+    )
+    model = cases.PLAIN.model()
+    case = cases.optimizer_named("adamw")
+    optimizer = case.make(cases.trainable(model))
+    recorder = explaind.record(optimizer, model, tmp_path / "killed", data=cases.DATA, **options)
+    cases.train(cases.PLAIN, model, optimizer, case, recorder)
+    shutil.copytree(tmp_path / "killed", tmp_path / "left")
+    recorder.close()
+    assert check_holds_no_pickle(run.path) == {".json", "chunk"}
+    assert "log" in check_holds_no_pickle(tmp_path / "left")
+    assert records(tmp_path / "left")
+
+
+def test_a_ledger_and_one_on_its_way_hold_no_pickle(tmp_path, monkeypatch):
+    save_at_every_segment(monkeypatch)
+    run = recorded(tmp_path)
+    cases.decomposed(run, save=tmp_path / "ledgers" / "whole", rule="auto")
+    with pytest.raises(Killed):
+        cases.decomposed(run, save=tmp_path / "ledgers" / "begun", memory=ONE_QUERY, progress=kill_at(9))
+    check_holds_no_pickle(tmp_path / "ledgers")
+
+
+TASK = """
+import dataclasses
+from explaind.tasks import Digits
+open({mark!r}, "w").write("executed")
+@dataclasses.dataclass(frozen=True)
+class Evil(Digits):
+    pass
+"""
+
+
+@pytest.mark.parametrize("where", ["beside", "inside", "package"])
+def test_code_that_comes_in_the_folder_of_a_run_is_not_executed(where, tmp_path, monkeypatch, capsys):
+    main(["record", str(SMALL), "--train.steps", "2", "--out", str(tmp_path / "run")])
+    module = {"beside": "run.evil", "inside": "evil", "package": "run.package.evil"}[where]
+    place = tmp_path / "run" / ("package" if where == "package" else "")
+    place.mkdir(exist_ok=True)
+    (place / "evil.py").write_text(TASK.format(mark=str(tmp_path / "mark")))
+    edit(tmp_path / "run" / "zarr.json", lambda told: told["attributes"]["manifest"]["config"]["task"].update(name=f"{module}:Evil"))
+    cases.resealed(tmp_path / "run")
+    monkeypatch.chdir(tmp_path / "run" if where == "inside" else tmp_path)
+    capsys.readouterr()
+    for verb in ("verify", "decompose", "doctor"):
+        assert main([verb, str(tmp_path / "run")]) == 2, verb
+        assert "a task of its own folder" in capsys.readouterr().err
+    assert main(["info", str(tmp_path / "run")]) == 0
+    assert not (tmp_path / "mark").exists()
+
+
+@pytest.fixture(scope="module")
+def ledger(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sound") / "ledger"
+    cases.decomposed(cases.recorded(path.parent / "run"), save=path)
+    return path
+
+
+def check_told(path):
+    try:
+        found = explaind.open_ledger(path)
+        found.verify()
+        for row in found.rows.values():
+            assert row.values.nbytes < 1 << 31
+    except ExplaindError as error:
+        told = str(error)
+    else:
+        told = ""
+    assert "\n" not in told
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(field=some.sampled_from(["rows", "layers", "check_dims", "doubts", "settings"]), value=odd)
+def test_any_attributes_of_a_ledger_are_read_or_refused_in_one_line(field, value, ledger):
+    copy = ledger.parent / "attributes"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(ledger, copy)
+    edit(copy / "zarr.json", lambda group: group["attributes"].__setitem__(field, value))
+    check_told(copy)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(
+    array=some.sampled_from(["data", "example", "final", "check/recipes", "check/by_step"]),
+    field=some.sampled_from(["shape", "data_type", "chunk_grid", "codecs", "fill_value", "dimension_names"]),
+    value=odd | some.lists(some.integers(0, 2**60), min_size=1, max_size=5),
+)
+def test_any_metadata_of_an_array_of_a_ledger_are_read_or_refused_in_one_line(array, field, value, ledger):
+    copy = ledger.parent / "metadata"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(ledger, copy)
+    edit(copy / array / "zarr.json", lambda told: told.__setitem__(field, value))
+    check_told(copy)
+
+
+def test_steps_that_nothing_is_stored_of_are_refused_before_memory_is_made(tmp_path):
+    run = cases.recorded(tmp_path / "run", case=cases.optimizer_named("adamw"))
+    for file in run.path.glob("*/zarr.json"):
+        if file.parent.name not in ("momentum", "constant", "fingerprint"):
+            edit(file, lambda told: told["shape"].__setitem__(0, 2**44))
+    edit(run.path / "commit.json", lambda commit: commit.__setitem__("steps", 2**44 - 1))
+    cases.resealed(run.path)
+    with pytest.raises(ExplaindError, match="chunks of checksum_theta are missing"):
+        explaind.open(run.path)
