@@ -13,7 +13,19 @@ from explaind.store.repair import recovered
 from explaind.store.thin import going_on
 from explaind.store.writer import RunWriter
 
-ALIKE = ("optimizers", "layers", "dtype", "reduction", "model", "modules", "random_bytes", "examples", "gradient_filter", "thin")
+ALIKE = (
+    "optimizers",
+    "layers",
+    "dtype",
+    "reduction",
+    "model",
+    "modules",
+    "random_bytes",
+    "examples",
+    "gradient_filter",
+    "thin",
+    "gradients",
+)
 """What a run and its continuation must agree on."""
 
 

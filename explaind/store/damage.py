@@ -6,15 +6,23 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from explaind.store.checksums import constants_checksum, step_checksum, theta_checksum
+from explaind.store.gradients import first_damaged
 
 if TYPE_CHECKING:
     from explaind.store.reader import Run
 
 
-def damage(run: "Run") -> list[str]:
-    """In words; empty when every checksum holds. Of a thin run the parameters that are stored."""
+def damage(run: "Run", gradients: bool = True) -> list[str]:
+    """In words; empty when every checksum holds. Of a thin run the parameters that are stored; gradients: whether to read them."""
     checksums = run.checksums(0, run.steps + 1)
-    return [*_of_constants(run), *_of_states(run, checksums), *_of_steps(run, checksums)]
+    found = [*_of_constants(run), *_of_states(run, checksums), *_of_steps(run, checksums)]
+    return [*found, *_of_gradients(run)] if gradients else found
+
+
+def _of_gradients(run: "Run") -> Iterator[str]:
+    step = first_damaged(run)
+    if step is not None:
+        yield f"the gradients of the examples of step {step} are not what was recorded"
 
 
 def _of_constants(run: "Run") -> Iterator[str]:

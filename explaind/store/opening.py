@@ -46,6 +46,7 @@ def opened(group: zarr.Group, name: str, manifest: Manifest, where: Path) -> zar
         names = getattr(array.metadata, "dimension_names", None)
         fits = len(rest) == len(column.shape) and (kind, names) == (column.dtype, tuple(column.dims))
         fits = fits and (rest == column.shape if column.chunk is None else array.shape[1] * itemsize * manifest.span <= LARGEST)
+        fits = fits and rest[1:] == column.shape[1:]
         if not fits:
             expected = f"{column.dtype} [{', '.join(map(str, ('…', *(column.shape if column.chunk is None else ('…',)))))}]"
             raise StoreError("an array is not what the manifest says", where=where, expected=expected, got=got, do=COPY)

@@ -18,6 +18,7 @@ from explaind.errors import RequestError, StoreError
 from explaind.store import schema
 from explaind.store.checksums import text_checksum
 from explaind.store.damage import damage
+from explaind.store.gradients import first_damaged, having_gradients, rows_of
 from explaind.store.layout import OPTIONAL, columns, rows, starts
 from explaind.store.manifest import ROUNDINGS, Manifest
 from explaind.store.opening import opened, reading
@@ -262,6 +263,7 @@ class Run:
         scalars = self._read("scalar", rows) if self._has("scalar") else None
         gaps, precision = self._read("gap", rows), self._read("precision", rows)
         groups = self._read("groups", rows) if self._has("groups") else None
+        crcs = None if self.manifest.gradients is None else self._read("checksum_gradient", rows)
         steps = []
         for i in range(len(batch)):
             used = part[i] >= 0
@@ -282,10 +284,26 @@ class Run:
                     float(precision[i]),
                     _words(self._anchor("state", start + i)),
                     None if groups is None or not groups[i].any() else groups[i][: 1 + np.flatnonzero(groups[i])[-1]],
-                    int(gaps[i]),
+                    gradients_crc=None if crcs is None else crcs[i : i + 1],
+                    gap=int(gaps[i]),
                 )
             )
         return Block(start, self.stored_states(start, stop + 1), tuple(steps), tuple(int(m) for m in mode))
+
+    def gradients(self, step: int, start: int, stop: int) -> np.ndarray:
+        """Gradients of the losses of examples [start, stop) of a step's batch, their weights left out: [slot, param].
+
+        RequestError where the run stores none (``explaind.record(…, gradients="store")``).
+        """
+        if self.manifest.gradients is None:
+            raise RequestError("the run stores no gradients of examples", where=self.path, do="record it with gradients='store'")
+        with reading("a chunk cannot be read", self.path / "gradient"):
+            return rows_of(self._array("gradient"), step, start, stop, self.path / "gradient")
+
+    def gradient_checksums(self) -> tuple[np.ndarray, np.ndarray]:
+        """How many gradients of examples each step has, and their crc32: int64 and uint32 [step]."""
+        steps = slice(0, self.steps)
+        return (self._read("part", steps) >= 0).sum(1), self._read("checksum_gradient", steps)
 
     def _slots(self, rows: slice) -> list[np.ndarray]:
         """batch, part and weight [step, slot]. While a run is written, or after a kill, one may be wider than another, in later rows."""
@@ -317,28 +335,37 @@ class Run:
     @property
     def logged(self) -> int:
         """Steps behind the committed ones that the tail log of a killed recording still holds; ``explaind repair`` takes them up."""
-        found = following(records(self.path), self.steps)
-        return len(found)
+        return len(self.logged_behind(self.steps))
+
+    def logged_behind(self, steps: int) -> list[Record]:
+        """What the tail log holds of the steps behind so many, without a gap."""
+        return having_gradients(self, following(records(self.path), steps))
 
     def sound(self) -> int:
         """Steps up to the first fault of what is stored: all of them where ``damage`` finds none."""
         found, block = 0, self.manifest.block
+        wrong = first_damaged(self)
+        if wrong is not None:
+            return self.first(wrong).sound()
         try:
             for start in range(0, self.steps + 1, block):
                 shorter = self.first(min(start + block, self.steps))
-                if shorter.damage():
+                if shorter.damage(gradients=False):
                     break
                 found = shorter.steps
-            while self.manifest.thin is None and found < self.steps and not self.first(found + 1).damage():
+            while self.manifest.thin is None and found < self.steps and not self.first(found + 1).damage(gradients=False):
                 found += 1
         except StoreError:
             pass
         return found
 
-    def damage(self) -> list[str]:
-        """Where stored bytes are not what was recorded, in words; empty when every checksum holds."""
+    def damage(self, gradients: bool = True) -> list[str]:
+        """Where stored bytes are not what was recorded, in words; empty when every checksum holds.
+
+        gradients: of examples, too, where they are stored; they are most of the run.
+        """
         self._kept.clear()
-        return damage(self)
+        return damage(self, gradients)
 
 
 def _words(state: np.ndarray | None) -> np.ndarray | None:

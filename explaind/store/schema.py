@@ -21,6 +21,8 @@ run/
   gap                [step]                  training steps without a record that the row stands for; 0: it is a step
   precision          [step]                  ε of the floating point numbers of autocast; 0: none
   mode               [step]                  index into commit.json's list of train/eval patterns
+  gradient           [step, slot, param]     gradient of each example's loss, its weight left out (only with gradients="store")
+  checksum_gradient  [step]                  crc32 of its used rows
   checksum_theta     [state, layer]          crc32 of the tensor's bytes, chained to the previous row
   checksum_step      [step]                  crc32 of all else that the step recorded, chained likewise; of a thin run with checksum_theta
   fingerprint        [example]               crc32 of each training example, where the recorder was given the data
@@ -32,6 +34,7 @@ import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +68,15 @@ class Column:
     """Extent of the dimensions after the first."""
     fill: float = 0
     chunk: int | None = None
-    """Extent of a chunk along those dimensions, where they are yet to grow."""
+    """Extent of a chunk along the second dimension, where that is yet to grow."""
     codec: str = "standard"
     """One of CODECS; bitdelta of floats only."""
 
     def chunks(self, rows: int) -> tuple[int, ...]:
         """Extents of a chunk that holds so many rows."""
-        most, narrower = max(1, CHUNK_VALUES // max(1, rows)), max(1, rows // CHUNK_ROWS)
-        return tuple(max(1, n) for n in (rows, *(-(-self.chunk // narrower) if self.chunk else min(n, most) for n in self.shape)))
+        grown = () if self.chunk is None else (-(-self.chunk // max(1, rows // CHUNK_ROWS)),)
+        most = max(1, CHUNK_VALUES // max(1, rows * prod(grown)))
+        return tuple(max(1, n) for n in (rows, *grown, *(min(n, most) for n in self.shape[len(grown) :])))
 
 
 def lossless() -> BloscCodec:
@@ -201,6 +205,25 @@ def append(array: zarr.Array, rows: np.ndarray, at: int) -> None:
     extend(array, at + len(rows), rows.shape[1:])
     wide = [(0, 0), *((0, n - m) for n, m in zip(array.shape[1:], rows.shape[1:], strict=True))]
     array[at : at + len(rows)] = np.pad(rows, wide, constant_values=array.fill_value)
+
+
+def put(array: zarr.Array, row: int, values: np.ndarray, ahead: int) -> None:
+    """Write one row of an array [row, slot, …], which is made longer by `ahead` rows where it is too short.
+
+    Slots behind those of the values are emptied, so that nothing is left of a row that stood there before.
+    """
+    rows = array.shape[0] if row < array.shape[0] else row + ahead
+    extend(array, rows, values.shape)
+    if len(values) < array.shape[1]:
+        array[row, len(values) :] = array.fill_value
+    if len(values):
+        array[row, : len(values)] = values
+
+
+def trim(array: zarr.Array, shape: tuple[int, ...]) -> None:
+    """Cut an array off, or make it larger."""
+    if array.shape != shape:
+        array.resize(shape)
 
 
 def write_array(group: zarr.Group, name: str, values: np.ndarray, dims: tuple[str, ...], chunks: tuple[int, ...] | None = None) -> None:

@@ -1,0 +1,100 @@
+"""Gradients of single examples made of the training's losses: for models of which hooks do not see all, and to check what they see.
+
+The losses of the whole batch are computed once more, by a copy of the model, in the mode and the random state of the training's own pass,
+and differentiated example by example. So examples that are coupled through their batch (BatchNorm, contrastive losses) have the gradient
+that a replay of the run gives them.
+"""
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from torch.utils.data import default_collate
+
+from explaind.record.examples import MapStyle
+from explaind.record.incoming import MicroBatch
+from explaind.record.watched import Watched
+
+AT_ONCE = 1 << 26
+"""Numbers of gradients that one call of autograd may build."""
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A model of one's own; hooks on the forward pass, which may have effects of their own, stay with the user's."""
+    own = copy.deepcopy(model)
+    for module in own.modules():
+        module._forward_hooks.clear()
+    return own
+
+
+@contextmanager
+def drawn_from(state: Tensor, device: torch.device) -> Iterator[None]:
+    """Random generators in a recorded state, and back in their own afterwards."""
+    host = len(torch.get_rng_state())
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.set_rng_state(state[:host])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(state[host:], device)
+        yield
+
+
+class Recomputed:
+    """Differentiates the losses of a micro-batch; the user's model and generators are left as they are."""
+
+    def __init__(self, watched: Watched, losses: Callable[[Any, Any], Tensor], data: MapStyle[Any]) -> None:
+        self._watched, self._losses, self._data = watched, losses, data
+        self._copy = copied(watched.model)
+        named = {**dict(self._copy.named_parameters()), **dict(self._copy.named_buffers())}
+        self._params = {named[layer.name]: slice(layer.offset, layer.offset + layer.size) for layer in watched.layers}
+
+    def __call__(self, batch: MicroBatch, some: slice = slice(None)) -> Tensor:
+        """∇ℓ_i of some examples of a micro-batch, before the step is made: [example, param]."""
+        self._follow()
+        device = self._watched.device
+        with drawn_from(batch.random, device), torch.enable_grad():
+            made = default_collate([self._data[int(i)] for i in batch.ids])
+            values = self._losses(self._copy, tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, made))
+        alone = torch.eye(len(values), dtype=values.dtype, device=device)[some]
+        into = torch.zeros(len(alone), self._watched.params_count, dtype=self._watched.dtype, device=device)
+        rows = max(1, AT_ONCE // into.shape[1])
+        for block, combinations in zip(into.split(rows), alone.split(rows), strict=True):
+            self._add(block, values, combinations)
+        return into
+
+    def _follow(self) -> None:
+        """Bring the copy to where the model is."""
+        model = self._watched.model
+        own = (*self._copy.parameters(), *self._copy.buffers())
+        with torch.no_grad():
+            for mine, theirs in zip(own, (*model.parameters(), *model.buffers()), strict=True):
+                mine.copy_(theirs)
+        for p, live in zip(self._copy.parameters(), model.parameters(), strict=True):
+            p.requires_grad_(live.requires_grad)
+        for module, other in zip(self._copy.modules(), model.modules(), strict=True):
+            module.training = other.training
+
+    def _add(self, into: Tensor, values: Tensor, combinations: Tensor) -> None:
+        """into[row, param] += the gradient of every combination [row, example] of the losses."""
+        moving = [p for p in self._params if p.requires_grad]
+        for rows, found in _gradients(values, moving, combinations):
+            for p, g in zip(moving, found, strict=True):
+                if g is not None:
+                    into[rows, self._params[p]] += g.reshape(-1, p.numel())
+
+
+def _gradients(values: Tensor, params: list[Tensor], combinations: Tensor) -> Iterator[tuple[slice, tuple[Tensor | None, ...]]]:
+    """Gradients of combinations of values, many at once where torch can: (which of them, by parameter [row, *shape])."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of operations that are taken one by one
+            found = torch.autograd.grad(values, params, combinations, retain_graph=True, allow_unused=True, is_grads_batched=True)
+    except RuntimeError:
+        for row, one in enumerate(combinations):
+            yield slice(row, row + 1), torch.autograd.grad(values, params, one, retain_graph=True, allow_unused=True)
+    else:
+        yield slice(None), found
