@@ -1,9 +1,18 @@
 """Gradients of single examples that the training itself has stored: they are those that are computed afterwards, and so is the ledger."""
 
-import pytest
+import copy
+from contextlib import nullcontext
 
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+import explaind
+from explaind.record import recomputing
 from tests import cases
-from tests.closeness import algebra
+from tests.closeness import algebra, rounding, same
 
 ALL = ("query", "output", "example", "layer", "step")
 ADAMW = cases.optimizer_named("adamw")
@@ -38,3 +47,198 @@ def test_examples_that_only_their_batch_has_a_gradient_of(problem, tmp_path):
     options = {} if problem.network is cases.dropping else {"losses": cases.losses, "data": cases.DATA}
     run = stored(tmp_path / "run", problem, **options)
     alike(from_store(run, problem), cases.decomposed(run, problem))
+
+
+class Sequence(nn.Module):
+    """Tokens and their positions, a projection that is used twice and tied to the table, normalisations."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.place = nn.Embedding(7, 4, padding_idx=0), nn.Embedding(5, 4)
+        self.before, self.after = nn.LayerNorm(4), nn.RMSNorm(4)
+        self.twice, self.out = nn.Linear(4, 4), nn.Linear(4, 7, bias=False)
+        self.out.weight = self.table.weight
+
+    def forward(self, x):
+        h = self.table(x) + self.place(torch.arange(x.shape[1]).expand_as(x))
+        h = self.twice(torch.tanh(self.twice(self.before(h))))
+        return self.out(self.after(h)).mean(1)
+
+
+class Positions(nn.Module):
+    """As many positions as there are examples, looked up once for all of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.place, self.out = nn.Embedding(4, 3), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.out(x[:, :, None] * self.place(torch.arange(x.shape[1]))).mean(1)
+
+
+class TimeFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inside, self.out = nn.Linear(1, 3), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.out(torch.tanh(self.inside(x.T[..., None])).mean(0))
+
+
+class Called(nn.Module):
+    """A recurrent or attending layer over a sequence of vectors."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.out = layer, nn.Linear(4, 2)
+
+    def forward(self, x):
+        h = x.unflatten(1, (-1, 4))
+        h = self.layer(h, h, h)[0] if isinstance(self.layer, nn.MultiheadAttention) else self.layer(h)
+        return self.out((h[0] if isinstance(h, tuple) else h).mean(1))
+
+
+def folded(*layers, shape):
+    return nn.Sequential(nn.Unflatten(1, shape), *layers, nn.Flatten(), nn.LazyLinear(2))
+
+
+def convolutions():
+    first = nn.Conv1d(2, 4, 3, stride=2, padding=1, groups=2)
+    return folded(first, nn.ReLU(inplace=True), nn.GroupNorm(2, 4), nn.Conv1d(4, 2, 2, dilation=2, padding="same"), shape=(2, 6))
+
+
+FLOATS = {
+    "conv1d": convolutions,
+    "conv2d": lambda: folded(
+        nn.Conv2d(1, 3, 2, padding=(1, 0), padding_mode="circular"), nn.Tanh(), nn.Conv2d(3, 2, (1, 2), bias=False), shape=(1, 3, 4)
+    ),
+    "conv3d": lambda: folded(nn.Conv3d(1, 2, 2, padding="valid"), nn.GELU(), shape=(1, 2, 2, 3)),
+    "positions": lambda: nn.Sequential(nn.Unflatten(1, (3, 4)), nn.Linear(4, 3), nn.LayerNorm((3, 3)), nn.Flatten(), nn.Linear(9, 2)),
+    "time first": TimeFirst,
+    "lstm": lambda: Called(nn.LSTM(4, 4, batch_first=True)),
+    "attention": lambda: Called(nn.MultiheadAttention(4, 2, batch_first=True)),
+    "encoder": lambda: Called(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)),
+    "batch norm": lambda: nn.Sequential(nn.Linear(12, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)),
+    "bare": lambda: nn.Sequential(nn.Linear(12, 3), nn.PReLU(3), nn.Linear(3, 2)),
+}
+SEEN = ("conv1d", "conv2d", "conv3d", "positions", "sequence")
+"""Models of which hooks see all."""
+
+
+def problem_of(name, rows=6, columns=12):
+    """A model, its data and what each example should learn."""
+    torch.manual_seed(0)
+    if name == "sequence":
+        x, y, model = torch.randint(0, 7, (rows, 5)), torch.randint(0, 7, (rows,)), Sequence()
+    else:
+        x, y, model = torch.randn(rows, columns, dtype=torch.float64), torch.randint(0, 2, (rows,)), FLOATS[name]()
+        model.double()(x)
+    return model.double(), TensorDataset(x, y)
+
+
+def losses(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+def one_by_one(model, data, losses=losses):
+    """The gradient of every example, within the batch of all, the slow way: [example, param]."""
+    params = list(model.parameters())
+    torch.manual_seed(1)
+    values = losses(model, data[:])
+    found = [torch.autograd.grad(v, params, retain_graph=True, allow_unused=True) for v in values]
+    return torch.stack(
+        [torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(params, one)]) for one in found]
+    )
+
+
+def step(model, train_set, path, loss=losses, reduce=torch.mean, around=nullcontext, after=lambda model: None, **options):
+    """One recorded step on all the data; the run."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    torch.manual_seed(1)
+    with explaind.record(optimizer, model, path, gradients="store", **options) as recorder:
+        recorder.examples(torch.arange(len(train_set)))
+        with around():
+            reduce(loss(model, train_set[:])).backward()
+        after(model)
+        optimizer.step()
+    return explaind.open(path)
+
+
+@pytest.mark.parametrize("name", [*FLOATS, "sequence"])
+def test_they_are_the_gradients_of_single_examples(name, tmp_path, monkeypatch):
+    model, data = problem_of(name)
+    want = one_by_one(copy.deepcopy(model), data)
+    if name in SEEN:  # the slow route must not be taken
+        monkeypatch.setattr(recomputing.Recomputed, "_add", lambda *a: pytest.fail("computed once more"))
+    given = {} if name in SEEN else {"losses": losses, "data": data}
+    run = step(model, data, tmp_path / "run", **given)
+    found = run.gradients(0, 0, len(data))
+    algebra(found[:, : want.shape[1]], want.numpy())
+    assert not found[:, want.shape[1] :].any()  # of buffers
+    if name in SEEN:
+        monkeypatch.undo()
+        again = step(problem_of(name)[0], data, tmp_path / "again", losses=losses, data=data)
+        same(again.gradients(0, 0, len(data)), run.gradients(0, 0, len(data)))
+
+
+def both(model, run, data, **options):
+    """The ledger from the store, and the one that is recomputed."""
+    queries, measure = data[:3], lambda m, b: m(b[0])
+    asked = {"queries": queries, "measure": measure, "rule": "gauss:4", "keep": ("query", "example", "layer"), **options}
+    return explaind.decompose(run, model, **asked), explaind.decompose(
+        run, model, data=data, losses=losses, products="materialise", **asked
+    )
+
+
+def mlp(dtype=torch.float32):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 2)).to(dtype)
+
+
+DATA = TensorDataset(torch.randn(16, 12, generator=torch.Generator().manual_seed(2)), torch.arange(16) % 2)
+
+
+def trained(model, path, steps=6, batch=8, announce=True, **options):
+    """A few steps of a plain loop with batches of two sizes; the optimizer."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    recording = explaind.record(optimizer, model, path, **options) if path is not None else nullcontext()
+    with recording as recorder:
+        for s in range(steps):
+            ids = torch.arange(3 * s, 3 * s + (batch if s % 2 else 3)) % len(DATA)
+            if recorder is not None:
+                recorder.examples(ids)
+            optimizer.zero_grad()
+            losses(model, DATA[ids]).mean().backward()
+            optimizer.step()
+    return optimizer
+
+
+def state(model, optimizer):
+    """Everything that a training ends with, as bytes."""
+    moments = [t for s in optimizer.state.values() for t in s.values()]
+    return [t.detach().numpy().tobytes() for t in (*model.parameters(), *moments)] + [torch.get_rng_state().numpy().tobytes()]
+
+
+def test_in_float32_the_two_ledgers_differ_by_rounding_and_the_training_is_not_disturbed(tmp_path):
+    alone, watched = mlp(), mlp()
+    plain, optimizer = trained(alone, None), trained(watched, tmp_path / "run", gradients="store")
+    assert state(watched, optimizer) == state(alone, plain)
+    run = explaind.open(tmp_path / "run")
+    assert (run.manifest.gradients, run.gradients(1, 0, 8).dtype, run.steps) == ("float32", "float32", 6)
+    got, want = both(mlp(), run, DATA)
+    alike(got, want, rounding)
+    assert got.verify().ok
+    groups = {"example": {"some": range(0, 16, 3)}, "layer": {"first": ["0.*"]}}
+    alike(*both(mlp(), run, DATA, groups=groups), rounding)
+    alike(*both(mlp(), run, DATA, keep=("query", "step")), rounding)
+    alike(*both(mlp(), run, DATA, keep=("example", "param")), rounding)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float16", 2), (torch.float64, 8)])
+def test_they_are_stored_in_any_dtype(dtype, size, tmp_path):
+    trained(mlp(), tmp_path / "run", gradients="store", gradient_dtype=dtype)
+    run = explaind.open(tmp_path / "run")
+    assert run.gradients(0, 0, 3).dtype.itemsize == size
+    got, want = both(mlp(), run, DATA)
+    assert abs(got["data"] - want["data"]).max() <= (2e-3 if size == 2 else 1e-4) * abs(want["data"]).max()
+    assert got.verify().ok

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from explaind.cli.terminal import FAILED, FINE, Json, Overrides, app, printed
-from explaind.config import Config, Decompose, read
+from explaind.config import Config, Decompose, bytes_of, read
 from explaind.errors import ExplaindError, RequestError
 from explaind.ledger.by_name import arguments, check_asked, config_of, measure_named, task_of
 from explaind.ledger.doctor import Diagnosis, doctor
 from explaind.report.lines import doctor_lines
+from explaind.report.report import gradient_facts
 from explaind.store.reader import Run, open_run
 from explaind.tasks import load
 from explaind.tasks.training import train
@@ -75,7 +76,17 @@ def _tried(settings: Config) -> dict[str, Any]:
         task_of(run)
         pauses = np.diff(ticks)[1:]
         record = float(np.mean(pauses)) * steps if len(pauses) else None
-        return {**_facts(diagnosed(run, settings.decompose, steps)), **_sizes(run, steps), "record_seconds": record}
+        found = diagnosed(run, settings.decompose, steps)
+        found.refused.extend(_over_budget(run, settings, steps))
+        return {**_facts(found), **_sizes(run, steps), "record_seconds": record}
+
+
+def _over_budget(run: Run, settings: Config, steps: int) -> list[str]:
+    """Why the gradients of so many steps cannot be stored, from those that were."""
+    stored = gradient_facts(run)
+    need = 0 if stored is None else stored["bytes"] * steps // run.steps
+    budget = bytes_of(settings.train.gradient_budget, "train.gradient_budget")
+    return [f"the gradients of all examples would take {need} bytes, and train.gradient_budget is {budget}"] if need > budget else []
 
 
 def _facts(found: Diagnosis) -> dict[str, Any]:
@@ -85,7 +96,7 @@ def _facts(found: Diagnosis) -> dict[str, Any]:
 def _sizes(run: Run, steps: int) -> Mapping[str, int]:
     """Bytes on disk, of what is recorded and of so many steps."""
     columns = ("theta", "momentum", "filtered", "preconditioner", "scalar", "batch", "part", "weight", "hyper", "age", "mode", "gap")
-    others = ("precision", "consumed", "random", "state", "groups", "checksum_theta", "checksum_step")
+    others = ("precision", "consumed", "random", "state", "groups", "gradient", "checksum_gradient", "checksum_theta", "checksum_step")
     have = {name: _bytes(run.path / name) for name in (*columns, *others)}
     rest = _bytes(run.path) - sum(have.values()) - _bytes(run.path / "ledgers")
     return {"disk": int(rest + sum(have.values()) * steps / max(1, run.steps))}
