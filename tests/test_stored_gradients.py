@@ -10,6 +10,8 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import explaind
+from explaind.errors import RecordError
+from explaind.ledger.verify_run import verify_run
 from explaind.record import recomputing
 from tests import cases
 from tests.closeness import algebra, rounding, same
@@ -147,7 +149,10 @@ def one_by_one(model, data, losses=losses):
     values = losses(model, data[:])
     found = [torch.autograd.grad(v, params, retain_graph=True, allow_unused=True) for v in values]
     return torch.stack(
-        [torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(params, one)]) for one in found]
+        [
+            torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(params, one, strict=True)])
+            for one in found
+        ]
     )
 
 
@@ -242,3 +247,168 @@ def test_they_are_stored_in_any_dtype(dtype, size, tmp_path):
     got, want = both(mlp(), run, DATA)
     assert abs(got["data"] - want["data"]).max() <= (2e-3 if size == 2 else 1e-4) * abs(want["data"]).max()
     assert got.verify().ok
+
+
+def refused(match, *args, **options):
+    with pytest.raises(RecordError, match=match) as caught:
+        step(*args, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("lstm", "layer.weight_ih_l0 of LSTM"), ("attention", "MultiheadAttention"), ("batch norm", "BatchNorm1d"), ("bare", "PReLU")],
+)
+def test_what_hooks_do_not_see_is_refused_by_name(name, words, tmp_path):
+    model, data = problem_of(name)
+    told = refused("cannot be seen by hooks", model, data, tmp_path / "run")
+    assert words in told
+    assert "losses=" in told
+    refused("without the data", model, data, tmp_path / "run", losses=losses)
+
+
+def test_rows_that_are_no_examples_are_refused_even_where_there_are_as_many(tmp_path):
+    _, data = problem_of("time first", rows=4, columns=4)
+    assert "place is called with 4 rows where there are 2 examples" in refused("not seen", Positions().double(), data, tmp_path / "a")
+    assert "Linear was called with rows that are not the 6 examples" in refused("not seen", *problem_of("time first"), tmp_path / "b")
+    model = Positions().double()
+    want = one_by_one(copy.deepcopy(model), data)
+    algebra(step(model, data, tmp_path / "c", losses=losses, data=data).gradients(0, 0, 4), want.numpy())
+
+
+def contrastive(model, batch):
+    """Each example should be like itself more than like the others."""
+    h = model(batch[0])
+    return F.cross_entropy(h @ h.T, torch.arange(len(h)), reduction="none")
+
+
+def test_coupled_losses_go_the_way_of_the_whole_batch_or_are_found_by_verify(tmp_path):
+    model, data = problem_of("positions")
+    want = one_by_one(copy.deepcopy(model), data, contrastive)
+    run = step(copy.deepcopy(model), data, tmp_path / "given", contrastive, losses=contrastive, data=data)
+    algebra(run.gradients(0, 0, 6), want.numpy())
+    assert verify_run(run, model, data, contrastive).ok
+    unknown = step(copy.deepcopy(model), data, tmp_path / "unknown", contrastive)
+    (reason,) = verify_run(unknown, model, data, contrastive).reasons
+    assert "stored gradients of examples of step 0 are not those of the losses" in reason
+
+
+def test_a_sum_that_is_not_the_consumed_gradient_is_told_with_step_and_layer(tmp_path):
+    def penalised(model, batch):
+        return losses(model, batch) + model[2].weight.square().sum()
+
+    assert "step 0: 2.weight" in refused("do not sum", mlp(), DATA, tmp_path / "penalty", penalised)
+    assert "step 0: 0.weight" in refused("do not sum", mlp(), DATA, tmp_path / "noise", after=lambda m: m[0].weight.grad.add_(0.1))
+    assert "step 0: 2.bias" in refused("do not sum", mlp(), DATA, tmp_path / "double", after=lambda m: m[2].bias.grad.mul_(2))
+    optimizer = torch.optim.SGD((model := mlp()).parameters(), lr=0.1)
+    with pytest.raises(RecordError, match="step 2"), explaind.record(optimizer, model, tmp_path / "later", gradients="store") as recorder:
+        for s in range(3):
+            recorder.examples(torch.arange(16))
+            optimizer.zero_grad()
+            (losses if s < 2 else penalised)(model, DATA[:]).mean().backward()
+            optimizer.step()
+    run = explaind.open(tmp_path / "later")
+    assert (run.steps, run.damage()) == (2, [])
+    alike(*both(mlp(), run, DATA), rounding)
+
+
+def test_examples_must_be_announced_before_their_forward_pass(tmp_path):
+    optimizer = torch.optim.SGD((model := mlp()).parameters(), lr=0.1)
+
+    def stepped(path, *order):
+        with explaind.record(optimizer, model, path, gradients="store") as recorder:
+            for what in order:
+                recorder.examples(torch.arange(8)) if what == "announce" else losses(model, DATA[:8]).mean().div(2).backward()
+            optimizer.step()
+
+    def late(path):
+        with explaind.record(optimizer, model, path, gradients="store") as recorder:
+            loss = losses(model, DATA[:8]).mean()
+            recorder.examples(torch.arange(8))
+            loss.backward()
+            optimizer.step()
+
+    with pytest.raises(RecordError, match="a forward pass was made before its examples were announced"):
+        late(tmp_path / "late")
+    optimizer.zero_grad()
+    with pytest.raises(RecordError, match="no backward pass of a micro-batch"):
+        stepped(tmp_path / "second", "announce", "pass", "pass", "announce")
+    optimizer.zero_grad()
+    stepped(tmp_path / "fine", "announce", "pass", "announce", "pass")
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_behind_a_gradient_scaler_the_ledger_is_the_recomputed_one(clip, fused, tmp_path):
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
+    with explaind.record(optimizer, model, tmp_path / "run", gradients="store") as recorder:
+        for s in range(5):
+            recorder.examples(torch.arange(8))
+            optimizer.zero_grad()
+            scaler.scale(losses(model, DATA[:8]).mean() * (torch.inf if s == 3 and not fused else 1.0)).backward()
+            if clip:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
+            scaler.step(optimizer)
+            scaler.update()
+    run = explaind.open(tmp_path / "run")
+    got, want = both(mlp(), run, DATA)
+    alike(got, want, rounding)
+    assert (run.steps, got.verify().ok) == (4 + fused, True)
+    if not clip:  # what was scaled is not in the store
+        rounding(run.gradients(0, 0, 8), one_by_one(mlp(), DATA)[:8].numpy())
+
+
+def test_closures_and_windows(tmp_path):
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with explaind.record(optimizer, model, tmp_path / "run", gradients="store", steps=[(0, 2), (4, 6)]) as recorder:
+        for _ in range(6):
+            recorder.examples(torch.arange(8))
+
+            def closure():
+                optimizer.zero_grad()
+                loss = losses(model, DATA[:8]).mean()
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+    run = explaind.open(tmp_path / "run")
+    assert (run.gaps.tolist(), run.damage()) == ([0, 0, 2, 0, 0], [])
+    alike(*both(mlp(), run, DATA), rounding)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"thin": 2}, "in a thin run"),
+        ({"gradient_filter": explaind.GrokfastEMA(0.9, 1.0)}, "in front of a gradient filter"),
+        ({"gradient_dtype": torch.bfloat16}, "expected float16 or float32 or float64"),
+        ({"gradients": "stored"}, "unknown way"),
+        ({"gradients": "store:many"}, "unknown way"),
+    ],
+)
+def test_arguments_that_do_not_go_together(options, match, tmp_path):
+    model = mlp()
+    with pytest.raises(RecordError, match=match):
+        explaind.record(torch.optim.SGD(model.parameters(), lr=0.1), model, tmp_path / "run", **{"gradients": "store", **options})
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_budget_is_held_before_a_batch_is_computed(tmp_path):
+    one = 122 * 4
+    with pytest.raises(RecordError, match="budget") as caught:
+        trained(mlp(), tmp_path / "all", gradients="store:100", gradient_budget=200 * one)
+    told = str(caught.value)
+    assert all(
+        word in told for word in ("100 steps × 3 examples × 122 parameters × 4 bytes (float32)", "gradient_dtype", "steps=", "thin=")
+    )
+    assert explaind.open(tmp_path / "all").steps == 0
+    trained(mlp(), tmp_path / "enough", gradients="store:6", gradient_budget=33 * one)
+    with pytest.raises(RecordError, match=r"one more batch of 8 examples .* are written"):
+        trained(mlp(), tmp_path / "some", gradients="store", gradient_budget=18 * one)
+    run = explaind.open(tmp_path / "some")
+    assert (run.steps, run.damage()) == (3, [])

@@ -27,16 +27,19 @@ EXACT = 1e-4
 
 
 def scale_of(watched: Watched, total: Tensor, untouched: bool) -> float:
-    """What takes a GradScaler's scale out of the gradients of a step; total: their weighted sum [param]."""
+    """What takes a GradScaler's scale out of the gradients of a step; total: their weighted sum [param].
+
+    untouched: whether torch knows of nothing that changed them.
+    """
     told = [float(scale) for scale in watched.scales]
     if told:  # a fused optimizer undoes it itself
         return 1.0 / told[0]
-    if untouched:
-        return 1.0
     size = float(total.double().square().sum())
     factor = float(total.double() @ watched.gradient().double()) / size if size else 1.0
-    if not 0.0 < factor < 1.0:
+    if not 0.0 < factor < 1.0 - EXACT:
         return 1.0
+    if untouched:  # as far as torch tells: it does not tell of a GradScaler
+        return factor
     nearest = 2.0 ** round(log2(factor))
     return nearest if abs(factor / nearest - 1.0) <= EXACT and nearest < 1.0 else 1.0
 

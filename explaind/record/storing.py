@@ -126,14 +126,14 @@ class Storing:
 
     def announce(self, count: int, step: int) -> None:
         """A micro-batch of so many examples is about to come; RecordError where its gradients, or those of all steps, are too many."""
-        one = count * self._watched.params_count * self._itemsize
-        steps = max(1, (self._asked.steps or 0) - step)
-        pending = sum(len(batch.ids) for batch in self._incoming.pending) * self._watched.params_count * self._itemsize
-        need = self._written + pending + steps * one
+        example = self._watched.params_count * self._itemsize
+        known = self._written + example * sum(len(batch.ids) for batch in self._incoming.pending)
+        steps = 1 if known else self._asked.steps or 1
+        need = known + steps * count * example
         if need <= self._asked.budget:
             return
-        many = f"{steps} steps × " if self._asked.steps else "one more batch of "
-        so_far = f", and {_words(self._written + pending)} are written" if self._written + pending else ""
+        many = f"{steps} steps × " if steps > 1 else "one more batch of "
+        so_far = f", and {_words(known)} are written" if known else ""
         raise RecordError(
             "the gradients of all examples take more than their budget",
             where=f"step {step}",
