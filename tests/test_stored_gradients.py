@@ -1,20 +1,29 @@
 """Gradients of single examples that the training itself has stored: they are those that are computed afterwards, and so is the ledger."""
 
 import copy
+import json
+import shutil
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
+import xarray
+import zarr
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import explaind
-from explaind.errors import RecordError
-from explaind.ledger.verify_run import verify_run
+from explaind.cli import main
+from explaind.errors import RecordError, RequestError, StoreError
+from explaind.ledger.verify_run import RunVerdict, verify_run
 from explaind.record import recomputing
+from explaind.store.exporting import export_run, import_run
+from explaind.store.repair import repair
 from tests import cases
 from tests.closeness import algebra, rounding, same
+from tests.test_resumed_recording import Loop
 
 ALL = ("query", "output", "example", "layer", "step")
 ADAMW = cases.optimizer_named("adamw")
@@ -203,7 +212,7 @@ def mlp(dtype=torch.float32):
 DATA = TensorDataset(torch.randn(16, 12, generator=torch.Generator().manual_seed(2)), torch.arange(16) % 2)
 
 
-def trained(model, path, steps=6, batch=8, announce=True, **options):
+def trained(model, path, steps=6, batch=8, loss=lambda s: losses, **options):
     """A few steps of a plain loop with batches of two sizes; the optimizer."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
     recording = explaind.record(optimizer, model, path, **options) if path is not None else nullcontext()
@@ -213,7 +222,7 @@ def trained(model, path, steps=6, batch=8, announce=True, **options):
             if recorder is not None:
                 recorder.examples(ids)
             optimizer.zero_grad()
-            losses(model, DATA[ids]).mean().backward()
+            loss(s)(model, DATA[ids]).mean().backward()
             optimizer.step()
     return optimizer
 
@@ -271,7 +280,7 @@ def test_what_hooks_do_not_see_is_refused_by_name(name, words, tmp_path):
 def test_rows_that_are_no_examples_are_refused_even_where_there_are_as_many(tmp_path):
     _, data = problem_of("time first", rows=4, columns=4)
     assert "place is called with 4 rows where there are 2 examples" in refused("not seen", Positions().double(), data, tmp_path / "a")
-    assert "Linear was called with rows that are not the 6 examples" in refused("not seen", *problem_of("time first"), tmp_path / "b")
+    assert "(Linear) was called with rows that are not the 6 examples" in refused("not seen", *problem_of("time first"), tmp_path / "b")
     model = Positions().double()
     want = one_by_one(copy.deepcopy(model), data)
     algebra(step(model, data, tmp_path / "c", losses=losses, data=data).gradients(0, 0, 4), want.numpy())
@@ -301,13 +310,8 @@ def test_a_sum_that_is_not_the_consumed_gradient_is_told_with_step_and_layer(tmp
     assert "step 0: 2.weight" in refused("do not sum", mlp(), DATA, tmp_path / "penalty", penalised)
     assert "step 0: 0.weight" in refused("do not sum", mlp(), DATA, tmp_path / "noise", after=lambda m: m[0].weight.grad.add_(0.1))
     assert "step 0: 2.bias" in refused("do not sum", mlp(), DATA, tmp_path / "double", after=lambda m: m[2].bias.grad.mul_(2))
-    optimizer = torch.optim.SGD((model := mlp()).parameters(), lr=0.1)
-    with pytest.raises(RecordError, match="step 2"), explaind.record(optimizer, model, tmp_path / "later", gradients="store") as recorder:
-        for s in range(3):
-            recorder.examples(torch.arange(16))
-            optimizer.zero_grad()
-            (losses if s < 2 else penalised)(model, DATA[:]).mean().backward()
-            optimizer.step()
+    with pytest.raises(RecordError, match="step 2"):
+        trained(mlp(), tmp_path / "later", loss=lambda s: losses if s < 2 else penalised, gradients="store")
     run = explaind.open(tmp_path / "later")
     assert (run.steps, run.damage()) == (2, [])
     alike(*both(mlp(), run, DATA), rounding)
@@ -412,3 +416,106 @@ def test_the_budget_is_held_before_a_batch_is_computed(tmp_path):
         trained(mlp(), tmp_path / "some", gradients="store", gradient_budget=18 * one)
     run = explaind.open(tmp_path / "some")
     assert (run.steps, run.damage()) == (3, [])
+
+
+def gradients(run):
+    return [run.gradients(s, 0, len(row.batch)) for s, row in enumerate(run.block(0, run.steps).rows)]
+
+
+def check_same(got, want):
+    """Two runs with the same stored gradients, bitwise."""
+    assert (got.steps, got.identity, got.damage(), want.damage()) == (want.steps, want.identity, [], [])
+    for one, other in zip(gradients(got), gradients(want), strict=True):
+        same(one, other)
+
+
+def test_a_recording_that_was_killed_keeps_every_step_and_goes_on(tmp_path, monkeypatch):
+    cases.shorten_blocks(monkeypatch)
+    want = Loop(tmp_path / "whole").record(11, gradients="store")
+    loop = Loop(tmp_path / "run")
+    with explaind.record(loop.optimizer, loop.model, loop.path, data=cases.DATA, gradients="store") as recorder:
+        while recorder.steps < 8:
+            loop.step(recorder)
+        recorder._writer._wait()
+        shutil.copytree(loop.path, tmp_path / "killed")
+    killed = explaind.open(tmp_path / "killed")
+    assert (killed.steps, killed.logged, killed.damage()) == (5, 3, [])
+    shutil.copytree(killed.path, tmp_path / "lacking")
+    shutil.rmtree(tmp_path / "lacking" / "gradient" / "c" / "6")  # as in a copy that was made while it was written
+    assert explaind.open(tmp_path / "lacking").logged == 1
+    export_run(killed.path, tmp_path / "killed.zip")
+    import_run(tmp_path / "killed.zip", tmp_path / "imported")
+    for folder in ("killed", "imported"):
+        assert repair(tmp_path / folder).after == 8
+        check_same(explaind.open(tmp_path / folder), explaind.open(loop.path))
+    # Older than the record, so that steps with other batches stand where new ones come; then to the end.
+    shutil.move(loop.path, tmp_path / "kept")
+    shutil.move(tmp_path / "killed", loop.path)
+    check_same(loop.load(4).record(11, resume=True, gradients="store"), want)
+    with pytest.raises(RecordError, match="gradients"):
+        loop.load(4).record(11, resume=True)
+
+
+@pytest.mark.filterwarnings("ignore:Object at:zarr.errors.ZarrUserWarning")
+def test_damage_to_stored_gradients_is_told_and_cut_off(tmp_path, monkeypatch):
+    run = stored(tmp_path / "run")
+    chunk = next(file for file in sorted((run.path / "gradient" / "c" / "4").rglob("*")) if file.is_file())
+    array = zarr.open_array(run.path / "gradient", mode="r+")
+    array[4, 0, 3] = array[4, 0, 3] + 1
+    assert explaind.open(run.path).damage() == ["the gradients of the examples of step 4 are not what was recorded"]
+    assert "step 4" in from_store(explaind.open(run.path)).verify().reasons[0]
+    chunk.write_bytes(chunk.read_bytes()[:9])
+    assert explaind.open(run.path).damage() == ["the gradients of the examples of step 4 are not what was recorded"]
+    with pytest.raises(StoreError, match="a chunk cannot be read"):
+        from_store(explaind.open(run.path))
+    assert (repair(run.path).after, explaind.open(run.path).damage()) == (4, [])
+    told = json.loads((run.path / "gradient" / "zarr.json").read_text())
+    told["shape"][2] = 2**40
+    (run.path / "gradient" / "zarr.json").write_text(json.dumps(told))
+    with pytest.raises(StoreError, match="not what the manifest says"):
+        explaind.open(run.path)
+
+
+@pytest.mark.parametrize("kind", ["h5", "zip"])
+@pytest.mark.filterwarnings("ignore:Object at commit.json")  # zarr remarks on any file that is not its own
+def test_stored_gradients_come_along_in_a_file(kind, tmp_path):
+    if kind == "h5":
+        pytest.importorskip("h5py", reason="HDF5 needs h5py")
+    run = stored(tmp_path / "run", gradient_dtype="float16")
+    export_run(run.path, tmp_path / f"out.{kind}")
+    import_run(tmp_path / f"out.{kind}", tmp_path / "back")
+    want, got = ({f.relative_to(p): f.read_bytes() for f in p.rglob("*") if f.is_file()} for p in (run.path, tmp_path / "back"))
+    assert got == want
+    if kind == "zip":
+        zipped = explaind.open(tmp_path / "out.zip")
+        check_same(zipped, run)
+        tree = xarray.open_datatree(zarr.storage.ZipStore(tmp_path / "out.zip", mode="r"), engine="zarr", consolidated=False)
+        assert tree["gradient"].shape == (7, 5, 26)
+
+
+def test_the_command_line_stores_and_takes_them(tmp_path, capsys):
+    config, run = str(Path(__file__).parent / "small.toml"), tmp_path / "run"
+    options = ["--train.steps", "4", "--train.gradients", "store"]
+    assert main(["record", config, "--out", str(run), *options, "--train.gradient_budget", "100kB"]) == 2
+    assert "4 steps × " in capsys.readouterr().err
+    assert main(["record", config, "--out", str(run), "--overwrite", *options, "--train.gradient_dtype", "float64"]) == 0
+    assert main(["decompose", str(run), "--queries", "val:0:2", "--name", "stored"]) == 0
+    assert main(["decompose", str(run), "--queries", "val:0:2", "--name", "made", "--products", "materialise"]) == 0
+    alike(*(explaind.open_ledger(run / "ledgers" / name) for name in ("stored", "made")), rounding)
+    capsys.readouterr()
+    assert main(["verify", str(run)]) == 0
+    assert main(["info", str(run)]) == 0
+    assert "of single examples, float64" in capsys.readouterr().out
+    assert main(["doctor", str(run), "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)["layers"].values()) == {"stored"}
+
+
+def test_without_data_a_run_must_have_stored_them(tmp_path):
+    run = cases.recorded(tmp_path / "run")
+    with pytest.raises(RequestError, match="data and losses of the training are needed"):
+        from_store(run)
+    with pytest.raises(RequestError, match="stores no gradients"):
+        cases.decomposed(run, products="stored")
+    with pytest.raises(RequestError, match="stores no gradients"):
+        run.gradients(0, 0, 1)
+    assert RunVerdict.of_bytes(stored(tmp_path / "stored")).replay_error.shape == (7, 4)

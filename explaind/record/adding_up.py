@@ -64,6 +64,8 @@ def check_sum(watched: Watched, gradients: Tensor, weights: Tensor, rounding: Ro
     consumed, total = watched.gradient() * scale, weights @ gradients
     cuts = [slice(layer.offset, layer.offset + layer.size) for layer in watched.layers]
     size = torch.cat([weights.abs() @ gradients[:, own].abs() for own in cuts])
+    if not torch.isfinite(size).all():
+        raise RecordError("an example's gradient does not fit its dtype", where=f"step {step}", do="take a larger gradient_dtype")
     room = rounding.room(gradients.dtype)
     floor = WHOLE * _norm(size)
     for p, layer, own in zip(watched.params, watched.layers, cuts, strict=True):

@@ -348,7 +348,8 @@ def record(
         schema.open_group(folder, "run")  # only ever remove what is a run,
         check_idle(folder)  # and is not being written
         shutil.rmtree(folder)
-    stored = wanted(gradients, gradient_dtype, gradient_budget, losses, steps, processes=ranks.size > 1, **asked)
+    compiled = hasattr(model, "_orig_mod")
+    stored = wanted(gradients, gradient_dtype, gradient_budget, losses, steps, compiled, processes=ranks.size > 1, **asked)
     optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
     return Recorder(
         [unwrapped_optimizer(o) for o in optimizers],

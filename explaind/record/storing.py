@@ -36,6 +36,8 @@ class Wanted:
     steps: int | None
     """To come, where that is known."""
     losses: Losses | None
+    compiled: bool
+    """Whether the model is, so that hooks on it may not be called."""
 
 
 def wanted(
@@ -44,6 +46,7 @@ def wanted(
     budget: str | int,
     losses: Losses | None,
     steps: Sequence[tuple[int, int]] | None,
+    compiled: bool = False,
     **others: object,
 ) -> Wanted | None:
     """None where gradients are to be recomputed; RecordError for words that mean nothing, and for arguments that do not go together."""
@@ -66,7 +69,7 @@ def wanted(
             "example gradients cannot be stored in this dtype", expected=" or ".join(FLOATS), got=kept, do="choose one that zarr has"
         )
     known = int(number) if number else None if steps is None else sum(stop - start for start, stop in steps)
-    return Wanted(kept, bytes_of(budget, "gradient_budget"), known, losses)
+    return Wanted(kept, bytes_of(budget, "gradient_budget"), known, losses, compiled)
 
 
 REFUSED = {
@@ -89,7 +92,7 @@ class Storing:
         self._written = 0
         places = {id(p): slice(a.offset, a.offset + a.size) for p, a in zip(watched.params, watched.layers, strict=True)}
         self._recomputed = self._of_losses(asked.losses, data)
-        hidden = uncovered(watched.model, watched.params)
+        hidden = "the model (compiled)" if asked.compiled else uncovered(watched.model, watched.params)
         if hidden is not None and self._recomputed is None:
             raise RecordError(
                 "the gradients of single examples cannot be seen by hooks",
@@ -150,8 +153,6 @@ class Storing:
         """
         weights = torch.from_numpy(np.concatenate([batch.weights for batch in taken])).to(self._like)
         stored = self._gradients(taken, weights, step, untouched).to(self._kind)
-        if not torch.isfinite(stored).all():
-            raise RecordError(f"an example's gradient does not fit {self.dtype}", where=f"step {step}", do="take a larger gradient_dtype")
         coarse = Rounding(torch.finfo(self._kind).eps, self._precision(taken))
         check_sum(self._watched, stored.to(self._like.dtype), weights, coarse, untouched, step)
         self._written += stored.numel() * self._itemsize

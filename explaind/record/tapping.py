@@ -137,27 +137,33 @@ class Taps:
         self._places, self._like, self._current = places, like, current
         self.fault: str | None = None
         """Why the gradients at hand cannot be used."""
-        found = (m for m in model.modules() if kind_of(m) is not None and any(id(p) in places for p in m._parameters.values()))
-        self._hooks: list[RemovableHandle] = [m.register_forward_hook(self._called(m), with_kwargs=True) for m in found]
+        found = [
+            (n, m) for n, m in model.named_modules() if kind_of(m) is not None and any(id(p) in places for p in m._parameters.values())
+        ]
+        self._hooks: list[RemovableHandle] = [m.register_forward_hook(self._called(n, m), with_kwargs=True) for n, m in found]
 
     def close(self) -> None:
         """Let go of the modules."""
         for hook in self._hooks:
             hook.remove()
 
-    def _called(self, module: nn.Module) -> Callable[..., None]:
+    def _called(self, name: str, module: nn.Module) -> Callable[..., None]:
         kind = kind_of(module)
         assert kind is not None
         formula = FORMULAS[kind]
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
-            if torch.is_grad_enabled() and y.requires_grad:
+            if torch._C._are_functorch_transforms_active():
+                self.fault = f"{name} was called inside of torch.func"
+            elif torch.is_grad_enabled() and y.requires_grad:
                 x = (args[0] if args else kwargs["input"]).detach()
-                y.register_hook(partial(self._came_back, module, formula, x, self._current()))
+                y.register_hook(partial(self._came_back, name, module, formula, x, self._current()))
 
         return hook
 
-    def _came_back(self, module: nn.Module, formula: Callable[..., None], x: Tensor, batch: MicroBatch | None, delta: Tensor) -> None:
+    def _came_back(
+        self, name: str, module: nn.Module, formula: Callable[..., None], x: Tensor, batch: MicroBatch | None, delta: Tensor
+    ) -> None:
         """The backward pass has reached the output of a module."""
         if batch is None:
             if self._current() is not None:
@@ -165,7 +171,7 @@ class Taps:
             return  # of a step that is not recorded
         rows = len(batch.ids)
         if _rank(module) > x.ndim or x.shape[0] != rows or delta.shape[0] != rows:
-            self.fault = f"{type(module).__name__} was called with rows that are not the {rows} examples: input {tuple(x.shape)}"
+            self.fault = f"{name} ({type(module).__name__}) was called with rows that are not the {rows} examples: input {tuple(x.shape)}"
             return
         with torch.no_grad(), torch.autocast(delta.device.type, enabled=False):
             formula(module, *self._precise(x, delta), self._views(module, batch))

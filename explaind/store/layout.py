@@ -47,7 +47,7 @@ def columns(m: Manifest, codec: str = "standard") -> dict[str, Column]:
         found += [Column("groups", ("step", "character"), "uint8", (1,), 0, CHUNK_SLOTS)]
     if m.gradients is not None:
         slots = min(CHUNK_SLOTS, max(TOGETHER, SMALL_CHUNK // max(1, d)))
-        found += [Column("gradient", ("step", "slot", "param"), m.gradients, (1, d), 0, slots)]
+        found += [Column("gradient", ("step", "slot", "param"), m.gradients, (1, d), 0, slots, "quick")]
         found += [Column("checksum_gradient", ("step",), "uint32", ())]
     return {column.name: column for column in found}
 

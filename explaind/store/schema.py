@@ -76,7 +76,8 @@ class Column:
         """Extents of a chunk that holds so many rows."""
         grown = () if self.chunk is None else (-(-self.chunk // max(1, rows // CHUNK_ROWS)),)
         most = max(1, CHUNK_VALUES // max(1, rows * prod(grown)))
-        return tuple(max(1, n) for n in (rows, *grown, *(min(n, most) for n in self.shape[len(grown) :])))
+        even = (-(-n // max(1, -(-n // most))) if grown else min(n, most) for n in self.shape[len(grown) :])
+        return tuple(max(1, n) for n in (rows, *grown, *even))
 
 
 def lossless() -> BloscCodec:
@@ -89,15 +90,19 @@ CLEVEL = 9
 CODECS: Mapping[str, Mapping[str, Any]] = {
     "bitdelta": {"serializer": BitDelta(), "compressors": None},
     "standard": {"compressors": [lossless()]},
+    "quick": {"compressors": [BloscCodec(cname="lz4", clevel=5, shuffle=BloscShuffle.shuffle)]},
     "apart": {"compressors": [BloscCodec(cname="zstd", clevel=CLEVEL, shuffle=BloscShuffle.shuffle)]},
 }
-"""As zarr's arguments. Any zarr v3 reader knows the last two; "apart" is for rows that have little in common, and takes its time."""
+"""As zarr's arguments. Any zarr v3 reader knows all but the first. "quick" is for what is written while the training waits, and is a fifth
+larger; "apart" is for rows that have little in common, and takes its time."""
 
 
 def codec_of(codecs: Sequence[Any]) -> str:
     """Which of CODECS an array has."""
     if any(isinstance(codec, BitDelta) for codec in codecs):
         return "bitdelta"
+    if any(isinstance(codec, BloscCodec) and str(getattr(codec.cname, "value", codec.cname)) == "lz4" for codec in codecs):
+        return "quick"
     return "apart" if any(isinstance(codec, BloscCodec) and codec.clevel == CLEVEL for codec in codecs) else "standard"
 
 
