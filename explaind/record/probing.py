@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from explaind.errors import RecordError
 from explaind.record.incoming import MicroBatch, random_state
 from explaind.record.recomputing import copied, drawn_from
 from explaind.record.tapping import kind_of
@@ -20,9 +21,13 @@ class Probe:
     """Waits for a forward pass of a model with at least two examples."""
 
     def __init__(self, model: nn.Module, device: torch.device, current: Callable[[], MicroBatch | None]) -> None:
-        self._device, self._current, self._copy = device, current, copied(model)
+        self._device, self._current = device, current
         self.fault: str | None = "the model itself was not called, or with no tensor that has a row for every example"
         """Why rows cannot be taken for examples; None once it is known that they can."""
+        try:
+            self._copy: nn.Module | None = copied(model)  # before it keeps anything of a forward pass
+        except RecordError as error:
+            self._copy, self.fault = None, str(error)
         self._hook = model.register_forward_hook(self._called, with_kwargs=True)
 
     def close(self) -> None:
@@ -43,9 +48,9 @@ class Probe:
             return leaf[:half]
 
         some = tree_map(halved, (args, kwargs))
-        if cut:
+        if cut and self._copy is not None:
             self.fault = _asked(self._copy, some, half, self._device)
-        del self._copy
+        self._copy = None
 
 
 def _asked(own: nn.Module, some: tuple[tuple[Any, ...], dict[str, Any]], rows: int, device: torch.device) -> str | None:

@@ -7,7 +7,8 @@ that a replay of the run gives them.
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.data import default_collate
 
+from explaind.errors import RecordError
 from explaind.record.examples import MapStyle
 from explaind.record.incoming import MicroBatch
 from explaind.record.watched import Watched
@@ -25,11 +27,19 @@ AT_ONCE = 1 << 26
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A model of one's own; hooks on the forward pass, which may have effects of their own, stay with the user's."""
-    own = copy.deepcopy(model)
-    for module in own.modules():
-        module._forward_hooks.clear()
-    return own
+    """A model of one's own, without the hooks of the user's, which may belong to anything; only those that make its weights come along."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for name, hooks in vars(module).items():
+            if name.endswith("_hooks") and isinstance(hooks, Mapping):
+                kept = {key: hook for key, hook in hooks.items() if type(hook).__module__.startswith("torch.nn.utils.")}
+                memo[id(hooks)] = OrderedDict(kept)
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:  # whatever the user's modules raise
+        raise RecordError(
+            "the model cannot be copied", got=f"{type(error).__name__}: {error}"[:200], do="record with gradients='recompute'"
+        ) from error
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from explaind.record.examples import MapStyle, checked_ids, checked_weights, fin
 from explaind.record.filtering import Filtering, Remembered
 from explaind.record.incoming import Incoming, precision_of, random_state
 from explaind.record.ranks import ALONE, Ranks, Writer, ranks_of
-from explaind.record.resuming import resumed
+from explaind.record.resuming import resumed, stored_examples
 from explaind.record.storing import BUDGET, Losses, Storing, Wanted, wanted
 from explaind.record.thinning import Thinning, check_asked
 from explaind.record.unwrapping import unwrapped_model, unwrapped_optimizer
@@ -73,8 +73,8 @@ class Recorder:
         self._fault: str | None = None
         self._update: Update | None = None
         self._theta = self._watched.theta()
+        self._storing = None if stored is None else Storing(stored, self._watched, data)
         self._incoming = Incoming(self._watched.params, self._watched.device, reduced=ranks.size > 1)
-        self._storing = None if stored is None else Storing(stored, self._watched, self._incoming, data)
         # A block begins with what a gradient filter remembers, which may be much.
         wanted = 16 if gradient_filter is None else max(16, gradient_filter.slots)
         step = max(1, 2 * self._theta.nbytes)
@@ -104,6 +104,8 @@ class Recorder:
         wrapped = "forward" in vars(self._watched.model)
         for module in (self._watched.model, *(self._watched.model.children() if wrapped else ())):
             self._hooks.append(module.register_forward_pre_hook(self._forward))
+        if self._storing is not None:
+            self._storing.begin(self._incoming, stored_examples(path) if resume else 0)
 
     @property
     def steps(self) -> int:

@@ -83,32 +83,41 @@ REFUSED = {
 class Storing:
     """Makes the gradients of every step's examples, and holds their sum against what the optimizer consumed."""
 
-    def __init__(self, asked: Wanted, watched: Watched, incoming: Incoming, data: MapStyle[Any] | None) -> None:
+    def __init__(self, asked: Wanted, watched: Watched, data: MapStyle[Any] | None) -> None:
         """RecordError names what hooks cannot see, where there are no losses to compute it from."""
-        self._asked, self._watched, self._incoming = asked, watched, incoming
+        self._asked, self._watched = asked, watched
         self._like = torch.zeros(watched.params_count, dtype=watched.dtype, device=watched.device)
         self.dtype = asked.dtype or str(watched.dtype).removeprefix("torch.")
         self._kind: torch.dtype = getattr(torch, self.dtype)
-        self._written = 0
-        places = {id(p): slice(a.offset, a.offset + a.size) for p, a in zip(watched.params, watched.layers, strict=True)}
         self._recomputed = self._of_losses(asked.losses, data)
-        hidden = "the model (compiled)" if asked.compiled else uncovered(watched.model, watched.params)
-        if hidden is not None and self._recomputed is None:
+        self._hidden = "the model (compiled)" if asked.compiled else uncovered(watched.model, watched.params)
+        if self._hidden is not None and self._recomputed is None:
             raise RecordError(
                 "the gradients of single examples cannot be seen by hooks",
-                where=hidden,
+                where=self._hidden,
                 expected="linear maps, convolutions, embeddings, layer, group and RMS normalisations",
                 do="give losses= and data=, of which they are made then, or record with gradients='recompute'",
             )
+        self._taps: Taps | None = None
+        self._probe: Probe | None = None
+        self._known = set[tuple[bool, ...]]()
+        self._written = 0
+        self.closure = False
+        """Whether the step at hand makes its gradient itself."""
+
+    def begin(self, incoming: Incoming, examples: int) -> None:
+        """Watch the model; examples: whose gradients the run has already."""
+        self._written = examples * self._watched.params_count * self._kind.itemsize
+        self._incoming = incoming
 
         def current() -> MicroBatch | None:
             return incoming.pending[-1] if incoming.pending else None
 
-        self._taps = None if hidden is not None else Taps(watched.model, places, self._like, current)
-        self._probe = None if self._recomputed is not None else Probe(watched.model, watched.device, current)
-        self._known = set[tuple[bool, ...]]()
-        self.closure = False
-        """Whether the step at hand makes its gradient itself."""
+        if self._hidden is None:
+            places = {id(p): slice(a.offset, a.offset + a.size) for p, a in zip(self._watched.params, self._watched.layers, strict=True)}
+            self._taps = Taps(self._watched.model, places, self._like, current)
+        if self._recomputed is None:
+            self._probe = Probe(self._watched.model, self._watched.device, current)
 
     def _of_losses(self, losses: Losses | None, data: MapStyle[Any] | None) -> Recomputed | None:
         if losses is None:
@@ -123,13 +132,9 @@ class Storing:
             if watching is not None:
                 watching.close()
 
-    @property
-    def _itemsize(self) -> int:
-        return self._kind.itemsize
-
     def announce(self, count: int, step: int) -> None:
         """A micro-batch of so many examples is about to come; RecordError where its gradients, or those of all steps, are too many."""
-        example = self._watched.params_count * self._itemsize
+        example = self._watched.params_count * self._kind.itemsize
         known = self._written + example * sum(len(batch.ids) for batch in self._incoming.pending)
         steps = 1 if known else self._asked.steps or 1
         need = known + steps * count * example
@@ -141,7 +146,7 @@ class Storing:
             "the gradients of all examples take more than their budget",
             where=f"step {step}",
             expected=f"at most {_words(self._asked.budget)} (gradient_budget=)",
-            got=f"{_words(need)} = {many}{count} examples × {self._watched.params_count} parameters × {self._itemsize} bytes "
+            got=f"{_words(need)} = {many}{count} examples × {self._watched.params_count} parameters × {self._kind.itemsize} bytes "
             f"({self.dtype}){so_far}",
             do="raise it, take a smaller gradient_dtype, record windows of steps (steps=), or gradients='recompute', also with thin=",
         )
@@ -155,7 +160,7 @@ class Storing:
         stored = self._gradients(taken, weights, step, untouched).to(self._kind)
         coarse = Rounding(torch.finfo(self._kind).eps, self._precision(taken))
         check_sum(self._watched, stored.to(self._like.dtype), weights, coarse, untouched, step)
-        self._written += stored.numel() * self._itemsize
+        self._written += stored.numel() * self._kind.itemsize
         return stored.cpu().numpy()
 
     def _gradients(self, taken: Sequence[MicroBatch], weights: Tensor, step: int, untouched: bool) -> Tensor:
