@@ -185,7 +185,7 @@ def step(model, train_set, path, loss=losses, reduce=torch.mean, around=nullcont
 
 @pytest.mark.parametrize("name", [*FLOATS, "sequence"])
 def test_they_are_the_gradients_of_single_examples(name, tmp_path, monkeypatch):
-    model, data = problem_of(name)
+    model, data = problem_of(name, rows=20)
     want = one_by_one(copy.deepcopy(model), data)
     if name in SEEN:  # the slow route must not be taken
         monkeypatch.setattr(recomputing.Recomputed, "_add", lambda *a: pytest.fail("computed once more"))
@@ -196,7 +196,7 @@ def test_they_are_the_gradients_of_single_examples(name, tmp_path, monkeypatch):
     assert not found[:, want.shape[1] :].any()  # of buffers
     if name in SEEN:
         monkeypatch.undo()
-        again = step(problem_of(name)[0], data, tmp_path / "again", losses=losses, data=data)
+        again = step(problem_of(name, rows=20)[0], data, tmp_path / "again", losses=losses, data=data)
         same(again.gradients(0, 0, len(data)), run.gradients(0, 0, len(data)))
 
 
@@ -297,10 +297,10 @@ def contrastive(model, batch):
 
 
 def test_coupled_losses_go_the_way_of_the_whole_batch_or_are_found_by_verify(tmp_path):
-    model, data = problem_of("positions")
+    model, data = problem_of("positions", rows=20)
     want = one_by_one(copy.deepcopy(model), data, contrastive)
     run = step(copy.deepcopy(model), data, tmp_path / "given", contrastive, losses=contrastive, data=data)
-    algebra(run.gradients(0, 0, 6), want.numpy())
+    algebra(run.gradients(0, 0, 20), want.numpy())
     assert verify_run(run, model, data, contrastive).ok
     unknown = step(copy.deepcopy(model), data, tmp_path / "unknown", contrastive)
     (reason,) = verify_run(unknown, model, data, contrastive).reasons

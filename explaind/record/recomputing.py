@@ -1,7 +1,7 @@
 """Gradients of single examples made of the training's losses: for models of which hooks do not see all, and to check what they see.
 
-The losses of the whole batch are computed once more, by a copy of the model, in the mode and the random state of the training's own pass,
-and differentiated example by example. So examples that are coupled through their batch (BatchNorm, contrastive losses) have the gradient
+The losses of the batch are computed once more, by a copy of the model, in the mode and the random state of the training's own pass, and
+differentiated example by example. So examples that are coupled through their batch (BatchNorm, contrastive losses) have the gradient
 that a replay of the run gives them.
 """
 
@@ -22,8 +22,9 @@ from explaind.record.examples import MapStyle
 from explaind.record.incoming import MicroBatch
 from explaind.record.watched import Watched
 
-AT_ONCE = 1 << 26
-"""Numbers of gradients that one call of autograd may build."""
+AT_ONCE = 16
+"""Examples that are differentiated in one call of autograd. Where their losses do not depend on the rest of the batch, they are computed of
+these alone, for otherwise each of them goes back through the whole batch."""
 
 
 def copied(model: nn.Module) -> nn.Module:
@@ -53,6 +54,19 @@ def drawn_from(state: Tensor, device: torch.device) -> Iterator[None]:
         yield
 
 
+def taken(batch: Any, rows: slice, count: int) -> Any:
+    """Some rows of a batch with so many."""
+    return tree_map(lambda leaf: leaf[rows] if isinstance(leaf, Tensor) and leaf.shape[:1] == (count,) else leaf, batch)
+
+
+def _alike(values: Tensor, others: Tensor) -> bool:
+    """Whether two ways to compute losses are one but for rounding."""
+    if values.shape != others.shape:
+        return False
+    room = 64 * torch.finfo(others.dtype).eps
+    return bool((values - others).abs().max() <= room * (1.0 + others.abs().max()))
+
+
 class Recomputed:
     """Differentiates the losses of a micro-batch; the user's model and generators are left as they are."""
 
@@ -65,15 +79,19 @@ class Recomputed:
     def __call__(self, batch: MicroBatch, some: slice = slice(None)) -> Tensor:
         """∇ℓ_i of some examples of a micro-batch, before the step is made: [example, param]."""
         self._follow()
-        device = self._watched.device
+        device, examples = self._watched.device, range(len(batch.ids))[some]
+        into = torch.zeros(len(examples), self._watched.params_count, dtype=self._watched.dtype, device=device)
         with drawn_from(batch.random, device), torch.enable_grad():
             made = default_collate([self._data[int(i)] for i in batch.ids])
-            values = self._losses(self._copy, tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, made))
-        alone = torch.eye(len(values), dtype=values.dtype, device=device)[some]
-        into = torch.zeros(len(alone), self._watched.params_count, dtype=self._watched.dtype, device=device)
-        rows = max(1, AT_ONCE // into.shape[1])
-        for block, combinations in zip(into.split(rows), alone.split(rows), strict=True):
-            self._add(block, values, combinations)
+            made = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, made)
+            whole, apart = self._losses(self._copy, made), batch.drew is False
+            for start in range(0, len(examples), AT_ONCE):
+                rows = slice(examples[start], examples[start : start + AT_ONCE][-1] + 1)
+                values = self._losses(self._copy, taken(made, rows, len(batch.ids))) if apart else whole
+                apart = apart and _alike(values, whole[rows])
+                values, own = (values, slice(None)) if apart else (whole, rows)
+                alone = torch.eye(len(values), dtype=values.dtype, device=device)[own]
+                self._add(into[start : start + AT_ONCE], values, alone)
         return into
 
     def _follow(self) -> None:

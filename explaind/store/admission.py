@@ -76,7 +76,7 @@ def of_run(source: Source, names: Sequence[str]) -> Admitted:
     for column in (columns[name] for name in columns if name in names):
         slab, rows = _slab(source, column.name), layout.rows(column, steps["steps"], anchors)
         if column.name == "gradient" and not steps["complete"] and slab.spec.shape[:1] > (rows,):
-            rows = slab.spec.shape[0]  # those of steps that only the log has are there already
+            rows = min(slab.spec.shape[0], rows + 2 * manifest.span)  # those of steps that only the log has are there already
         arrays[column.name] = slab, _column(source, slab.spec, column, manifest, rows)
     for name in (name for name in names if name == "fingerprint" or name.startswith("constant/")):
         slab = _slab(source, name)
