@@ -395,7 +395,7 @@ def test_closures_and_windows(tmp_path):
         ({"thin": 2}, "in a thin run"),
         ({"gradient_filter": explaind.GrokfastEMA(0.9, 1.0)}, "in front of a gradient filter"),
         ({"gradient_dtype": torch.bfloat16}, "expected float16 or float32 or float64"),
-        ({"gradients": "stored"}, "unknown way"),
+        ({"gradients": True}, "unknown way"),
         ({"gradients": "store:many"}, "unknown way"),
     ],
 )
@@ -581,6 +581,11 @@ def test_what_fails_at_the_start_leaves_no_hooks(tmp_path):
     with pytest.raises(RecordError, match="the model cannot be copied"):
         explaind.record(optimizer, model, tmp_path / "other", gradients="store", losses=losses, data=DATA)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_losses_that_fail_are_told_in_a_line(tmp_path):
+    broken = {"losses": lambda model, batch: model(batch[0]) @ batch[0], "data": DATA}
+    assert "RuntimeError" in refused("cannot be computed once more", mlp(), DATA, tmp_path / "broken", **broken)
 
 
 def test_losses_are_of_no_use_within_a_closure(tmp_path):

@@ -77,7 +77,17 @@ class Recomputed:
         self._params = {named[layer.name]: slice(layer.offset, layer.offset + layer.size) for layer in watched.layers}
 
     def __call__(self, batch: MicroBatch, some: slice = slice(None)) -> Tensor:
-        """∇ℓ_i of some examples of a micro-batch, before the step is made: [example, param]."""
+        """∇ℓ_i of some examples of a micro-batch, before the step is made: [example, param]; RecordError where that fails."""
+        try:
+            return self._computed(batch, some)
+        except Exception as error:  # whatever the user's data and losses raise
+            raise RecordError(
+                "the losses of the examples cannot be computed once more",
+                got=f"{type(error).__name__}: {error}"[:200],
+                do="give losses= and data= as for explaind.decompose",
+            ) from error
+
+    def _computed(self, batch: MicroBatch, some: slice) -> Tensor:
         self._follow()
         device, examples = self._watched.device, range(len(batch.ids))[some]
         into = torch.zeros(len(examples), self._watched.params_count, dtype=self._watched.dtype, device=device)

@@ -50,7 +50,7 @@ def wanted(
     **others: object,
 ) -> Wanted | None:
     """None where gradients are to be recomputed; RecordError for words that mean nothing, and for arguments that do not go together."""
-    kind, _, number = gradients.partition(":")
+    kind, _, number = str(gradients).partition(":")
     if kind not in ("recompute", "store") or (number and (kind, number.isdecimal()) != ("store", True)):
         raise RecordError(
             "unknown way to have example gradients",

@@ -173,8 +173,11 @@ class Taps:
         if _rank(module) > x.ndim or x.shape[0] != rows or delta.shape[0] != rows:
             self.fault = f"{name} ({type(module).__name__}) was called with rows that are not the {rows} examples: input {tuple(x.shape)}"
             return
-        with torch.no_grad(), torch.autocast(delta.device.type, enabled=False):
-            formula(module, *self._precise(x, delta), self._views(module, batch))
+        try:
+            with torch.no_grad(), torch.autocast(delta.device.type, enabled=False):
+                formula(module, *self._precise(x, delta), self._views(module, batch))
+        except (RuntimeError, IndexError, ValueError) as error:  # the training goes on to its step, where it is told
+            self.fault = f"{name}: {type(error).__name__}: {error}"[:200]
 
     def _precise(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         """In the precision that gradients are added up in; x rounded as autocast rounded it."""
