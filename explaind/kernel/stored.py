@@ -21,7 +21,7 @@ class NoLosses:
         """RequestError: nobody gave them."""
         raise RequestError("the losses of the training were not given", expected="losses= and data=", do="give them")
 
-    def set_mode(self, mode: Mode) -> None:
+    def set_mode(self, mode: Mode, precision: float = 0.0) -> None:
         """There is no model that could be in one."""
 
 

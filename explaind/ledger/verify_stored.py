@@ -47,7 +47,7 @@ def of_losses(run: Run, steps: Trajectory, layout: Layout, training: Functional)
             continue
         part = step.parts[0]
         rows = min(EXAMPLES, len(part.ids))
-        training.set_mode(step.mode)
+        training.set_mode(step.mode, step.precision)
         want = step.theta.new_zeros(rows, layout.params)
         alone = torch.eye(len(part.ids), dtype=want.dtype, device=want.device)[:rows]
         combinations(partial(of_batch, training, part), layout, step.theta, alone, want)

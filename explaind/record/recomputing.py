@@ -36,11 +36,13 @@ def copied(model: nn.Module) -> nn.Module:
                 kept = {key: hook for key, hook in hooks.items() if type(hook).__module__.startswith("torch.nn.utils.")}
                 memo[id(hooks)] = OrderedDict(kept)
     try:
-        return copy.deepcopy(model, memo)
+        own = copy.deepcopy(model, memo)
     except Exception as error:  # whatever the user's modules raise
         raise RecordError(
             "the model cannot be copied", got=f"{type(error).__name__}: {error}"[:200], do="record with gradients='recompute'"
         ) from error
+    own.__dict__.pop("forward", None)  # what a library puts around a forward pass calls the one of the user's model
+    return own
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from explaind.errors import ReplayError
+from explaind.replay.batches import Batches
 from explaind.replay.steps import Logged, Part
 from explaind.replay.trajectory import Trajectory
 from explaind.store.reader import Run
@@ -17,7 +18,7 @@ class StoredTrajectory(Trajectory):
     """A ``Trajectory`` that reads neither data nor losses."""
 
     def __init__(self, run: Run, device: torch.device, dtype: torch.dtype) -> None:
-        super().__init__(run, _no_batch, device, dtype)
+        super().__init__(run, Batches({}, np.zeros(0, np.int64), None, device, dtype), device, dtype)
 
     def _part(self, index: int, row: StepRow, part: int) -> Part:
         slots = np.flatnonzero(row.part == part)
@@ -28,7 +29,3 @@ class StoredTrajectory(Trajectory):
 
     def _read(self, step: int, first: int, some: slice) -> Tensor:
         return self.tensor(self.run.gradients(step, first + some.start, first + some.stop))
-
-
-def _no_batch(ids: np.ndarray) -> None:
-    """Nobody asks for the examples themselves."""
