@@ -24,7 +24,7 @@ ROOMS = (
     "cli",
     "callbacks",
 )
-OPTIONAL = {"xarray", "sklearn", "h5py", "transformers", "pytorch_lightning"}
+OPTIONAL = {"xarray", "sklearn", "h5py", "obstore", "transformers", "pytorch_lightning"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 INSIDE = [path for path in FILES if path.parent != PACKAGE or path.stem not in ("__init__", "__main__")]  # the front doors see every room
 

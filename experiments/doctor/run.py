@@ -159,7 +159,7 @@ SETUPS = {
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "augmentation": ({"data": Noisy(image(64)())}, "another one each time"),
     "changed labels": ({"data": relabelled(image(64)())}, "not the data of the training"),
-    "another loss": ({"losses": smoothed}, "the gradients differ in direction"),
+    "another loss": ({"losses": smoothed}, "times the replayed ones"),  # of two classes that are told apart badly yet
     "a measure that is no number per query": ({"measure": flat}, "one number per query"),
 }
 """What is asked of the mlp, and must be refused in these words."""

@@ -1,10 +1,8 @@
 """What can be asked of a run and its ledgers: every analysis that fits, written as tables."""
 
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +16,7 @@ from explaind.analysis.similarity import similarity
 from explaind.analysis.table import Table
 from explaind.ledger.ledger import Ledger
 from explaind.store import schema
+from explaind.store.location import Location, remove_tree
 from explaind.store.reader import Run
 from explaind.tasks import Task
 from explaind.tasks.modular import ModularArithmetic
@@ -33,10 +32,10 @@ class Analysed:
     tables: tuple[Table, ...]
     left_out: tuple[str, ...]
 
-    def write(self, folder: Path) -> list[Path]:
+    def write(self, folder: Location) -> list[Location]:
         """Each table as CSV, and analysis.json with their formulas; what stood there before is replaced."""
         try:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_tree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             files = [table.write(folder) for table in self.tables]
             about = {"tables": {table.name: table.about() for table in self.tables}, "left_out": list(self.left_out)}
@@ -98,7 +97,7 @@ def _similarity(run: Run, ledger: Ledger) -> Table:
     return similarity(ledger, run.manifest.layers, steps=steps[places].tolist())
 
 
-def facts_of(analysed: Mapping[str, Analysed], folder: Path) -> dict[str, Any]:
+def facts_of(analysed: Mapping[str, Analysed], folder: Location) -> dict[str, Any]:
     """For JSON and for people: where each table is, and what did not fit."""
     return {
         name: {"files": [str(folder / name / f"{t.name}.csv") for t in one.tables], "left_out": list(one.left_out)}

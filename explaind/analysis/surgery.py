@@ -1,7 +1,6 @@
 """Parameters moved between steps, runs and fresh models. Parameters are plain values here: {name: array}."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -78,9 +77,10 @@ def parameters_at(run: Run, task: Task, where: str, seed: int) -> dict[str, np.n
     if where == "init" or where.startswith("normal:"):
         return drawn(run, task, where, seed)
     path, at, step = where.rpartition("@")
+    at = "" if "://" in where and not (step == "last" or step.isdecimal()) else at  # another one belongs to the URL
     if not at and (where == "last" or where.isdecimal()):
         return run.theta(run.steps if where == "last" else int(where))
-    other = open_run(Path(path if at else where))
+    other = open_run(path if at else where)
     theta = other.theta(other.steps if not at or step == "last" else int(step) if step.isdecimal() else -1)
     for layer in run.manifest.layers:
         got = theta[layer.name].shape if layer.name in theta else f"only {', '.join(list(theta)[:3])}"

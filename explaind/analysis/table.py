@@ -1,15 +1,16 @@
 """Small named tables: what every analysis returns, and how it is kept."""
 
 import csv
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from explaind.errors import RequestError
 from explaind.store import schema
+from explaind.store.location import Location
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,15 +61,16 @@ class Table:
         matrix[places[0], places[1]] = self[values]
         return names[0], names[1], matrix
 
-    def write(self, folder: Path) -> Path:
+    def write(self, folder: Location) -> Location:
         """The columns as ``name.csv``; numbers keep all their digits. StoreError when it cannot be written."""
         path = folder / f"{self.name}.csv"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with path.open("w", newline="") as file:
-                writer = csv.writer(file)
-                writer.writerow(self.columns)
-                writer.writerows(zip(*(values.tolist() for values in self.columns.values()), strict=True))
+            file = io.StringIO(newline="")
+            writer = csv.writer(file)
+            writer.writerow(self.columns)
+            writer.writerows(zip(*(values.tolist() for values in self.columns.values()), strict=True))
+            path.write_bytes(file.getvalue().encode())
         except OSError as error:
             raise schema.unwritable(path, error) from error
         return path

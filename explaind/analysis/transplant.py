@@ -29,6 +29,7 @@ from explaind.config import Config
 from explaind.errors import RequestError
 from explaind.ledger.by_name import config_of
 from explaind.store import schema
+from explaind.store.location import Location
 from explaind.store.reader import Run
 from explaind.tasks.training import fit
 
@@ -120,7 +121,7 @@ def trained_on(
     theta: Theta,
     training: Training,
     seed: int,
-    path: Path | None = None,
+    path: Location | None = None,
     progress: Callable[[int, int], None] | None = None,
     frozen: Sequence[str] = (),
 ) -> Outcome:

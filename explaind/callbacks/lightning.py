@@ -1,6 +1,5 @@
 """Lightning: ``Trainer(callbacks=[RecordCallback(path)])`` with a loader of ``explaind.indexed(data)``."""
 
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 
 from explaind.record.examples import ID
 from explaind.record.recorder import Recorder, record
+from explaind.store.location import Where
 
 
 def ids_of(batch: Any) -> Any:
@@ -28,7 +28,7 @@ class RecordCallback(Callback):
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: Where,
         ids: Callable[[Any], Any] = ids_of,
         weights: Callable[[Any], Any] | None = None,
         **options: Any,

@@ -1,6 +1,5 @@
 """Hugging Face's Trainer: ``Trainer(…, train_dataset=explaind.indexed(data), callbacks=[RecordCallback(path)])``."""
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from explaind.errors import RecordError
 from explaind.record.examples import ID
 from explaind.record.recorder import Recorder, record
+from explaind.store.location import Where
 
 Weights = Callable[[np.ndarray, dict[str, Any]], Any]
 """(ids [batch], the model's keyword arguments) -> the factor on each example's loss [batch]."""
@@ -26,7 +26,7 @@ class RecordCallback(TrainerCallback):
                       instead (an example's loss is then the sum over its items), or does not, and has 1 / examples: one batch tells
     """
 
-    def __init__(self, path: str | os.PathLike[str], weights: Weights | None = None, **options: Any) -> None:
+    def __init__(self, path: Where, weights: Weights | None = None, **options: Any) -> None:
         self._path, self._weights, self._options = path, weights, options
         self._recorder: Recorder | None = None
         self._accumulated = 1

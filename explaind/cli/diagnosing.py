@@ -16,6 +16,7 @@ from explaind.ledger.by_name import arguments, check_asked, config_of, measure_n
 from explaind.ledger.doctor import Diagnosis, doctor
 from explaind.report.lines import doctor_lines
 from explaind.report.report import gradient_facts
+from explaind.store.location import location_of, size_of
 from explaind.store.reader import Run, open_run
 from explaind.tasks import load
 from explaind.tasks.training import train
@@ -25,22 +26,23 @@ TRIAL = 20
 
 
 @app.command(name="doctor")
-def diagnose(path: Path, /, *overrides: Overrides, json: Json = False) -> int:
+def diagnose(path: str, /, *overrides: Overrides, json: Json = False) -> int:
     """Say what a CONFIG or a RUN will need and how it will be explained, from a few steps: doctor CONFIG [--table.key value …].
 
     Optimizer and rule, how each layer is covered, coupled and random examples, a replay, what would be refused and why; disk, memory and
     time; and the settings that it recommends, which `explaind run --auto` follows. Exit status 1 where something would be refused.
     """
-    if path.is_dir() or path.suffix == ".zip" or not path.exists():
+    place = location_of(path)
+    if not isinstance(place, Path) or place.is_dir() or place.suffix == ".zip" or not place.exists():
         if overrides:
             raise RequestError("a run was recorded with its configuration", got=" ".join(overrides), do="give no settings with a RUN")
-        recorded = open_run(path)
+        recorded = open_run(place)
         settings = config_of(recorded)
-        facts = {"of": str(path), **_facts(diagnosed(recorded, settings.decompose)), **_sizes(recorded, recorded.steps)}
+        facts = {"of": str(place), **_facts(diagnosed(recorded, settings.decompose)), **_sizes(recorded, recorded.steps)}
     else:
-        settings = read(path, overrides)
+        settings = read(place, overrides)
         check_asked(settings)
-        facts = {"of": str(path), **_tried(settings)}
+        facts = {"of": str(place), **_tried(settings)}
     task = load(settings.task.name, settings.task.options)
     facts |= {"measures": list(task.measures()), "measure": measure_named(task, settings.decompose.measure)[0]}
     printed(facts, json, doctor_lines)
@@ -97,10 +99,6 @@ def _sizes(run: Run, steps: int) -> Mapping[str, int]:
     """Bytes on disk, of what is recorded and of so many steps."""
     columns = ("theta", "momentum", "filtered", "preconditioner", "scalar", "batch", "part", "weight", "hyper", "age", "mode", "gap")
     others = ("precision", "consumed", "random", "state", "groups", "gradient", "checksum_gradient", "checksum_theta", "checksum_step")
-    have = {name: _bytes(run.path / name) for name in (*columns, *others)}
-    rest = _bytes(run.path) - sum(have.values()) - _bytes(run.path / "ledgers")
+    have = {name: size_of(run.path / name) for name in (*columns, *others)}
+    rest = size_of(run.path) - sum(have.values()) - size_of(run.path / "ledgers")
     return {"disk": int(rest + sum(have.values()) * steps / max(1, run.steps))}
-
-
-def _bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -6,7 +6,7 @@ from typing import Any
 
 from explaind.cli.diagnosing import recommended
 from explaind.cli.studies import analysed, reported
-from explaind.cli.terminal import FAILED, FINE, Auto, Json, Overrides, Overwrite, app, ledgers_of, printed, progress, task_or_none
+from explaind.cli.terminal import FAILED, FINE, Auto, Json, Overrides, Overwrite, Spool, app, ledgers_of, printed, progress, task_or_none
 from explaind.config import Config, Decompose, checked, read
 from explaind.ledger.by_name import check_asked, config_of, decompose_by_name, ledger_name, task_of, words_of_groups
 from explaind.ledger.parts import is_begun, shards_left
@@ -17,6 +17,7 @@ from explaind.report.lines import info_lines, ledger_lines, repair_lines, run_li
 from explaind.report.report import run_facts
 from explaind.report.summary import ledger_facts
 from explaind.store import schema
+from explaind.store.location import Location, location_of
 from explaind.store.reader import Run, open_run
 from explaind.store.repair import repair
 from explaind.tasks import load
@@ -25,11 +26,18 @@ from explaind.tasks.training import train
 
 @app.command
 def run(
-    config: Path, /, *overrides: Overrides, out: Path | None = None, auto: Auto = False, overwrite: Overwrite = False, json: Json = False
+    config: Path,
+    /,
+    *overrides: Overrides,
+    out: str | None = None,
+    auto: Auto = False,
+    overwrite: Overwrite = False,
+    spool: Spool = None,
+    json: Json = False,
 ) -> int:
     """Record, decompose, verify, analyse and report: CONFIG [--out RUN] [--auto] [--table.key value …]."""
     settings = read(config, overrides)
-    folder = out or Path("runs") / config.stem
+    folder = location_of(out or Path("runs") / config.stem, spool)
     check_asked(settings)
     _record(settings, folder, overwrite)
     recorded = open_run(folder)
@@ -44,10 +52,12 @@ def run(
 
 
 @app.command
-def record(config: Path, /, *overrides: Overrides, out: Path | None = None, overwrite: Overwrite = False, json: Json = False) -> int:
+def record(
+    config: Path, /, *overrides: Overrides, out: str | None = None, overwrite: Overwrite = False, spool: Spool = None, json: Json = False
+) -> int:
     """Train as CONFIG says and record every step: CONFIG --out RUN [--table.key value …]."""
     settings = read(config, overrides)
-    folder = out or Path("runs") / config.stem
+    folder = location_of(out or Path("runs") / config.stem, spool)
     _record(settings, folder, overwrite)
     printed(
         {**run_facts(open_run(folder)), "path": str(folder)},
@@ -59,7 +69,7 @@ def record(config: Path, /, *overrides: Overrides, out: Path | None = None, over
 
 @app.command
 def decompose(
-    run: Path,
+    run: str,
     /,
     *,
     queries: str | None = None,
@@ -152,18 +162,19 @@ def decompose(
 
 
 @app.command
-def verify(path: Path, /, *, json: Json = False) -> int:
+def verify(path: str, /, *, json: Json = False) -> int:
     """Check a RUN (stored bytes, data, a replay of every step; its ledgers too) or a LEDGER (its sum and its rest rows)."""
-    if schema.kind_of(path) == "ledger":
-        facts: dict[str, Any] = {"ledger": str(path), **ledger_facts(open_ledger(path))}
+    place = location_of(path)
+    if schema.kind_of(place) == "ledger":
+        facts: dict[str, Any] = {"ledger": str(place), **ledger_facts(open_ledger(path))}
         printed(facts, json, ledger_lines)
         return FINE if facts["ok"] else FAILED
-    recorded = open_run(path)
+    recorded = open_run(place)
     verdict = _verify_run(recorded)
-    ledgers = [{"ledger": str(p), **ledger_facts(open_ledger(p))} for p in ledgers_of(path)]
+    ledgers = [{"ledger": str(p), **ledger_facts(open_ledger(p))} for p in ledgers_of(place)]
     worst = float(verdict.replay_error.max()) if verdict.replay_error.size else None
     facts = {
-        "run": str(path),
+        "run": str(place),
         "steps": recorded.steps,
         "complete": recorded.complete,
         "ok": verdict.ok and all(entry["ok"] for entry in ledgers),
@@ -177,29 +188,31 @@ def verify(path: Path, /, *, json: Json = False) -> int:
 
 
 @app.command
-def info(path: Path, /, *, json: Json = False) -> int:
+def info(path: str, /, *, spool: Spool = None, json: Json = False) -> int:
     """Say what a RUN or a LEDGER holds."""
-    if schema.kind_of(path) == "ledger":
-        printed({"ledger": str(path), **ledger_facts(open_ledger(path))}, json, ledger_lines)
+    place = location_of(path, spool)
+    if schema.kind_of(place) == "ledger":
+        printed({"ledger": str(place), **ledger_facts(open_ledger(path))}, json, ledger_lines)
     else:
-        recorded = open_run(path)
-        printed({**run_facts(recorded), "ledgers": [str(p) for p in ledgers_of(path)]}, json, info_lines)
+        recorded = open_run(place)
+        printed({**run_facts(recorded), "ledgers": [str(p) for p in ledgers_of(place)]}, json, info_lines)
     return FINE
 
 
 @app.command(name="repair")
-def repaired(run: Path, /, *, json: Json = False) -> int:
+def repaired(run: str, /, *, spool: Spool = None, json: Json = False) -> int:
     """Put a RUN right that was killed or damaged: take up the steps of its log, and cut it off before the first fault."""
-    printed({"run": str(run), **asdict(repair(run))}, json, repair_lines)
+    place = location_of(run, spool)
+    printed({"run": str(place), **asdict(repair(place))}, json, repair_lines)
     return FINE
 
 
-def _record(settings: Config, folder: Path, overwrite: bool) -> None:
+def _record(settings: Config, folder: Location, overwrite: bool) -> None:
     with progress("recording") as show:
         train(load(settings.task.name, settings.task.options), settings, folder, overwrite, show)
 
 
-def _decompose(recorded: Run, asked: Decompose, name: str | None, overwrite: bool, shard: str | None = None) -> Path:
+def _decompose(recorded: Run, asked: Decompose, name: str | None, overwrite: bool, shard: str | None = None) -> Location:
     """Decompose and save in the run's folder; an older ledger of that name stays until the new one is complete."""
     path = recorded.path / "ledgers" / (name or ledger_name(task_of(recorded), asked))
     with progress("decomposing") as show:

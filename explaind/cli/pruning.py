@@ -1,6 +1,5 @@
 """The verb prune: how much of a network can go, by credit and by three baselines."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ FRACTIONS = "1,0.7,0.5,0.3,0.2,0.1,0.05,0.02,0.01"
 
 @app.command
 def prune(
-    run: Path,
+    run: str,
     /,
     *,
     ledger: str | None = None,
@@ -58,7 +57,7 @@ def prune(
     table = pruning_curve(bench, scores, [_share(text) for text in _parts(kept)], spared, _parts(levels))
     path = table.write(recorded.path / "analysis" / "pruning")
     rows = [{name: values[i].item() for name, values in table.columns.items()} for i in range(len(table))]
-    facts: dict[str, Any] = {"run": str(run), "table": str(path), "spared": list(spared), "source": SOURCE, "rows": rows}
+    facts: dict[str, Any] = {"run": str(recorded.path), "table": str(path), "spared": list(spared), "source": SOURCE, "rows": rows}
     printed(facts, json, pruning_lines)
     return FINE
 

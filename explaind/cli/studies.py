@@ -1,7 +1,6 @@
 """Verbs that study a run: analyse, report."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from explaind.analysis.analyse import facts_of, of_ledger, of_run
@@ -14,6 +13,7 @@ from explaind.ledger.saving import open_ledger
 from explaind.report import report as draw
 from explaind.report.lines import analysis_lines, report_lines
 from explaind.report.summary import ledger_facts
+from explaind.store.location import Location
 from explaind.store.reader import Run, open_run
 
 RUN_TABLES = "run"
@@ -21,27 +21,27 @@ RUN_TABLES = "run"
 
 
 @app.command
-def analyse(run: Path, /, *, json: Json = False) -> int:
+def analyse(run: str, /, *, json: Json = False) -> int:
     """Write every analysis that fits a RUN and its ledgers as tables into RUN/analysis."""
     recorded = open_run(run)
-    facts = {"run": str(run), "analyses": analysed(recorded, ledgers_of(run))}
+    facts = {"run": str(recorded.path), "analyses": analysed(recorded, ledgers_of(recorded.path))}
     printed(facts, json, lambda f: analysis_lines(f["analyses"]))
     return FINE
 
 
 @app.command
-def report(run: Path, /, *, json: Json = False) -> int:
+def report(run: str, /, *, json: Json = False) -> int:
     """Draw the figures of a RUN and each of its ledgers into RUN/report."""
     recorded = open_run(run)
-    paths = ledgers_of(run)
+    paths = ledgers_of(recorded.path)
     if not paths:
-        raise StoreError("the run has no ledger to report on", where=run, do="explaind decompose RUN makes one")
+        raise StoreError("the run has no ledger to report on", where=recorded.path, do="explaind decompose RUN makes one")
     facts = {"reports": [{"ledger": str(path), **reported(recorded, path)} for path in paths]}
     printed(facts, json, lambda f: [line for entry in f["reports"] for line in report_lines(entry)])
     return FINE
 
 
-def analysed(recorded: Run, paths: Sequence[Path]) -> dict[str, Any]:
+def analysed(recorded: Run, paths: Sequence[Location]) -> dict[str, Any]:
     """Write the tables of a run and of these ledgers."""
     folder = recorded.path / "analysis"
     found = {RUN_TABLES: of_run(recorded, task_or_none(recorded))}
@@ -51,7 +51,7 @@ def analysed(recorded: Run, paths: Sequence[Path]) -> dict[str, Any]:
     return facts_of(found, folder)
 
 
-def reported(recorded: Run, path: Path) -> dict[str, Any]:
+def reported(recorded: Run, path: Location) -> dict[str, Any]:
     """Draw the figures of one ledger."""
     ledger: Ledger = open_ledger(path)
     settings = config_of(recorded).report if recorded.manifest.config is not None else Report()

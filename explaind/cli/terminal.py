@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import App, Parameter
@@ -12,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import explaind
 from explaind.ledger.by_name import task_of
+from explaind.store.location import Location, names_in
 from explaind.store.reader import Run
 from explaind.tasks import Task
 
@@ -25,6 +25,7 @@ app = App(
 )
 
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
+Spool = Annotated[str | None, Parameter(help="Of a RUN at a URL: the folder of this machine that holds its log, if not the usual one.")]
 Json = Annotated[bool, Parameter(name="--json", negative="", help="Print facts as one JSON value.")]
 Auto = Annotated[bool, Parameter(negative="", help="Decompose with the settings that `explaind doctor` recommends.")]
 Overwrite = Annotated[bool, Parameter(negative="", help="Replace a run, or a ledger, of the same name.")]
@@ -35,9 +36,9 @@ def task_or_none(recorded: Run) -> Task | None:
     return None if recorded.manifest.config is None else task_of(recorded)
 
 
-def ledgers_of(path: Path) -> list[Path]:
-    """The ledgers in the folder of a run."""
-    return sorted(p for p in (path / "ledgers").glob("*") if not p.name.startswith("."))
+def ledgers_of(path: Location) -> list[Location]:
+    """The ledgers of a run."""
+    return [path / "ledgers" / name for name in names_in(path / "ledgers") if not name.startswith(".")]
 
 
 @contextmanager

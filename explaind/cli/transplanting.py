@@ -2,7 +2,6 @@
 
 import json as encoder
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
@@ -14,12 +13,13 @@ from explaind.errors import RequestError
 from explaind.ledger.by_name import task_of
 from explaind.report.lines import transplant_lines
 from explaind.store import schema
+from explaind.store.location import MARKER, Location
 from explaind.store.reader import Run, open_run
 
 
 @app.command
 def transplant(
-    run: Path,
+    run: str,
     /,
     *,
     layers: str,
@@ -56,7 +56,7 @@ def transplant(
     chosen = layers_named(recorded, bench.task, [part.strip() for part in layers.split(",") if part.strip()])
     if train < 0 or seeds < 1:
         raise RequestError("nothing to train", expected="--train of at least 0 and --seeds of at least 1", got=f"{train}, {seeds}")
-    facts: dict[str, Any] = {"run": str(run), "layers": list(chosen), "from": from_, "into": into}
+    facts: dict[str, Any] = {"run": str(recorded.path), "layers": list(chosen), "from": from_, "into": into}
     if train:
         folder = recorded.path / "transplants" / (name or f"{from_}-into-{into}".replace("/", "_"))
         _claim(folder, {**facts, "train": train, "stop": stop})
@@ -72,7 +72,9 @@ def transplant(
     return FINE
 
 
-def _trained(bench: Bench, layers: tuple[str, ...], donor: str, host: str, training: Training, seed: int, folder: Path) -> dict[str, Any]:
+def _trained(
+    bench: Bench, layers: tuple[str, ...], donor: str, host: str, training: Training, seed: int, folder: Location
+) -> dict[str, Any]:
     path = folder / f"seed-{seed}"
     around, inside = (parameters_at(bench.run, bench.task, where, seed) for where in (host, donor))
     theta = grafted(around, inside, layers)
@@ -86,7 +88,7 @@ def _trained(bench: Bench, layers: tuple[str, ...], donor: str, host: str, train
     return {"seed": seed, "recorded": str(path), "stop": training.stop, **asdict(found)}
 
 
-def _claim(folder: Path, facts: dict[str, Any]) -> None:
+def _claim(folder: Location, facts: dict[str, Any]) -> None:
     """Say what the trainings of a folder are; RequestError where they are of another transplant."""
     file = folder / "transplant.json"
     try:
@@ -103,14 +105,14 @@ def _claim(folder: Path, facts: dict[str, Any]) -> None:
             )
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read(file: Location) -> dict[str, Any]:
     try:
         return dict(encoder.loads(file.read_text()))
     except (ValueError, TypeError):  # damaged: it claims nothing
         return {}
 
 
-def _finished(path: Path) -> Run | None:
+def _finished(path: Location) -> Run | None:
     """A training that is there whole, and need not be done again."""
-    run = open_run(path) if (path / "commit.json").exists() else None
+    run = open_run(path) if (path / MARKER).exists() else None
     return run if run is not None and run.complete else None

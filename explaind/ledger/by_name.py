@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from explaind.kernel.resolution import resolution
 from explaind.ledger.decompose import Progress, decompose
 from explaind.ledger.ledger import Ledger
 from explaind.record.device import placed
+from explaind.store.location import Where
 from explaind.store.reader import Run
 from explaind.tasks import Task, load
 from explaind.tasks.task import Grouped, Measure
@@ -209,7 +209,7 @@ def decompose_by_name(
     asked: Decompose,
     progress: Progress | None = None,
     *,
-    save: Path | None = None,
+    save: Where | None = None,
     overwrite: bool = False,
     shard: str | None = None,
 ) -> Ledger:

@@ -1,10 +1,8 @@
 """From a run to a ledger: check what was asked, replay, sweep block by block of queries, name the rows."""
 
-import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -29,6 +27,7 @@ from explaind.replay.functional import Functional, Readout, fitted
 from explaind.replay.stored import StoredTrajectory
 from explaind.replay.surroundings import differentiable
 from explaind.replay.thin import trajectory
+from explaind.store.location import Where, location_of
 from explaind.store.reader import Run
 
 GIB = 1 << 30
@@ -57,7 +56,7 @@ def decompose(
     budget: int = 4 * GIB,
     memory: int | None = None,
     collate: Collate | None = None,
-    save: str | os.PathLike[str] | None = None,
+    save: Where | None = None,
     overwrite: bool = False,
     shard: str | None = None,
     config: Mapping[str, Any] | None = None,
@@ -85,7 +84,7 @@ def decompose(
     closure   "discrete-gradient" folds the path row into the data and decay rows; its size is reported all the same
     budget    bytes that the result may take
     memory    bytes to work in: queries are swept in blocks that fit (default: 2 GiB, or what a single query takes)
-    save      a new folder for the ledger; a decomposition that was stopped goes on when it is asked again in the same way
+    save      a new folder or URL for the ledger; a decomposition that was stopped goes on when it is asked again in the same way
     overwrite replace a ledger in that folder, once the new one is complete, and what was begun there with other arguments
     shard     "I/N": only the I-th of N parts of the queries, for N processes with the same `save`; what is returned is the ledger of
               these queries, and whoever finishes last saves the whole one (``explaind.shards_left`` says who has not finished)
@@ -98,7 +97,7 @@ def decompose(
     path_rule(rule, tol)  # refuse a rule that does not exist before any work
     target = placed(device)
     if save is not None:
-        check_free(Path(save), overwrite)
+        check_free(location_of(save), overwrite)
     layout = Layout(run.manifest.layers)
     own = fitted(model, run.manifest.layers, run.constants)
     moving = any(layout.moving)
@@ -137,7 +136,7 @@ def decompose(
         ready = Prepared(
             steps, data, training, asking, layout, make, theta, batch, plan, bounds, chunk, machine(target, dtype), settings, doubts
         )
-        parts = None if save is None else Parts(Path(save), ready.key(), len(bounds), overwrite)
+        parts = None if save is None else Parts(location_of(save), ready.key(), len(bounds), overwrite)
         if parts is not None:
             ready = replace(ready, machine=Machine(**parts.key["machine"]))
         mine = [i for i in range(len(bounds)) if share.owns(i)]
@@ -176,7 +175,7 @@ def _check_choices(products: str, closure: str, dtype: torch.dtype, run: Run) ->
         raise RequestError("the run has no complete step", where=run.path, do="record a training first")
 
 
-def _share(shard: str | None, save: str | os.PathLike[str] | None) -> Shard:
+def _share(shard: str | None, save: Where | None) -> Shard:
     if shard is not None and save is None:
         raise RequestError("a shard needs a place where the others find it", expected="save=", got=f"shard {shard}", do="name the ledger")
     return shard_named(shard)

@@ -6,17 +6,15 @@
   block-<i>.begun      snapshot of its sweep between two segments
 
 Every file is whole or not there. Several processes may work here: parts of one block are the same whoever makes them, the ledger is
-written beside and renamed, which only one can do, and then the folder goes at once. Who comes later finds the ledger.
+written beside and renamed, which only one can do, and then the folder goes at once. Who comes later finds the ledger. At a URL, where
+nothing can be renamed, it is copied, its marker last; several processes that do so write the same.
 """
 
 import json
-import os
 import re
 import secrets
-import shutil
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +24,7 @@ from explaind.ledger.key import difference
 from explaind.ledger.ledger import Ledger
 from explaind.ledger.saving import save
 from explaind.store import schema
+from explaind.store.location import MARKER, Location, Where, absolute, hide, is_free, location_of, move, names_in, remove_tree
 from explaind.store.sealed import read_sealed, write_sealed, write_whole
 
 SECONDS = 60.0
@@ -37,9 +36,9 @@ PATIENCE = 20.0
 class Parts:
     """The working folder of one decomposition."""
 
-    def __init__(self, path: Path, key: Mapping[str, Any], blocks: int, overwrite: bool) -> None:
+    def __init__(self, path: Location, key: Mapping[str, Any], blocks: int, overwrite: bool) -> None:
         """path: of the ledger-to-be; overwrite: clear the folder where it is of another decomposition."""
-        self.path, self.blocks, self._overwrite = Path(os.path.abspath(path)), blocks, overwrite
+        self.path, self.blocks, self._overwrite = absolute(path), blocks, overwrite
         self.folder = _folder(path)
         self._last, self._took = time.monotonic(), 0.0
         try:
@@ -50,7 +49,7 @@ class Parts:
     def _enter(self, key: dict[str, Any]) -> None:
         file = self.folder / "key.json"
         if self._overwrite and self._is_taken(file) and difference(key, _read_key(file)) is not None:
-            shutil.rmtree(self.folder)
+            remove_tree(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         if not self._is_taken(file):
             write_whole(file, lambda f: f.write(json.dumps(key, indent=1).encode()))
@@ -65,8 +64,8 @@ class Parts:
                 do="finish that one with its own arguments, choose another name, or overwrite to begin anew",
             )
 
-    def _is_taken(self, key: Path) -> bool:
-        return key.exists() or any(self.folder.glob("block-*"))
+    def _is_taken(self, key: Location) -> bool:
+        return key.exists() or any(name.startswith("block-") for name in names_in(self.folder))
 
     def read(self, block: int) -> dict[str, np.ndarray] | None:
         """The accounts of a block; None where they are not there, or damaged and therefore removed."""
@@ -99,14 +98,14 @@ class Parts:
 
     def finish(self, ledger: Ledger) -> None:
         """Put the ledger in its place and remove the folder; where another process was faster, its ledger stays."""
-        beside = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.partial")
+        token = secrets.token_hex(4)
+        beside, gone = (self.path.parent / f".{self.path.name}.{token}.{what}" for what in ("partial", "gone"))
         try:
             save(ledger, beside)
             if self._overwrite and self.path.exists():
-                self.path.rename(self.folder / f"older.{secrets.token_hex(4)}")
-            beside.rename(self.path)
-            gone = beside.with_suffix(".gone")
-            self.folder.rename(gone)  # out of sight in one move
+                move(self.path, self.folder / f"older.{token}")
+            move(beside, self.path)
+            hide(self.folder, gone)
             self._clear()
         except OSError as error:
             if not self.is_over():
@@ -115,26 +114,26 @@ class Parts:
             if not self.is_over():
                 raise
         finally:
-            shutil.rmtree(beside, ignore_errors=True)
+            remove_tree(beside, ignore_errors=True)
 
     def _clear(self) -> None:
         """Remove what this process, killed ones, and those that are too late have left beside the ledger."""
         left = re.compile(rf"\.{re.escape(self.path.name)}\.[0-9a-f]{{8}}\.(partial|gone)")
-        for path in self.path.parent.iterdir():
-            if left.fullmatch(path.name):
-                shutil.rmtree(path, ignore_errors=True)
+        for name in names_in(self.path.parent):
+            if left.fullmatch(name):
+                remove_tree(self.path.parent / name, ignore_errors=True)
 
     def is_over(self) -> bool:
         """Whether a process has put the ledger in its place: none was there at the beginning, unless it was to be replaced."""
-        return (self.path / "commit.json").exists() and not (self._overwrite and self.folder.exists())
+        return (self.path / MARKER).exists() and not (self._overwrite and self.folder.exists())
 
-    def _file(self, block: int) -> Path:
+    def _file(self, block: int) -> Location:
         return self.folder / f"block-{block}"
 
-    def _begun(self, block: int) -> Path:
+    def _begun(self, block: int) -> Location:
         return self.folder / f"block-{block}.begun"
 
-    def _read(self, path: Path) -> dict[str, np.ndarray] | None:
+    def _read(self, path: Location) -> dict[str, np.ndarray] | None:
         try:
             arrays = read_sealed(path)
         except FileNotFoundError:
@@ -143,7 +142,7 @@ class Parts:
             path.unlink(missing_ok=True)
         return arrays
 
-    def _write(self, path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    def _write(self, path: Location, arrays: Mapping[str, np.ndarray]) -> None:
         try:
             write_sealed(path, arrays)
         except OSError as error:
@@ -151,32 +150,32 @@ class Parts:
                 raise schema.unwritable(path, error) from error
 
 
-def is_begun(save: str | os.PathLike[str]) -> bool:
+def is_begun(save: Where) -> bool:
     """Whether there is work on the ledger to be saved there that is not finished."""
-    return _folder(Path(save)).exists()
+    return _folder(location_of(save)).exists()
 
 
-def shards_left(save: str | os.PathLike[str], of: int) -> list[int]:
+def shards_left(save: Where, of: int) -> list[int]:
     """Which of so many shards still have blocks to do for the ledger to be saved there; none where it is there."""
-    folder = _folder(Path(save))
+    folder = _folder(location_of(save))
     blocks = len(_read_key(folder / "key.json").get("blocks", ()))
     return sorted({block % of for block in range(blocks) if not (folder / f"block-{block}").exists()})
 
 
-def check_free(path: Path, overwrite: bool) -> None:
+def check_free(path: Location, overwrite: bool) -> None:
     """StoreError unless a ledger can be put here: there is nothing, or a ledger that may be replaced."""
-    if overwrite and path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    if overwrite and not is_free(path):
         schema.open_group(path, "ledger")
     elif not overwrite:
         schema.check_new(path)
 
 
-def _folder(path: Path) -> Path:
-    whole = Path(os.path.abspath(path))
-    return whole.with_name(f".{whole.name}.parts")
+def _folder(path: Location) -> Location:
+    whole = absolute(path)
+    return whole.parent / f".{whole.name}.parts"
 
 
-def _read_key(file: Path) -> dict[str, Any]:
+def _read_key(file: Location) -> dict[str, Any]:
     try:
         return dict(json.loads(file.read_text()))
     except (FileNotFoundError, ValueError, TypeError):

@@ -1,9 +1,7 @@
 """A ledger on disk: a zarr v3 group with one array a row, named dimensions and coordinates; opened lazily."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,13 +10,14 @@ import zarr
 from explaind.errors import StoreError
 from explaind.ledger.ledger import Checks, Ledger, Row
 from explaind.store import schema
+from explaind.store.location import MARKER, Where, location_of
 
 CHUNK_BYTES = 4 << 20
 
 
-def save(ledger: Ledger, path: str | os.PathLike[str]) -> None:
-    """Write a ledger into a new or empty folder; what is written is bitwise what is in memory."""
-    folder = Path(path)
+def save(ledger: Ledger, path: Where) -> None:
+    """Write a ledger into a new or empty folder, or to a URL where nothing is; what is written is bitwise what is in memory."""
+    folder = location_of(path)
     checks = ledger.checks
     attributes = {
         "settings": dict(ledger.settings),
@@ -37,7 +36,7 @@ def save(ledger: Ledger, path: str | os.PathLike[str]) -> None:
             schema.write_array(group, f"check/{name}", np.asarray(values), dims)
     except OSError as error:
         raise schema.unwritable(folder, error) from error
-    schema.replace_file(folder / "commit.json", '{"complete": true}')
+    schema.replace_file(folder / MARKER, '{"complete": true}')
 
 
 def _check_arrays(checks: Checks) -> Mapping[str, tuple[np.ndarray, tuple[str, ...]]]:
@@ -65,11 +64,11 @@ def _fixed(values: np.ndarray) -> Any:
     return np.dtypes.StringDType() if values.dtype.kind in "UTO" else values.dtype
 
 
-def open_ledger(path: str | os.PathLike[str]) -> Ledger:
+def open_ledger(path: Where) -> Ledger:
     """Open a saved ledger; rows are read from disk when they are asked for. StoreError where there is none, or half of one."""
-    folder = Path(path)
+    folder = location_of(path)
     group = schema.open_group(folder, "ledger")
-    if not (folder / "commit.json").exists():
+    if not (folder / MARKER).exists():
         raise StoreError("this ledger was not written to its end", where=folder, do="decompose again")
     attributes: dict[str, Any] = dict(group.attrs)
     try:

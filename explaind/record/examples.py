@@ -64,9 +64,10 @@ def checked_ids(ids: Tensor | np.ndarray | Sequence[int], examples: int | None) 
             do="pass the ids that the loader yields (explaind.indexed)",
         )
     values = values.astype(np.int64)
-    top = "" if examples is None else f" and below {examples}"
-    wrong = values[(values < 0) | (values >= (examples if examples is not None else np.iinfo(np.int64).max))]
-    if wrong.size:
+    most = np.iinfo(np.int64).max if examples is None else examples
+    if values.view(np.uint64).max() >= most:  # where negative ones are the largest
+        top = "" if examples is None else f" and below {examples}"
+        wrong = values[(values < 0) | (values >= most)]
         raise RecordError(
             "an example id is out of range", expected=f"ids from 0{top}", got=int(wrong[0]), do="pass the index of each example in the data"
         )

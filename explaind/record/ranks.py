@@ -10,7 +10,9 @@ from torch import nn
 
 from explaind.errors import ExplaindError, RecordError
 from explaind.record.incoming import MicroBatch
-from explaind.store.row import StepRow
+from explaind.store.checksums import theta_checksum
+from explaind.store.manifest import Layer
+from explaind.store.row import StepRow, Vector
 
 
 class Writer(Protocol):
@@ -28,8 +30,13 @@ class Writer(Protocol):
         """Rows between two anchors of the momentum."""
         ...
 
-    def add(self, row: StepRow, theta: np.ndarray) -> None:
-        """Take a row."""
+    @property
+    def crc_theta(self) -> np.ndarray:
+        """Of the parameters after the last row, continuing the one of those before it: uint32 [layer]."""
+        ...
+
+    def add(self, row: StepRow, theta: Vector) -> None:
+        """Take a row; neither is looked at afterwards."""
         ...
 
     def close(self, complete: bool = True) -> None:
@@ -40,12 +47,14 @@ class Writer(Protocol):
 class Elsewhere:
     """Stands for the writer of another process: counts its rows."""
 
-    def __init__(self, steps: int, block: int) -> None:
-        self.steps, self.block, self.closed = steps, block, False
+    def __init__(self, steps: int, block: int, layers: Sequence[Layer]) -> None:
+        self.steps, self.block, self.closed, self._layers = steps, block, False, layers
+        self.crc_theta = np.zeros(len(layers), np.uint32)
 
-    def add(self, row: StepRow, theta: np.ndarray) -> None:
+    def add(self, row: StepRow, theta: Vector) -> None:
         """One row more."""
         self.steps += 1
+        self.crc_theta = theta_checksum(theta, self._layers, self.crc_theta)
 
     def close(self, complete: bool = True) -> None:
         """No more rows."""
@@ -81,7 +90,7 @@ class Ranks:
         batches = [replace(batch, weights=batch.weights / self.size, reached={}) for some, _ in found for batch in some]
         return batches, [bool(one) for _, some in found for one in some]
 
-    def led(self, begin: Callable[[], tuple[Writer, int]]) -> tuple[Writer, int]:
+    def led(self, begin: Callable[[], tuple[Writer, int]], layers: Sequence[Layer]) -> tuple[Writer, int]:
         """The writer, which the first process begins with, and the number of the next step; its error is raised in all of them."""
         writer, number, message = None, 0, list[Any]([None])
         error: ExplaindError | None = None
@@ -98,7 +107,7 @@ class Ranks:
         if isinstance(message[0], str):
             raise RecordError(f"the first process cannot record: {message[0]}")
         number, steps, block = message[0]
-        return writer or Elsewhere(steps, block), number
+        return writer or Elsewhere(steps, block, layers), number
 
 
 ALONE = Ranks()

@@ -2,9 +2,7 @@
 
 import os
 import platform
-import shutil
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -28,8 +26,11 @@ from explaind.record.watched import Watched, model_name
 from explaind.record.windows import Windows
 from explaind.rules.gradient_filter import GradientFilter
 from explaind.store import schema
+from explaind.store import spool as spools
+from explaind.store.checksums import theta_checksum
+from explaind.store.location import Location, Where, location_of, remove_tree
 from explaind.store.manifest import Manifest
-from explaind.store.tail import check_idle
+from explaind.store.row import StepRow
 from explaind.store.thin import writer_of
 
 BLOCK_BYTES = 256 << 20
@@ -45,7 +46,7 @@ class Recorder:
         self,
         optimizers: Sequence[torch.optim.Optimizer],
         model: nn.Module,
-        path: Path,
+        path: Location,
         reduction: str,
         data: MapStyle[Any] | None,
         config: Mapping[str, Any] | None,
@@ -72,12 +73,12 @@ class Recorder:
         self._examples = None if data is None else len(data)
         self._fault: str | None = None
         self._update: Update | None = None
-        self._theta = self._watched.theta()
+        theta = self._watched.theta()
         self._storing = None if stored is None else Storing(stored, self._watched, data)
         self._incoming = Incoming(self._watched.params, self._watched.device, reduced=ranks.size > 1)
         # A block begins with what a gradient filter remembers, which may be much.
         wanted = 16 if gradient_filter is None else max(16, gradient_filter.slots)
-        step = max(1, 2 * self._theta.nbytes)
+        step = max(1, 2 * theta.size * theta.dtype.itemsize)
         block = every or max(1, min(wanted, BLOCK_BYTES // step))
         self._together = 1 if every else max(1, min(TOGETHER, SPAN_BYTES // (block * step)))
         prints = None if data is None else fingerprints(data)
@@ -85,12 +86,14 @@ class Recorder:
 
         def begin() -> tuple[Writer, int]:
             if resume:
-                return resumed(path, self._manifest(block), self._watched, self._theta, prints)
+                return resumed(path, self._manifest(block), self._watched, np.asarray(theta), prints)
             momentum, preconditioner = (every is None and has for has in (self._watched.has_momentum, self._watched.has_frozen))
             manifest, constants = self._manifest(block), self._watched.constants()
-            return writer_of(manifest)(path, manifest, self._theta, constants, prints, momentum, preconditioner, codec), 0
+            return writer_of(manifest)(path, manifest, theta, constants, prints, momentum, preconditioner, codec), 0
 
-        self._writer, self._windows.number = ranks.led(begin)
+        self._writer, self._windows.number = ranks.led(begin, self._watched.layers)
+        nothing = np.zeros(len(self._watched.layers), np.uint32)
+        self._sums = nothing, theta_checksum(theta, self._watched.layers, nothing)
         if self._writer.steps and gradient_filter is not None and not filtered:
             self._writer.close(complete=False)
             raise RecordError(
@@ -181,12 +184,11 @@ class Recorder:
             if self._update is None:
                 behind = self._windows.passed > 0
                 if behind:
-                    self._theta = self._watched.theta()
-                    self._writer.add(gap_row(self._watched, self._windows.passed, self._first), self._theta)
-                self._watched.check_unchanged(self._theta, self.steps)
+                    self._add(gap_row(self._watched, self._windows.passed, self._first))
+                self._watched.check_unchanged(*self._sums, self.steps)
                 if self._thinning is not None:
                     self._thinning.begin(self._first, closure, self.steps)
-                self._update = Update(self._watched, self._theta, self._first or behind, self._filtering)
+                self._update = Update(self._watched, self._first or behind, self._filtering)
             if self._storing is not None:
                 self._storing.closure = closure is not None
             if closure is None:  # with one, the gradient is made during the step
@@ -239,13 +241,18 @@ class Recorder:
         if update is None or not update.stepped:
             return
         self._update = None
-        self._theta = self._watched.theta()
         row = update.row()
         if self._filtering is not None:
             self._filtering.take(update.filtered)
         self._windows.taken()
         self._incoming.clear()
-        self._writer.add(row if self._thinning is None else self._thinning.thinned(row), self._theta)
+        self._add(row if self._thinning is None else self._thinning.thinned(row))
+
+    def _add(self, row: StepRow) -> None:
+        """Hand a row over, with the parameters as they stand, whose checksum is all that is kept of them."""
+        before = self._writer.crc_theta
+        self._writer.add(row, self._watched.theta())
+        self._sums = before, self._writer.crc_theta
 
     @property
     def _first(self) -> bool:
@@ -268,7 +275,7 @@ class Recorder:
         return Manifest(
             optimizers=self._watched.optimized,
             layers=self._watched.layers,
-            dtype=str(self._theta.dtype),
+            dtype=str(self._watched.dtype).removeprefix("torch."),
             block=block,
             together=self._together,
             reduction=self._reduction,
@@ -291,7 +298,7 @@ class Recorder:
 def record(
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
     model: nn.Module,
-    path: str | os.PathLike[str],
+    path: Where,
     *,
     reduction: str = "mean",
     data: MapStyle[Any] | None = None,
@@ -309,6 +316,7 @@ def record(
     gradient_dtype: str | torch.dtype | None = None,
     gradient_budget: str | int = BUDGET,
     losses: Losses | None = None,
+    spool: str | os.PathLike[str] | None = None,
 ) -> Recorder:
     """Record every step of a training to a run folder; use as a context manager, or call ``close()`` at the end.
 
@@ -316,8 +324,8 @@ def record(
                       DataParallel and DistributedDataParallel put around them is looked through: of several processes that train one
                       model, each says whose gradients are its own, and the first one writes
     optimizer         or several of them, each with parameters of its own: they make a step together
-    path              a new or empty folder (overwrite=True removes a run that is there; resume=True goes on with it, at the recorded
-                      state that the model is in: load the training's checkpoint first)
+    path              a new or empty folder, or a URL such as s3://bucket/run where nothing is (overwrite=True removes a run that is there;
+                      resume=True goes on with it, at the recorded state that the model is in: load the training's checkpoint first)
     reduction         how the training loss reduces a batch: "mean" or "sum"
     data              optional: the training data; ids are then range-checked and each example's fingerprint is stored
     config            optional: a JSON-able mapping that is kept with the run
@@ -340,16 +348,19 @@ def record(
     gradient_budget   bytes that they may take, such as "20GiB"; RecordError before the first batch that does not fit
     losses            (model, batch) -> Tensor[batch], as for ``explaind.decompose``: with `data`, gradients to be stored are made of them
                       where hooks on the model do not see these, and held against them at the first step where they do
+    spool             of a run at a URL: a folder of this machine that holds the steps which are not committed there yet, and the lock; by
+                      default one in the user's cache. Who resumes or repairs the run names the same
 
     Raises RuleError for an optimizer without a rule, RecordError for parameters that cannot be recorded, StoreError for the path.
     """
     _check_words(reduction, codec)
     asked = {"thin": thin, "gradient_filter": gradient_filter}
-    folder, ranks = Path(path), ranks_of(model) if isinstance(model, nn.Module) else ALONE
+    folder, ranks = location_of(path, spool), ranks_of(model) if isinstance(model, nn.Module) else ALONE
     if overwrite and ranks.first and folder.exists():
-        schema.open_group(folder, "run")  # only ever remove what is a run,
-        check_idle(folder)  # and is not being written
-        shutil.rmtree(folder)
+        attributes = schema.open_group(folder, "run").attrs  # only ever remove what is a run,
+        spools.check_idle(folder)  # and is not being written
+        spools.forget(folder, attributes)
+        remove_tree(folder)
     compiled = hasattr(model, "_orig_mod")
     stored = wanted(gradients, gradient_dtype, gradient_budget, losses, steps, compiled, processes=ranks.size > 1, **asked)
     optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)

@@ -1,12 +1,11 @@
 """Going on with a recording that was interrupted, at the recorded state that the model is in."""
 
-from pathlib import Path
-
 import numpy as np
 
 from explaind.errors import RecordError
 from explaind.record.watched import Watched
 from explaind.store.checksums import theta_checksum
+from explaind.store.location import Location
 from explaind.store.manifest import Manifest
 from explaind.store.reader import Run, open_run
 from explaind.store.repair import recovered
@@ -29,7 +28,9 @@ ALIKE = (
 """What a run and its continuation must agree on."""
 
 
-def resumed(path: Path, manifest: Manifest, watched: Watched, theta: np.ndarray, fingerprint: np.ndarray | None) -> tuple[RunWriter, int]:
+def resumed(
+    path: Location, manifest: Manifest, watched: Watched, theta: np.ndarray, fingerprint: np.ndarray | None
+) -> tuple[RunWriter, int]:
     """A writer that goes on where the model is, and the number of the training's next step; theta: its parameters [param].
 
     Steps that were recorded after that state are forgotten: the training is about to make them again. RecordError where the run is
@@ -53,7 +54,7 @@ def resumed(path: Path, manifest: Manifest, watched: Watched, theta: np.ndarray,
     return going_on(path, run.manifest, run.begun(at, theta)), int(run.numbers[at])
 
 
-def stored_examples(path: Path) -> int:
+def stored_examples(path: Location) -> int:
     """How many examples have their gradients in a run that goes on."""
     return int(open_run(path).gradient_checksums()[0].sum())
 

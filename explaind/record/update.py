@@ -9,21 +9,23 @@ from torch import Tensor
 from explaind.record.filtering import Filtering
 from explaind.record.incoming import MicroBatch
 from explaind.record.watched import Watched
-from explaind.store.row import StepRow
+from explaind.store.row import Pieces, StepRow
 
 
 class Update:
     """What is known of a step so far: begun before the first optimizer steps, finished when all have, or no other will."""
 
-    def __init__(self, watched: Watched, theta: np.ndarray, first: bool, filtering: Filtering | None = None) -> None:
-        """theta: parameters before the step [param]; first: of a block or behind a gap, for which the momentum is kept."""
-        self._watched, self._theta = watched, theta
+    def __init__(self, watched: Watched, first: bool, filtering: Filtering | None = None) -> None:
+        """first: of a block or behind a gap, for which the momentum is kept."""
+        self._watched, self._theta = watched, watched.before()
         self._ages, self._remembered = watched.ages(), watched.remembered()
         self.anchor = watched.momentum() if first else None
         self._filtered = filtering.anchor() if first and filtering is not None else None
         self.filtered: Any = None
         self._frozen: list[Tensor | None] = [None] * len(watched.layers)
-        self._hyper = watched.hyper()
+        self._several = len(watched.rules) > 1
+        self._lasting = not self._several
+        self._hyper, self._owned = watched.hyper(), False
         self._scalars = watched.no_scalars()
         self._active = np.full(len(watched.layers), -1, dtype=np.int32)
         self.stepped: set[int] = set()
@@ -40,21 +42,32 @@ class Update:
             if moment is None:
                 continue
             rule = self._watched.rules[optimizer]
-            self._active[i], self._hyper[i] = self._ages[i], hyper[i]
+            self._active[i] = self._ages[i]
+            if hyper is not self._hyper:
+                self._changed(i, hyper[i])
             frozen, facts = rule.frozen(moment), rule.facts(moment)
+            self._lasting = self._lasting and id(frozen) in map(id, moment.state.values())
             # Of several optimizers another may still change what this one has just used.
-            self._frozen[i] = frozen.detach().clone() if frozen is not None and len(self._watched.rules) > 1 else frozen
+            self._frozen[i] = frozen.detach().clone() if frozen is not None and self._several else frozen
             if self._scalars is not None:
                 self._scalars[i, : len(facts)] = facts
 
-    def frozen(self) -> np.ndarray | None:
-        """What the rules froze of the step: [param]; None where none freezes a tensor."""
-        return self._watched.flat(self._frozen, "frozen") if self._watched.has_frozen else None
+    def _changed(self, layer: int, hyper: np.ndarray) -> None:
+        """The optimizer changed the options of a parameter while it stepped."""
+        if not self._owned:
+            self._hyper, self._owned = self._hyper.copy(), True
+        self._hyper[layer] = hyper
+
+    def frozen(self) -> Pieces | None:
+        """What the rules froze of the step, as it stands: [param]; None where none freezes a tensor."""
+        return self._watched.frozen(self._frozen, self._lasting)
 
     def row(self) -> StepRow:
         """The record of the step."""
-        ids, weights = (np.concatenate([getattr(batch, name) for batch in self.taken]) for name in ("ids", "weights"))
-        part = np.repeat(np.arange(len(self.taken), dtype=np.int32), [len(batch.ids) for batch in self.taken])
+        ids, weights = _joined([batch.ids for batch in self.taken]), _joined([batch.weights for batch in self.taken])
+        part = np.zeros(len(ids), np.int32)
+        if len(self.taken) > 1:
+            part = np.repeat(np.arange(len(self.taken), dtype=np.int32), [len(batch.ids) for batch in self.taken])
         return StepRow(
             ids,
             part,
@@ -80,11 +93,14 @@ class Update:
         return torch.cat(states).numpy()
 
 
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
 def gap_row(watched: Watched, passed: int, first: bool) -> StepRow:
     """Stands for so many steps of the training that were not recorded."""
     nothing = np.zeros(0, dtype=np.int64)
     still = np.full(len(watched.layers), -1, dtype=np.int32)
-    frozen = watched.flat([None] * len(watched.layers), "frozen") if watched.has_frozen else None
     return StepRow(
         nothing,
         nothing.astype(np.int32),
@@ -92,7 +108,7 @@ def gap_row(watched: Watched, passed: int, first: bool) -> StepRow:
         watched.hyper(),
         still,
         watched.mode(),
-        frozen,
+        watched.frozen([None] * len(watched.layers)),
         watched.momentum() if first else None,
         watched.no_scalars(),
         gap=passed,

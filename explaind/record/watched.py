@@ -1,5 +1,6 @@
 """What the recorder reads off a model and its optimizers: everything is laid end to end in one flat vector."""
 
+import math
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -10,9 +11,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from explaind.errors import RecordError, RuleError
+from explaind.record.groups import Groups
+from explaind.record.views import Views
 from explaind.rules import rule_of
 from explaind.rules.rule import Moment, Rule
+from explaind.store.checksums import theta_checksum
 from explaind.store.manifest import ROUNDINGS, Layer, Optimized
+from explaind.store.row import Pieces
 
 FLAGS = ("foreach", "fused", "capturable")
 
@@ -29,7 +34,6 @@ class Watched:
         own = {name: p for name, p in model.named_parameters() if id(p) in owners or _matches(name, watch)}
         moving = {f"{name}.{own}".removeprefix(".") for name, module in model.named_modules() for own in statistics(module)}
         buffers = {name: b for name, b in model.named_buffers() if b.is_floating_point() and (name in moving or _matches(name, watch))}
-        self._rooms: dict[str, Tensor] = {}
         self._params: list[Tensor] = [*own.values(), *buffers.values()]
         self.params = self._params
         self._check_kinds(list(own.values()))
@@ -41,7 +45,9 @@ class Watched:
         self.device, self.dtype = self._params[0].device, torch.float32
         for p in self._params:
             self.dtype = torch.promote_types(self.dtype, p.dtype)
-        self._options = max(len(rule.options) for rule in self.rules)
+        self._views = Views(self.layers, self.dtype, self.device)
+        self._remembers = any(rule.remembers for rule in self.rules)
+        self._groups = Groups(self._optimizers, self.rules, self._params)
         self._scalars = max(len(rule.scalars) for rule in self.rules)
         self.hyper()  # refuse an option without a rule now rather than at the first step
         still: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if n not in own}
@@ -99,34 +105,6 @@ class Watched:
         """Whether any rule freezes a tensor."""
         return any(rule.frozen_state is not None for rule in self.rules)
 
-    def flat(self, tensors: Sequence[Tensor | None], room: str) -> np.ndarray:
-        """One vector [param] on the host; None stands for zeros. bfloat16 and float16 embed in float32 without loss.
-
-        room: what it is for; the same memory is used for it every time, since a model may be large.
-        """
-        whole = self._room(room)
-        if self.device.type == "cpu":
-            for layer, tensor in zip(self.layers, tensors, strict=True):
-                self._put(whole, layer, tensor)
-        else:  # one copy between devices instead of one a layer
-            parts = [torch.zeros(a.size, device=self.device) if t is None else t for a, t in zip(self.layers, tensors, strict=True)]
-            whole.copy_(torch.cat([t.detach().reshape(-1).to(self.dtype) for t in parts]))
-        return whole.numpy()
-
-    def _room(self, name: str) -> Tensor:
-        """Memory for one vector [param] on the host."""
-        if name not in self._rooms:
-            self._rooms[name] = torch.zeros(self.params_count, dtype=self.dtype)
-        return self._rooms[name]
-
-    @staticmethod
-    def _put(whole: Tensor, layer: Layer, tensor: Tensor | None) -> None:
-        own = whole[layer.offset : layer.offset + layer.size]
-        if tensor is None:
-            own.zero_()
-        else:
-            own.copy_(tensor.detach().reshape(-1))
-
     def _states(self) -> list[tuple[Rule, dict[str, Any]]]:
         """The rule and the optimizer's state of every parameter; a buffer has no state."""
         pairs = zip(self._params, self.layers, strict=True)
@@ -148,17 +126,29 @@ class Watched:
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._params]
         return torch.cat([part.detach().reshape(-1).to(self.dtype) for part in parts])
 
-    def theta(self) -> np.ndarray:
-        """The parameters [param]; the next call writes into the same memory."""
-        return self.flat(self._params, "theta")
+    def theta(self) -> Pieces:
+        """The parameters [param], as they stand: the next step changes them."""
+        return self._views.lasting(self._params, "theta")
+
+    def before(self) -> np.ndarray | None:
+        """A copy of the parameters [param], where a rule must know what a step began with; the next call writes into the same memory."""
+        return self._views.flat(self._params, "before") if any(rule.reads_theta for rule in self.rules) else None
 
     def momentum(self) -> np.ndarray | None:
-        """The optimizers' momentum [param]; None where no rule has one."""
-        return (
-            self.flat([None if rule.momentum is None else state.get(rule.momentum) for rule, state in self._states()], "momentum")
-            if self.has_momentum
-            else None
-        )
+        """A copy of the optimizers' momentum [param]; None where no rule has one. The next call writes into the same memory."""
+        if not self.has_momentum:
+            return None
+        return self._views.flat([None if rule.momentum is None else state.get(rule.momentum) for rule, state in self._states()], "momentum")
+
+    def frozen(self, tensors: Sequence[Tensor | None], lasting: bool = False) -> Pieces | None:
+        """What the rules froze of a step, one tensor a layer: [param], as it stands; None where no rule freezes one.
+
+        lasting: all of them belong to the optimizers' state, and are kept there.
+        """
+        if not self.has_frozen:
+            return None
+        kept = [tensor for tensor in tensors if tensor is not None] if lasting else []
+        return self._views.lasting(kept, "frozen") if len(kept) == len(self.layers) else self._views.pieces(tensors, "frozen")
 
     def ages(self) -> np.ndarray:
         """Updates that each parameter had so far: int32 [layer]."""
@@ -166,22 +156,21 @@ class Watched:
 
     def remembered(self) -> list[dict[str, Tensor]]:
         """Copies of the state that the rules must know from before a step, parameter by parameter."""
+        if not self._remembers:
+            return [{}] * len(self.layers)
         return [{key: state[key].clone() for key in rule.remembers if key in state} for rule, state in self._states()]
 
-    def groups(self) -> list[dict[str, Any] | None]:
-        """The parameter group of every parameter, as they stand; None where no optimizer holds it."""
-        held = {id(p): group for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]}
-        return [held.get(id(p)) for p in self._params]
-
-    def moments(self, optimizer: int, theta: np.ndarray, remembered: list[dict[str, Tensor]]) -> list[Moment | None]:
+    def moments(self, optimizer: int, theta: np.ndarray | None, remembered: list[dict[str, Tensor]]) -> list[Moment | None]:
         """The step that one optimizer has just made from theta [param]; None for parameters that it did not step."""
-        found = list[Moment | None]()
-        for p, layer, group, before, (_, state) in zip(self._params, self.layers, self.groups(), remembered, self._states(), strict=True):
-            if layer.optimizer != optimizer or group is None or p.grad is None:
+        found, groups, places = list[Moment | None](), self._groups.all(), self._groups.places().tolist()
+        for p, layer, place, before, (_, state) in zip(self._params, self.layers, places, remembered, self._states(), strict=True):
+            if layer.optimizer != optimizer or place < 0 or p.grad is None:
                 found.append(None)
                 continue
-            own = torch.from_numpy(theta[layer.offset : layer.offset + layer.size].reshape(layer.shape)).to(p)
-            found.append(Moment(own, p.grad, before, state, group))
+            own = None
+            if theta is not None:
+                own = torch.from_numpy(theta[layer.offset : layer.offset + layer.size].reshape(layer.shape)).to(p)
+            found.append(Moment(own, p.grad, before, state, groups[place]))
         return found
 
     def no_scalars(self) -> np.ndarray | None:
@@ -189,12 +178,8 @@ class Watched:
         return np.zeros((len(self.layers), self._scalars)) if self._scalars else None
 
     def hyper(self) -> np.ndarray:
-        """Hyper-parameters of every parameter's group, as they stand: float64 [layer, option], nan where there is none."""
-        found = np.full((len(self.layers), self._options), np.nan)
-        for i, (group, layer) in enumerate(zip(self.groups(), self.layers, strict=True)):
-            values = () if group is None else self.rules[layer.optimizer].read(group)
-            found[i, : len(values)] = values
-        return found
+        """Hyper-parameters of every parameter's group, as they stand: float64 [layer, option], nan where there is none. For reading."""
+        return self._groups.hyper()
 
     def mode(self) -> tuple[bool, ...]:
         """Whether each module is in train mode."""
@@ -204,10 +189,13 @@ class Watched:
         """Frozen parameters and buffers, by name."""
         return {name: _host(copy) for name, (_, copy) in self._still.items()}
 
-    def check_unchanged(self, theta: np.ndarray, step: int) -> None:
-        """RecordError when anything but the optimizer changed the model since the last step."""
-        pairs = [(p, a) for p, a in zip(self._params, self.layers, strict=True) if a.optimizer >= 0]
-        differs = [a.name for p, a in pairs if _differs(p, theta[a.offset : a.offset + a.size])]
+    def check_unchanged(self, previous: np.ndarray, known: np.ndarray, step: int) -> None:
+        """RecordError when anything but the optimizer changed the model since the last step.
+
+        known, previous: checksums of the parameters after it, and of those before it, which they continue: uint32 [layer].
+        """
+        now = theta_checksum(self.theta(), self.layers, previous)
+        differs = [a.name for a, differ in zip(self.layers, (now != known).tolist(), strict=True) if differ and a.optimizer >= 0]
         if differs:
             raise RecordError(
                 "the model was changed between two steps",
@@ -215,15 +203,13 @@ class Watched:
                 expected="only the optimizer to change recorded parameters",
                 do="start another recording after the change",
             )
-        recorded = {id(p) for p in self._params}
-        names = {id(p): name for name, p in self.model.named_parameters()}
-        for p in (p for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]):
-            if id(p) not in recorded:
-                raise RecordError(
-                    "the optimizer was given a parameter that is not recorded",
-                    where=f"before step {step}: {names.get(id(p), tuple(p.shape))}",
-                    do="name it when recording begins: explaind.record(…, watch=['head.*'])",
-                )
+        for p in self._groups.strangers():
+            names = {id(p): name for name, p in self.model.named_parameters()}
+            raise RecordError(
+                "the optimizer was given a parameter that is not recorded",
+                where=f"before step {step}: {names.get(id(p), tuple(p.shape))}",
+                do="name it when recording begins: explaind.record(…, watch=['head.*'])",
+            )
         for name, (tensor, copy) in self._still.items():
             if name not in self._counters and not torch.equal(tensor, copy):
                 raise RecordError(
@@ -245,6 +231,17 @@ class Watched:
         for name, grad in grads:
             if grad.is_sparse:
                 raise RecordError("a sparse gradient cannot be recorded", where=f"step {step}: {name}", do="use sparse=False")
+        if not self._surely_finite([grad for _, grad in grads]):
+            self._check_finite(grads, step)
+        if not grads:
+            raise RecordError("no parameter has a gradient", where=f"step {step}", do="call backward() before optimizer.step()")
+
+    def _surely_finite(self, grads: list[Tensor]) -> bool:
+        """Whether one number says so of all: a norm is not finite where any number is not, or where it is too large itself."""
+        return not grads or math.isfinite(sum(map(float, torch._foreach_norm(grads))))
+
+    def _check_finite(self, grads: list[tuple[str, Tensor]], step: int) -> None:
+        for name, grad in grads:
             if not torch.isfinite(grad).all():
                 raise RecordError(
                     "a gradient is not finite (a NaN or infinite loss)",
@@ -253,8 +250,6 @@ class Watched:
                     got="nan" if grad.isnan().any() else "inf",
                     do="lower the learning rate; the steps before are kept",
                 )
-        if not grads:
-            raise RecordError("no parameter has a gradient", where=f"step {step}", do="call backward() before optimizer.step()")
 
 
 COUNTER = "num_batches_tracked"
@@ -270,14 +265,6 @@ def _rounding(params: Sequence[Tensor]) -> float:
     """How far, relative to an update, parameters in a precision lower than float32 may be from exact; 0 where there are none."""
     coarsest = max((torch.finfo(p.dtype).eps for p in params), default=0.0)
     return ROUNDINGS * coarsest if coarsest > torch.finfo(torch.float32).eps else 0.0
-
-
-def _differs(p: Tensor, known: np.ndarray) -> bool:
-    """Whether a parameter has other numbers than these; one that was and is NaN is the same."""
-    now, was = p.detach().reshape(-1), torch.from_numpy(known)
-    if now.device.type == "cpu" and now.dtype == was.dtype and torch.equal(now, was):
-        return False  # most often so, and without a copy
-    return not np.array_equal(now.to(was.dtype).cpu().numpy(), known, equal_nan=True)
 
 
 def _matches(name: str, globs: Sequence[str]) -> bool:

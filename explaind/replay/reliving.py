@@ -65,13 +65,13 @@ class Reliving:
         with as_in_training(self.run.manifest.threads):
             watched = Watched([optimizer], self._model)
             for i, row in enumerate(block.rows):
-                update = Update(watched, theta[-1], first=i == 0)
+                update = Update(watched, first=i == 0)
                 self._step(optimizer, row)
                 update.step(0)
-                theta.append(watched.theta().copy())
+                theta.append(np.asarray(watched.theta()))
                 crc = theta_checksum(theta[-1], self.run.manifest.layers, wanted[i])
                 exact.append(bool(np.array_equal(crc, wanted[i + 1])))
-                frozen, anchor = (None if vector is None else vector.copy() for vector in (update.frozen(), update.anchor))
+                frozen, anchor = (None if vector is None else np.array(vector) for vector in (update.frozen(), update.anchor))
                 rows.append(replace(row, preconditioner=frozen, anchor=anchor))
         self._model.zero_grad()
         end = self.run.stored(stop, stop + 1)

@@ -94,7 +94,7 @@ class Trajectory:
 
     def _filter(self, row: StepRow, like: Tensor) -> Filter:
         layers = self.run.manifest.layers
-        frozen = None if row.preconditioner is None else self.tensor(row.preconditioner)
+        frozen = None if row.preconditioner is None else self.tensor(np.asarray(row.preconditioner))
         filters = []
         for i, layer in enumerate(layers):
             own = None if frozen is None else frozen[layer.offset : layer.offset + layer.size].reshape(layer.shape)

@@ -1,11 +1,10 @@
 """The report of a run: figures and a ledger.json for each of its ledgers."""
 
+import io
 import json
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from explaind.ledger.ledger import Ledger
 from explaind.report import figures
 from explaind.report.summary import Labels, by_axes, ledger_facts, predictions, strongest
 from explaind.store import schema
+from explaind.store.location import Location, Where, location_of
 from explaind.store.reader import Run
 from explaind.tasks import Task
 
@@ -29,18 +29,18 @@ UNIT = "credit, in the measure's unit"
 class Written:
     """What a report wrote, and in words what it could not draw."""
 
-    files: tuple[Path, ...]
+    files: tuple[Location, ...]
     left_out: tuple[str, ...]
     summary: dict[str, Any]
 
 
-def report(run: Run, ledger: Ledger, task: Task | None, settings: Report, folder: str | os.PathLike[str]) -> Written:
+def report(run: Run, ledger: Ledger, task: Task | None, settings: Report, folder: Where) -> Written:
     """Draw a ledger of a run into a folder, and sum it up in ledger.json.
 
     Without a task there are no training curves, and queries and examples are called by number.
     Raises StoreError when the folder cannot be written.
     """
-    out = Path(folder)
+    out = location_of(folder)
     labels = Labels.of(ledger, task)
     whole_run = ledger.sum("step") if "step" in ledger.axes else ledger
     told = predictions(whole_run, labels, settings.examples)
@@ -161,13 +161,15 @@ def _terms(ledger: Ledger, place: tuple[int, ...]) -> tuple[list[str], list[floa
     return names, values
 
 
-def _written(out: Path, drawn: dict[str, Figure], summary: dict[str, Any], dpi: int) -> tuple[Path, ...]:
+def _written(out: Location, drawn: dict[str, Figure], summary: dict[str, Any], dpi: int) -> tuple[Location, ...]:
     files = []
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, figure in drawn.items():
             files.append(out / f"{name}.png")
-            figure.savefig(files[-1], dpi=dpi)
+            drawing = io.BytesIO()
+            figure.savefig(drawing, dpi=dpi, format="png")
+            files[-1].write_bytes(drawing.getvalue())
     except OSError as error:
         raise schema.unwritable(out, error) from error
     schema.replace_file(out / "ledger.json", json.dumps(summary, indent=1, default=_plain))

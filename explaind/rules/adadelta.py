@@ -11,6 +11,7 @@ class Adadelta(Rule):
     optimizer = torch.optim.Adadelta
     options = ("lr", "weight_decay", "maximize")
     frozen_state = "rate of each parameter: root mean square of its past updates over that of its gradients"
+    reads_theta = False
     remembers = ("acc_delta",)
 
     def frozen(self, moment: Moment) -> Tensor:

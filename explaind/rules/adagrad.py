@@ -11,6 +11,7 @@ class Adagrad(Rule):
     optimizer = torch.optim.Adagrad
     options = ("lr", "lr_decay", "eps", "weight_decay", "maximize")
     frozen_state = "sum of squared gradients"
+    reads_theta = False
 
     def frozen(self, moment: Moment) -> Tensor:
         found: Tensor = moment.state["sum"]

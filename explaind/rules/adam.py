@@ -28,6 +28,7 @@ class Adam(Rule):
     options = ("lr", "beta1", "beta2", "eps", "weight_decay", "amsgrad", "maximize", "decoupled")
     momentum = "exp_avg"
     frozen_state = "second moment, or its running maximum"
+    reads_theta = False
 
     def read(self, group: Mapping[str, Any]) -> tuple[float, ...]:
         lr, *others = numbers(group, ("lr", "eps", "weight_decay", "amsgrad", "maximize"))

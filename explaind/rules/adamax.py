@@ -16,6 +16,7 @@ class Adamax(Rule):
     options = ("lr", "beta1", "beta2", "weight_decay", "maximize")
     momentum = "exp_avg"
     frozen_state = "infinity norm"
+    reads_theta = False
 
     def read(self, group: Mapping[str, Any]) -> tuple[float, ...]:
         lr, decay, maximize = numbers(group, ("lr", "weight_decay", "maximize"))

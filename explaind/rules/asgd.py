@@ -11,6 +11,7 @@ class ASGD(Rule):
     options = ("lr", "lambd", "weight_decay", "maximize")
     scalars = ("eta",)
     remembers = ("eta",)
+    reads_theta = False
 
     def facts(self, moment: Moment) -> tuple[float, ...]:
         first = torch.as_tensor(moment.group["lr"], dtype=torch.get_default_dtype())  # what torch begins with, rounding included

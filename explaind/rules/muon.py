@@ -23,6 +23,7 @@ class Muon(Rule):
     options = ("lr", "momentum", "weight_decay", "nesterov", "eps", "ns_steps", "a", "b", "c", "scale")
     momentum = "momentum_buffer"
     frozen_state = "the matrix that is made orthogonal"
+    reads_theta = False
     rounding = 0.8  # measured: 0.02 to 0.1 where U has full rank, 0.2 to 0.5 on matrices of 64 to 512 rows where not, 0.78 on 4 × 3
 
     def read(self, group: Mapping[str, Any]) -> tuple[float, ...]:

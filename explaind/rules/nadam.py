@@ -16,6 +16,7 @@ class NAdam(Rule):
     options = ("lr", "beta1", "beta2", "eps", "weight_decay", "momentum_decay", "maximize", "decoupled")
     momentum = "exp_avg"
     frozen_state = "second moment"
+    reads_theta = False
     scalars = ("mu_product",)
 
     def read(self, group: Mapping[str, Any]) -> tuple[float, ...]:

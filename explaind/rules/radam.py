@@ -16,6 +16,7 @@ class RAdam(Rule):
     options = ("lr", "beta1", "beta2", "eps", "weight_decay", "maximize", "decoupled")
     momentum = "exp_avg"
     frozen_state = "second moment"
+    reads_theta = False
 
     def read(self, group: Mapping[str, Any]) -> tuple[float, ...]:
         lr, *others = numbers(group, ("lr", "eps", "weight_decay"))

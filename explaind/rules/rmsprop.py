@@ -12,6 +12,7 @@ class RMSprop(Rule):
     options = ("lr", "momentum", "eps", "weight_decay", "centered", "maximize")
     momentum = "momentum_buffer"
     frozen_state = "second moment, less the squared first one where centred"
+    reads_theta = False
 
     def frozen(self, moment: Moment) -> Tensor:
         square: Tensor = moment.state["square_avg"]

@@ -14,6 +14,7 @@ class Rprop(Rule):
     optimizer = torch.optim.Rprop
     options = ("maximize",)
     frozen_state = "step size over the gradient's size, where it stepped"
+    reads_theta = False
 
     def frozen(self, moment: Moment) -> Tensor:
         stepped = moment.state["prev"] != 0

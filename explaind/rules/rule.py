@@ -16,8 +16,8 @@ from explaind.rules.filter import Filter
 class Moment:
     """One update of one parameter tensor, as the optimizer has just made it."""
 
-    theta: Tensor
-    """The parameter before the update."""
+    kept: Tensor | None
+    """The parameter before the update, where ``Rule.reads_theta`` asks for it."""
     gradient: Tensor
     """As the optimizer consumed it: before its own sign and coupled decay."""
     before: Mapping[str, Tensor]
@@ -25,6 +25,13 @@ class Moment:
     state: Mapping[str, Any]
     """After the update."""
     group: Mapping[str, Any]
+
+    @property
+    def theta(self) -> Tensor:
+        """The parameter before the update; RuleError where it was not kept."""
+        if self.kept is None:
+            raise RuleError("the rule reads the parameters before an update, but says that it does not", do="set reads_theta = True")
+        return self.kept
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,9 @@ class Rule(ABC):
     """How far, relative to an update, the optimizer's own arithmetic may be from the filter, where that is coarser than float32."""
     remembers: ClassVar[tuple[str, ...]] = ()
     """Keys of the state that is copied before every step, for ``frozen`` and ``facts``."""
+
+    reads_theta: ClassVar[bool] = True
+    """Whether ``frozen`` or ``facts`` look at ``Moment.theta``: a copy of the parameters is kept for that."""
 
     def read(self, group: Mapping[str, Any]) -> tuple[float, ...]:
         """The options of a parameter group, as they stand at this step; RuleError for one that has no rule."""

@@ -13,6 +13,7 @@ class SGD(Rule):
     optimizer = torch.optim.SGD
     options = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
     momentum = "momentum_buffer"
+    reads_theta = False
 
     def age(self, state: Mapping[str, Any]) -> int:
         return 0 if state.get(self.momentum) is None else 1

@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 
 from explaind.store.manifest import Layer
-from explaind.store.row import StepRow
+from explaind.store.row import Pieces, StepRow, Vector
 
 
-def theta_checksum(theta: np.ndarray, layers: Sequence[Layer], previous: np.ndarray) -> np.ndarray:
-    """crc32 of each layer's bytes, continued from the previous state's: uint32 [layer]."""
-    crcs = [crc32(theta[a.offset : a.offset + a.size], int(p)) for a, p in zip(layers, previous, strict=True)]
+def theta_checksum(theta: Vector, layers: Sequence[Layer], previous: np.ndarray) -> np.ndarray:
+    """crc32 of each layer's bytes, continued from the previous state's: uint32 [layer]; pieces are a layer each."""
+    whole = theta if isinstance(theta, Pieces) else np.ascontiguousarray(theta)
+    parts = whole.parts if isinstance(whole, Pieces) else [whole[a.offset : a.offset + a.size] for a in layers]
+    crcs = [zlib.crc32(part.data, crc) for part, crc in zip(parts, previous.tolist(), strict=True)]
     return np.array(crcs, dtype=np.uint32)
 
 
@@ -59,6 +61,8 @@ def constants_checksum(constants: Mapping[str, np.ndarray], fingerprint: np.ndar
     return found
 
 
-def crc32(values: np.ndarray | np.generic, previous: int = 0) -> int:
+def crc32(values: Vector | np.generic, previous: int = 0) -> int:
     """Of the bytes of an array, which is not copied for it."""
-    return zlib.crc32(np.ascontiguousarray(values).reshape(-1).data.cast("B") if values.size else b"", previous)
+    for part in values.parts if isinstance(values, Pieces) else (values,):
+        previous = zlib.crc32(np.ascontiguousarray(part).data, previous)
+    return previous

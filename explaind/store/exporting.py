@@ -10,6 +10,7 @@ import os
 import secrets
 import shutil
 import struct
+import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,9 +23,12 @@ from explaind.store import schema
 from explaind.store.copying import Copied, Progress, copied
 from explaind.store.grouped import FolderSink, FolderSource, ZipSink, ZipSource
 from explaind.store.hdf5 import USER_BLOCK, Hdf5Sink, Hdf5Source, needed
+from explaind.store.location import Location, Where, absolute, is_free, location_of, move, remove_tree
 from explaind.store.reader import open_run
+from explaind.store.remote import Remote
+from explaind.store.repair import recovered
 from explaind.store.sealed import PIECE, write_whole
-from explaind.store.tail import check_idle
+from explaind.store.spool import check_idle, forget, log_of
 
 SUFFIXES = (".h5", ".hdf5", ".zip")
 MARK = b"explaind sha256 "
@@ -40,14 +44,16 @@ class Exchanged(Copied):
     bytes: int
 
 
-def export_run(run: Path, file: Path, ledgers: bool = True, overwrite: bool = False, progress: Progress | None = None) -> Exchanged:
-    """Write a run into a file of its own, of the kind that its name ends with.
+def export_run(where: Where, out: Where, ledgers: bool = True, overwrite: bool = False, progress: Progress | None = None) -> Exchanged:
+    """Write a run, in its folder or at a URL, into a file of its own on this machine, of the kind that its name ends with.
 
     ledgers: the finished ones come along. progress(done, total): bytes of arrays. StoreError where the run cannot be read or is being
     recorded, where the file is there already (unless overwrite is set), or cannot be written; no half of a file is left.
     """
+    file = _local(out)
     zipped = _is_zip(file)
-    open_run(run)
+    opened = open_run(where)
+    run, log = opened.path, log_of(opened.path, opened.attributes)
     if run.is_file():
         raise StoreError("this run is in a file already", where=run, do="copy the file, or import it first")
     if file.is_dir() or (file.exists() and not overwrite):
@@ -57,7 +63,7 @@ def export_run(run: Path, file: Path, ledgers: bool = True, overwrite: bool = Fa
 
     def write(whole: BinaryIO) -> None:
         path = Path(whole.name)
-        with FolderSource(run) as source, ZipSink(path) if zipped else Hdf5Sink(path) as sink:
+        with FolderSource(run, log) as source, ZipSink(path) if zipped else Hdf5Sink(path) as sink:
             found.append(copied(source, sink, ledgers, progress))
         _seal(whole, zipped)
 
@@ -70,31 +76,33 @@ def export_run(run: Path, file: Path, ledgers: bool = True, overwrite: bool = Fa
     return Exchanged(**asdict(found[0]), bytes=file.stat().st_size)
 
 
-def import_run(file: Path, run: Path, ledgers: bool = True, overwrite: bool = False, progress: Progress | None = None) -> Exchanged:
-    """Make the folder of a run from a file that ``export_run`` wrote.
+def import_run(source: Where, where: Where, ledgers: bool = True, overwrite: bool = False, progress: Progress | None = None) -> Exchanged:
+    """Make the folder of a run, or a run at a URL, from a file of this machine that ``export_run`` wrote.
 
     StoreError where the file is not bitwise what was written, holds what no run has, or where the folder is taken (by anything but a run,
-    if overwrite is set). A run that is replaced stays until the new one is complete.
+    if overwrite is set). A run that is replaced stays until the new one is complete: at a URL, until all of it is ready to be put there.
     """
+    file = _local(source)
     zipped = _is_zip(file)
     if not file.is_file():
         raise StoreError("there is no file to import", where=file, do="check the path")
-    target = Path(os.path.abspath(run))
-    if overwrite and target.exists() and not (target.is_dir() and not any(target.iterdir())):
+    target = absolute(location_of(where))
+    if overwrite and not is_free(target):
         schema.open_group(target, "run")  # only ever replace what is a run
         check_idle(target)
     else:
         schema.check_new(target)
     _check_seal(file, zipped)
-    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    beside = target.parent if isinstance(target, Path) else Path(tempfile.gettempdir())
+    partial = beside / f".{target.name}.{secrets.token_hex(4)}.partial"
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _readable(file), ZipSource(file) if zipped else Hdf5Source(file) as source, FolderSink(partial) as sink:
-            found = copied(source, sink, ledgers, progress)
+        beside.mkdir(parents=True, exist_ok=True)
+        with _readable(file), ZipSource(file) if zipped else Hdf5Source(file) as read, FolderSink(partial) as sink:
+            found = copied(read, sink, ledgers, progress)
         open_run(partial)
         _replace(target, partial)
     except OSError as error:
-        raise schema.unwritable(run, error) from error
+        raise schema.unwritable(target, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return Exchanged(**asdict(found), bytes=file.stat().st_size)
@@ -106,13 +114,32 @@ def _is_zip(file: Path) -> bool:
     return file.suffix == ".zip"
 
 
-def _replace(target: Path, partial: Path) -> None:
+def _local(where: Where) -> Path:
+    file = location_of(where)
+    if not isinstance(file, Path):
+        raise StoreError("an exported file stands on this machine", where=file, expected="a path", do="copy it there afterwards")
+    return file
+
+
+def _replace(target: Location, partial: Path) -> None:
     """Put the new folder in its place; the old one goes once it is there."""
+    if not isinstance(target, Path):
+        _put(target, partial)
+        return
     older = partial.with_suffix(".older")
     if target.exists():
         target.rename(older)
     partial.rename(target)
     shutil.rmtree(older, ignore_errors=True)
+
+
+def _put(target: Remote, partial: Path) -> None:
+    """Put the new run at its URL, its log taken up: that would stand on one machine alone."""
+    recovered(partial)
+    if target.exists():
+        forget(target, dict(schema.open_group(target, "run").attrs))
+        remove_tree(target)
+    move(partial, target)
 
 
 @contextmanager

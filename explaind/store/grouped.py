@@ -23,6 +23,7 @@ from zarr.storage import LocalStore, ZipStore
 from explaind.errors import StoreError
 from explaind.store import admission, schema
 from explaind.store.bitdelta import BLOSC_HEAD, BitDelta
+from explaind.store.location import MARKER, Location, names_in, store_of
 from explaind.store.shelf import PIECE, TEXT, Region, Slab, Spec, unfit
 from explaind.store.tail import NAMES
 
@@ -34,8 +35,8 @@ SAFE = (BytesCodec, BloscCodec, ZstdCodec, VLenUTF8Codec, BitDelta)
 class _Grouped:
     """A zarr group in either place; closed at the end of a ``with``."""
 
-    def __init__(self, path: Path, store: LocalStore | ZipStore) -> None:
-        self.path, self.where, self.store = path, str(path), store
+    def __init__(self, path: Location, store: Any) -> None:
+        self.where, self.store = str(path), store
         self._groups: dict[str, zarr.Group] = {}
 
     def __enter__(self) -> Any:
@@ -94,31 +95,36 @@ class _Reader(_Grouped):
 
 
 class FolderSource(_Reader):
-    """Reads a run from its folder; what else lies there is passed over."""
+    """Reads a run from its folder or URL; what else lies there is passed over."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, LocalStore(path, read_only=True))
+    def __init__(self, path: Location, log: Path | None) -> None:
+        """log: the folder of its log, where this machine has one."""
+        super().__init__(path, LocalStore(path, read_only=True) if isinstance(path, Path) else store_of(path, read_only=True))
+        self.path, self._log = path, log
 
     def names(self) -> Iterator[str]:
         """The paths of what belongs to the run."""
-        yield "attributes.json"
-        yield from (name for name in ("commit.json", *NAMES) if (self.path / name).exists())
+        yield from ("attributes.json", *([MARKER] if (self.path / MARKER).exists() else []))
+        yield from (name for name in NAMES if self._log is not None and (self._log / name).exists())
         yield from (name for name in sorted(admission.COLUMNS) if (self.path / name / "zarr.json").exists())
         yield from (f"constant/{name}" for name in self._arrays("constant"))
-        for ledger in sorted((self.path / "ledgers").glob("*/commit.json")):
-            front = f"ledgers/{ledger.parent.name}"
-            if not ledger.parent.name.startswith("."):
-                yield from (f"{front}/{name}" for name in ("attributes.json", "commit.json", *self._arrays(front)))
+        for ledger in names_in(self.path / "ledgers"):
+            front = f"ledgers/{ledger}"
+            if not ledger.startswith(".") and (self.path / front / MARKER).exists():
+                yield from (f"{front}/{name}" for name in ("attributes.json", MARKER, *self._arrays(front)))
                 yield from (f"{front}/check/{name}" for name in self._arrays(f"{front}/check"))
 
     def _arrays(self, name: str) -> list[str]:
-        found = sorted(file.parent for file in (self.path / name).glob("*/zarr.json"))
-        return [folder.name for folder in found if not GROUPS.fullmatch(folder.relative_to(self.path).as_posix())]
+        found = (part for part in names_in(self.path / name) if (self.path / name / part / "zarr.json").exists())
+        return [part for part in found if not GROUPS.fullmatch(f"{name}/{part}")]
 
     def _pieces(self, name: str) -> Iterator[bytes]:
-        with open(self.path / name, "rb") as file:
-            while piece := file.read(PIECE):
-                yield piece
+        if name in NAMES and self._log is not None:
+            with open(self._log / name, "rb") as file:
+                while piece := file.read(PIECE):
+                    yield piece
+        else:
+            yield (self.path / name).read_bytes()
 
 
 class ZipSource(_Reader):
@@ -132,6 +138,7 @@ class ZipSource(_Reader):
         for chunk in (chunk for chunk in chunks if chunk is not None):
             self._chunks[chunk[1]].append(chunk[0])
         super().__init__(path, ZipStore(path, mode="r"))
+        self.path = path
 
     def names(self) -> Iterator[str]:
         """The paths of arrays and small files; every single entry is looked at."""
@@ -236,6 +243,7 @@ class FolderSink(_Writer):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, LocalStore(path))
+        self.path = path
 
     def _group(self, name: str, attributes: dict[str, Any]) -> zarr.Group:
         # zarr makes groups of all folders above; those of the ledgers are none in a run.
@@ -260,6 +268,7 @@ class ZipSink(_Writer):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, _Zip(path, mode="w"))
+        self.path = path
         self.config = {"write_empty_chunks": True}
         self._files: list[tuple[str, Iterable[bytes]]] = []
 

@@ -53,8 +53,8 @@ def columns(m: Manifest, codec: str = "standard") -> dict[str, Column]:
 
 
 def rows_of_chunk(column: Column, m: Manifest) -> int:
-    """How many rows a chunk holds: a span of steps, but anchors, gradients, and the states of a thin run, stand alone."""
-    return 1 if column.dims[0] in ("anchor", "stored") or column.name == "gradient" else m.span
+    """How many rows a chunk holds: a span of steps, or the anchors of one; gradients, and the states of a thin run, stand alone."""
+    return 1 if column.name == "gradient" else {"stored": 1, "anchor": m.together}.get(column.dims[0], m.span)
 
 
 def rows(column: Column, steps: int, anchors: int) -> int:

@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
-from pathlib import Path
 
 import zarr
 
 from explaind.errors import ExplaindError, StoreError
 from explaind.store.layout import columns
+from explaind.store.location import Location
 from explaind.store.manifest import Manifest
 
 LARGEST = 2**31 - 1
@@ -17,7 +17,7 @@ COPY = "restore the run from a copy"
 
 
 @contextmanager
-def reading(what: str, where: Path) -> Iterator[None]:
+def reading(what: str, where: Location) -> Iterator[None]:
     """Whatever a library raises over odd bytes, of any class, in one line."""
     try:
         yield
@@ -27,7 +27,7 @@ def reading(what: str, where: Path) -> Iterator[None]:
         raise StoreError(what, where=where, got=f"{type(error).__name__}: {error}"[:200], do=COPY) from error
 
 
-def opened(group: zarr.Group, name: str, manifest: Manifest, where: Path) -> zarr.Array:
+def opened(group: zarr.Group, name: str, manifest: Manifest, where: Location) -> zarr.Array:
     """An array of a run; StoreError where there is none, or one that cannot be that array."""
     with reading("the metadata of an array cannot be read", where):
         try:

@@ -8,22 +8,23 @@ from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
 
-from explaind.errors import RequestError, StoreError
+from explaind.errors import ExplaindError, RequestError, StoreError
 from explaind.store import schema
 from explaind.store.checksums import text_checksum
 from explaind.store.damage import damage
 from explaind.store.gradients import first_damaged, having_gradients, rows_of
 from explaind.store.layout import OPTIONAL, columns, rows, starts
+from explaind.store.location import Where, location_of
 from explaind.store.manifest import ROUNDINGS, Manifest
 from explaind.store.opening import opened, reading
 from explaind.store.row import StepRow
-from explaind.store.tail import Record, following, records
+from explaind.store.spool import logged
+from explaind.store.tail import Record, following
 from explaind.store.writer import Begun
 
 KEPT = 2
@@ -43,10 +44,11 @@ class Block:
 class Run:
     """A recorded training, opened for reading. Nothing is loaded until it is asked for."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+    def __init__(self, path: Where, spool: str | os.PathLike[str] | None = None) -> None:
+        self.path = location_of(path, spool)
         self._group = schema.open_group(self.path, "run")
-        attributes: dict[str, Any] = dict(self._group.attrs)
+        self.attributes: Mapping[str, Any] = dict(self._group.attrs)
+        attributes = self.attributes
         commit = self._read_commit()
         self.sums: Mapping[str, int] = commit["sums"]
         if self.sums and self.sums["manifest"] != text_checksum(attributes.get("manifest")):
@@ -75,6 +77,8 @@ class Run:
                 raise ValueError("no number of steps")
             modes = [tuple(bool(on) for on in mode) for mode in commit["modes"]]
             return {"steps": commit["steps"], "complete": bool(commit["complete"]), "modes": modes, "sums": sums}
+        except ExplaindError:
+            raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise StoreError(
                 "the commit marker is missing or damaged",
@@ -114,13 +118,13 @@ class Run:
     def _read(self, name: str, rows: slice) -> np.ndarray:
         with reading("a chunk cannot be read", self.path / name):
             array = self._array(name)
-            if self.manifest.together == 1 or array.chunks[0] != self.manifest.span or rows.stop is None:
+            if self.manifest.together == 1 or array.chunks[0] < self.manifest.together or rows.stop is None:
                 return np.asarray(array[rows])
             return self._of_spans(name, array, rows.start, rows.stop)
 
     def _of_spans(self, name: str, array: zarr.Array, start: int, stop: int) -> np.ndarray:
         """Rows of an array whose chunks hold many blocks, of which the last two that were read are kept: a chunk is not read for each."""
-        long, kept, found = self.manifest.span, self._kept.setdefault(name, {}), [np.asarray(array[0:0])]
+        long, kept, found = array.chunks[0], self._kept.setdefault(name, {}), [np.asarray(array[0:0])]
         for first in range(start - start % long, stop, long):
             if first not in kept:
                 kept[first] = np.asarray(array[first : min(first + long, array.shape[0])])
@@ -339,7 +343,11 @@ class Run:
 
     def logged_behind(self, steps: int) -> list[Record]:
         """What the tail log holds of the steps behind so many, without a gap."""
-        return having_gradients(self, following(records(self.path), steps))
+        return having_gradients(self, following(self.log(), steps))
+
+    def log(self) -> list[Record]:
+        """The sound records of its tail log, in order; of a run at a URL, where it was recorded on this machine."""
+        return logged(self.path, self.attributes)
 
     def sound(self) -> int:
         """Steps up to the first fault of what is stored: all of them where ``damage`` finds none."""
@@ -373,9 +381,9 @@ def _words(state: np.ndarray | None) -> np.ndarray | None:
     return None if state is None else state[: int(state[0])]
 
 
-def open_run(path: str | os.PathLike[str]) -> Run:
-    """Open a recorded run, in its folder or in the zip that it was exported to.
+def open_run(path: Where, spool: str | os.PathLike[str] | None = None) -> Run:
+    """Open a recorded run, in its folder, in the zip that it was exported to, or at a URL such as s3://bucket/run.
 
-    StoreError where there is none, or one of another schema version.
+    spool: of a run at a URL, where that was given to ``record``. StoreError where there is none, or one of another schema version.
     """
-    return Run(path)
+    return Run(path, spool)

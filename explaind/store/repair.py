@@ -1,9 +1,10 @@
 """Putting a run right that was killed or damaged: what was logged is taken up, what is not sound is cut off."""
 
+import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from explaind.errors import StoreError
+from explaind.store.location import Location, Where
 from explaind.store.reader import Run, open_run
 from explaind.store.thin import going_on
 
@@ -21,12 +22,13 @@ class Repair:
     """Steps that were cut off, from the first fault on."""
 
 
-def repair(path: Path) -> Repair:
+def repair(where: Where, spool: str | os.PathLike[str] | None = None) -> Repair:
     """Truncate a run to its last sound step, and take up the steps of its log; a sound run is left alone.
 
     StoreError where nothing can be read, where not even the first state is sound, or where another process is writing the run.
     """
-    run = open_run(path)
+    run = open_run(where, spool)
+    path = run.path
     if path.is_file():
         raise StoreError("a run in a zip is only read", where=path, do="explaind import it first")
     before, sound = run.steps, run.sound()
@@ -40,7 +42,7 @@ def repair(path: Path) -> Repair:
     return Repair(before, sound + len(logged), len(logged), max(0, before - sound - len(logged)))
 
 
-def recovered(path: Path) -> Run:
+def recovered(path: Location) -> Run:
     """A run with its log taken up; damage is left where it is."""
     run = open_run(path)
     if run.logged:

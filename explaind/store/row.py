@@ -1,8 +1,38 @@
 """What is recorded of a step, as plain arrays."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+
+
+class Pieces:
+    """A vector [number] that stands in pieces, vectors of one dtype, which are read where they are: a large model is not copied."""
+
+    def __init__(self, parts: Sequence[np.ndarray]) -> None:
+        """parts: at least one."""
+        self.parts, self.dtype = parts, parts[0].dtype
+        self.size = sum([len(part) for part in parts])
+        self.shape = (self.size,)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        whole = np.concatenate(self.parts)
+        return whole if dtype is None else whole.astype(dtype, copy=False)
+
+
+Vector = np.ndarray | Pieces
+
+
+def between(vector: Vector, start: int, stop: int) -> np.ndarray:
+    """The numbers [start, stop) of a vector."""
+    if isinstance(vector, np.ndarray):
+        return vector[start:stop]
+    found, at = list[np.ndarray](), 0
+    for part in vector.parts:
+        found.append(part[max(0, start - at) : max(0, stop - at)])
+        at += len(part)
+    return np.concatenate(found)
 
 
 @dataclass(frozen=True)
@@ -15,7 +45,7 @@ class StepRow:
     hyper: np.ndarray  # float64 [layer, option]
     age: np.ndarray  # int32 [layer]
     mode: tuple[bool, ...]
-    preconditioner: np.ndarray | None  # [param]
+    preconditioner: Vector | None  # [param]
     anchor: np.ndarray | None  # momentum before the step, [param]; only at the first step of a block
     scalars: np.ndarray | None = None  # float64 [layer, scalar]; where the rules need any
     consumed: np.ndarray | None = None  # float64 [layer, 2]: norm and largest size of a gradient that was changed after the backward pass

@@ -1,9 +1,9 @@
 """A run on disk: names, axes, dtypes and chunks of its arrays. In one file: exporting.py.
 
 run/
-  zarr.json          attributes: schema version, manifest
+  zarr.json          attributes: schema version, manifest; of a run that was recorded to a URL the name of the recording (spool.py)
   commit.json        how many steps are safely on disk; readers clamp to it
-  tail.log, tail.odd.log   steps since then, while the run is written or after it was killed (tail.py)
+  tail.log, tail.odd.log   steps since then, while the run is written or after it was killed (tail.py); of one at a URL in its spool
   theta              [state, param]          parameters before step `state` (one row more than steps)
                                              of a thin run [stored, param]: before the first step of every block, and after the last step
   state              [anchor, word]          of a thin run: the optimizer's state there, tensor by tensor (record/living.py)
@@ -30,7 +30,6 @@ run/
 """
 
 import json
-import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -43,8 +42,11 @@ import zarr
 from zarr.codecs import BloscCodec, BloscShuffle
 from zarr.storage import ZipStore
 
-from explaind.errors import StoreError
+from explaind.errors import ExplaindError, StoreError
+from explaind.store import location
 from explaind.store.bitdelta import BitDelta
+from explaind.store.location import Location, is_free, names_in, store_of
+from explaind.store.remote import Remote, RemoteError
 
 VERSION = 2
 CHUNK_SLOTS = 1 << 10
@@ -53,7 +55,7 @@ CHUNK_BYTES = 1 << 16
 """Of random states in one chunk."""
 CHUNK_ROWS = 16
 """With so many rows; with more it is narrower."""
-CHUNK_VALUES = 1 << 21
+CHUNK_VALUES = 1 << 20
 """Numbers in one chunk, so that neither the writer nor a reader of one layer holds a whole large model."""
 
 
@@ -76,7 +78,8 @@ class Column:
         """Extents of a chunk that holds so many rows."""
         grown = () if self.chunk is None else (-(-self.chunk // max(1, rows // CHUNK_ROWS)),)
         most = max(1, CHUNK_VALUES // max(1, rows * prod(grown)))
-        even = (-(-n // max(1, -(-n // most))) if grown else min(n, most) for n in self.shape[len(grown) :])
+        # Chunks of one width, since the last one is as much work as the others.
+        even = (-(-n // -(-n // most)) if n else 1 for n in self.shape[len(grown) :])
         return tuple(max(1, n) for n in (rows, *grown, *even))
 
 
@@ -110,26 +113,26 @@ CHOICES = ("bitdelta", "standard")
 """How theta and the preconditioner may be stored: small, or so that any zarr reader reads them."""
 
 
-def create_group(path: Path, kind: str, attributes: Mapping[str, Any]) -> zarr.Group:
+def create_group(path: Location, kind: str, attributes: Mapping[str, Any]) -> zarr.Group:
     """A new zarr v3 group marked with what it is and its schema version; the folder must not hold anything yet."""
     check_new(path)
     try:
-        return zarr.create_group(path, zarr_format=3, attributes={"explaind": {"kind": kind, "schema": VERSION}, **attributes})
+        return zarr.create_group(store_of(path), zarr_format=3, attributes={"explaind": {"kind": kind, "schema": VERSION}, **attributes})
     except OSError as error:
         raise unwritable(path, error) from error
 
 
-def check_new(path: Path) -> None:
+def check_new(path: Location) -> None:
     """StoreError unless the path is free or an empty folder."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if not is_free(path):
         raise StoreError(
             "there is something here already", where=path, expected="a new or empty folder", do="choose another name, or overwrite it"
         )
 
 
-def read_file(path: Path, name: str) -> bytes:
+def read_file(path: Location, name: str) -> bytes:
     """A small file of a run, in its folder or in the zip that it was exported to; FileNotFoundError where there is none."""
-    if not zipfile.is_zipfile(path):
+    if not isinstance(path, Path) or not zipfile.is_zipfile(path):
         return (path / name).read_bytes()
     try:
         with zipfile.ZipFile(path) as archive:
@@ -138,24 +141,30 @@ def read_file(path: Path, name: str) -> bytes:
         raise FileNotFoundError(2, f"no {name} in the zip", str(path)) from error
 
 
-def kind_of(path: Path) -> str:
+def kind_of(path: Location) -> str:
     """ "run" or "ledger"; StoreError where neither is."""
     if not path.exists():
         raise StoreError("there is no run or ledger here", where=path, got="no such folder", do="check the path")
     try:
         kind = json.loads(read_file(path, "zarr.json"))["attributes"]["explaind"]["kind"]
+    except ExplaindError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreError("this is neither a run nor a ledger", where=path, got=type(error).__name__, do="check the path") from error
     return str(kind)
 
 
-def open_group(path: Path, kind: str) -> zarr.Group:
+def open_group(path: Location, kind: str) -> zarr.Group:
     """Open a run or a ledger for reading; StoreError says what is there instead."""
     if not path.exists():
         raise StoreError(f"there is no {kind} here", where=path, got="no such folder", do="check the path")
     try:
-        group = zarr.open_group(ZipStore(path, mode="r") if zipfile.is_zipfile(path) else path, mode="r", zarr_format=3)
+        zipped = isinstance(path, Path) and zipfile.is_zipfile(path)
+        store = ZipStore(str(path), mode="r") if zipped else store_of(path, read_only=True)
+        group = zarr.open_group(store, mode="r", zarr_format=3)
         mark = dict(group.attrs).get("explaind")
+    except ExplaindError:
+        raise
     except Exception as error:  # whatever zarr raises over metadata that may say anything
         raise StoreError(f"this is not a {kind}", where=path, got=type(error).__name__, do="check the path") from error
     if not isinstance(mark, dict) or mark.get("kind") != kind:
@@ -179,19 +188,20 @@ def create_column(group: zarr.Group, column: Column, rows: int) -> zarr.Array:
     )
 
 
-def tidy(path: Path) -> None:
-    """Remove what is left of files that a kill found half written."""
+def tidy(path: Location) -> None:
+    """Remove what is left of files that a kill found half written; objects never are."""
+    if not isinstance(path, Path):
+        return
     of_arrays = (folder.rglob("*.partial") for folder in path.iterdir() if folder.is_dir() and folder.name != "ledgers")
     for partial in (*path.glob("*.partial"), *(file for found in of_arrays for file in found)):
         partial.unlink(missing_ok=True)
 
 
-def growing(path: Path) -> dict[str, zarr.Array]:
+def growing(path: Location) -> dict[str, zarr.Array]:
     """The growing arrays of a run, by name, for writing."""
-    group = zarr.open_group(path, mode="r+", zarr_format=3)
-    found = {
-        p.name: group[p.name] for p in sorted(path.iterdir()) if (p / "zarr.json").exists() and p.name not in ("constant", "fingerprint")
-    }
+    group = zarr.open_group(store_of(path), mode="r+", zarr_format=3)
+    others = ("constant", "fingerprint", "ledgers")
+    found = {name: group[name] for name in names_in(path) if name not in others and (path / name / "zarr.json").exists()}
     return {name: array for name, array in found.items() if isinstance(array, zarr.Array)}
 
 
@@ -208,8 +218,10 @@ def append(array: zarr.Array, rows: np.ndarray, at: int) -> None:
     Other dimensions grow as needed; narrower rows are filled up, so that nothing is left of rows that stood there before.
     """
     extend(array, at + len(rows), rows.shape[1:])
-    wide = [(0, 0), *((0, n - m) for n, m in zip(array.shape[1:], rows.shape[1:], strict=True))]
-    array[at : at + len(rows)] = np.pad(rows, wide, constant_values=array.fill_value)
+    if rows.shape[1:] != array.shape[1:]:
+        wide = [(0, 0), *((0, n - m) for n, m in zip(array.shape[1:], rows.shape[1:], strict=True))]
+        rows = np.pad(rows, wide, constant_values=array.fill_value)
+    array[at : at + len(rows)] = rows
 
 
 def put(array: zarr.Array, row: int, values: np.ndarray, ahead: int) -> None:
@@ -250,21 +262,19 @@ def compressors(dtype: np.dtype[Any]) -> Any:
     return [lossless()] if dtype.kind in "fiub" else "auto"
 
 
-def replace_file(path: Path, text: str) -> None:
+def replace_file(path: Location, content: str | bytes) -> None:
     """Write a small file so that a reader sees the old or the new one, never half of it, even after a power cut."""
-    partial = path.with_name(path.name + ".partial")
     try:
-        with open(partial, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        location.replace_file(path, content)
     except OSError as error:
         raise unwritable(path, error) from error
 
 
-def unwritable(path: Path, error: OSError) -> StoreError:
-    """What to say when the disk refuses."""
-    return StoreError(
-        f"cannot write: {error.strerror or error}", where=path, do="free space or choose another path; what was committed stays readable"
-    )
+def unwritable(path: Location, error: OSError) -> StoreError:
+    """What to say when the disk refuses, or whoever answers for a URL."""
+    what, where, do = f"cannot write: {error.strerror or error}", path, "free space or choose another path"
+    if isinstance(error, RemoteError):
+        do = "check the URL, the network and your credentials, or choose another"
+    elif isinstance(path, Remote):
+        where = path.spool  # the disk that a recording at a URL needs
+    return StoreError(what, where=where, do=f"{do}; what was committed stays readable")

@@ -1,4 +1,5 @@
 """Arrays in one file that is whole or not there: written under another name, synced, then renamed; its first line is its own checksum.
+At a URL it is put in one request.
 
 64 hexadecimal digits of sha256 over everything after the line, a newline, then an npz without pickles
 """
@@ -7,17 +8,25 @@ import hashlib
 import os
 import secrets
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from io import BytesIO
 from typing import BinaryIO
 
 import numpy as np
+
+from explaind.store.location import Location
+from explaind.store.remote import Remote
 
 HEAD = 65
 PIECE = 1 << 20
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+def write_whole(path: Location, write: Callable[[BinaryIO], object]) -> None:
     """A file that replaces the one of that name once `write` is through; OSError leaves the old one. Several processes may do so."""
+    if isinstance(path, Remote):
+        whole = BytesIO()
+        write(whole)
+        path.write_bytes(whole.getvalue())
+        return
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
         with open(partial, "w+b") as file:
@@ -30,7 +39,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
         raise
 
 
-def write_sealed(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+def write_sealed(path: Location, arrays: Mapping[str, np.ndarray]) -> None:
     """Put arrays into a file of their own."""
 
     def write(file: BinaryIO) -> None:
@@ -43,9 +52,9 @@ def write_sealed(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     write_whole(path, write)
 
 
-def read_sealed(path: Path) -> dict[str, np.ndarray] | None:
+def read_sealed(path: Location) -> dict[str, np.ndarray] | None:
     """The arrays of a file; None where it is not what was written. FileNotFoundError where there is none."""
-    with open(path, "rb") as file:
+    with BytesIO(path.read_bytes()) if isinstance(path, Remote) else open(path, "rb") as file:
         if file.read(HEAD) != f"{_digest(file)}\n".encode():
             return None
         file.seek(HEAD)

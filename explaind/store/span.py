@@ -17,6 +17,7 @@ ANCHORED = ("momentum", "filtered", "state")
 """Arrays with a row for every stretch of steps."""
 BYTES = ("random", "groups")
 """Fields whose length changes from step to step."""
+NOTHING: Mapping[str, None] = dict.fromkeys((*VECTORS, *BYTES))
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Span:
         slots = max((len(row.batch) for row in rows), default=1)
 
         def padded(name: str, fill: float) -> np.ndarray:
-            return np.stack([np.pad(getattr(row, name), (0, slots - len(row.batch)), constant_values=fill) for row in rows])
+            return filled([getattr(row, name) for row in rows], slots, fill)
 
         if not rows:
             return {}
@@ -110,14 +111,22 @@ class Span:
         """uint8 [row, longest], at least one wide."""
         none = np.zeros(0, np.uint8)
         rows = [self.log.read(entry.places[name]) if name in entry.places else none for entry in self.entries]
-        wide = max(1, *map(len, rows))
-        return np.stack([np.pad(row, (0, wide - len(row))) for row in rows])
+        return filled(rows, max(1, *map(len, rows)), 0)
+
+
+def filled(rows: Sequence[np.ndarray], wide: int, fill: float) -> np.ndarray:
+    """Vectors of the same dtype, filled up to one width: [row, number]."""
+    found = np.full((len(rows), wide), fill, rows[0].dtype)
+    for own, row in zip(found, rows, strict=True):
+        own[: len(row)] = row
+    return found
 
 
 def light(row: StepRow) -> StepRow:
     """Without what is large."""
-    nothing: dict[str, Any] = dict.fromkeys((*VECTORS, *BYTES))
-    return replace(row, **nothing)
+    found = object.__new__(StepRow)  # far cheaper than ``replace``, which sets every field anew
+    found.__dict__.update(row.__dict__, **NOTHING)
+    return found
 
 
 def whole(entry: Entry, log: Log) -> StepRow:
@@ -134,6 +143,8 @@ def write_vectors(array: zarr.Array, at: int, log: Log, places: Sequence[Place |
     known = [place for place in places if place is not None]
     if not known:
         return
+    if any(place.dtype != array.dtype for place in known):
+        raise TypeError(f"{array.name} holds {array.dtype}, and the log {known[0].dtype}")
     schema.extend(array, at + len(places), (max(map(length, known)),))
     long, across = array.chunks
     long *= max(1, schema.CHUNK_VALUES // (long * across))
@@ -146,7 +157,7 @@ def write_vectors(array: zarr.Array, at: int, log: Log, places: Sequence[Place |
                 if place is None:
                     values[i] = array[at + top + i, start:stop]
                 elif start < length(place):
-                    values[i, : length(place) - start] = log.read(place, start, min(stop, length(place)))
+                    log.read_into(values[i, : length(place) - start], place, start)  # which is of the array's dtype
             array[at + top : at + top + len(some), start:stop] = values
 
 

@@ -16,13 +16,13 @@ from dataclasses import dataclass, fields
 from io import FileIO
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from explaind.errors import StoreError
 from explaind.store import schema
-from explaind.store.row import StepRow
+from explaind.store.row import Pieces, StepRow, Vector
 
 try:
     import fcntl
@@ -46,14 +46,13 @@ class Record:
 
     step: int
     row: StepRow
-    theta: np.ndarray
+    theta: Vector
     """Empty where a thin run has forgotten it."""
     crc: np.ndarray | None = None
     """Its checksum then, uint32 [layer]."""
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where an array stands in a log."""
 
     at: int
@@ -70,6 +69,7 @@ class Log:
         hold: nobody else may hold it, StoreError where somebody does. OSError where the disk refuses.
         """
         self.path = path
+        self._alike: Any = None
         partial = path.with_name(path.name + ".partial")
         self._file = FileIO(partial, "w+")
         try:
@@ -86,49 +86,62 @@ class Log:
 
     def append(self, record: Record) -> Mapping[str, Place]:
         """Add a step, which survives the process from here on; where its arrays stand."""
-        arrays = {name: getattr(record.row, name) for name in ARRAYS} | {"theta": record.theta, "crc": record.crc}
-        held = {name: np.ascontiguousarray(values) for name, values in arrays.items() if values is not None}
-        told = {
-            "step": record.step,
-            "mode": list(record.row.mode),
-            "gap": record.row.gap,
-            "precision": record.row.precision,
-            "arrays": {n: [v.dtype.str, list(v.shape)] for n, v in held.items()},
-        }
-        line = json.dumps(told).encode() + b"\n"
-        pieces = [v.reshape(-1).data.cast("B") for v in held.values() if v.size]
-        crc = zlib.crc32(line)
-        for piece in pieces:
-            crc = zlib.crc32(piece, crc)
+        row = record.row.__dict__
+        held = {name: _contiguous(row[name]) for name in ARRAYS if row[name] is not None} | {"theta": _contiguous(record.theta)}
+        held |= {} if record.crc is None else {"crc": record.crc}
+        line = self._line(record, held)
+        pieces = [
+            part.data for values in held.values() for part in (values.parts if isinstance(values, Pieces) else (values,)) if part.size
+        ]
         # Behind the last whole record, whatever an interrupted one has left there.
         at = self._file.seek(self._end) + HEAD.size + len(line)
-        size = len(line) + sum(map(len, pieces))
-        whole: list[bytes | memoryview] = [HEAD.pack(size, crc) + line, *pieces]
-        self._write(*([b"".join(whole)] if size < SMALL else whole))
+        size = len(line) + sum([part.nbytes for part in pieces])
+        if size < SMALL:
+            text = bytearray().join([bytes(HEAD.size), line, *pieces])
+            HEAD.pack_into(text, 0, size, zlib.crc32(memoryview(text)[HEAD.size :]))
+            self._write(text)
+        else:
+            crc = zlib.crc32(line)
+            for part in pieces:
+                crc = zlib.crc32(part, crc)
+            for piece in _gathered([memoryview(HEAD.pack(size, crc) + line), *pieces]):
+                self._write(piece)
         places = {}
         for name, values in held.items():
             places[name] = Place(at, values.dtype, values.shape)
-            at += values.nbytes
+            at += values.size * values.dtype.itemsize
         self._end = at
         return places
 
-    def _write(self, *pieces: bytes | memoryview) -> None:
-        for piece in pieces:
-            rest = memoryview(piece)
-            while len(rest):  # a file may take less than it is given
-                rest = rest[self._file.write(rest) :]
+    def _line(self, record: Record, held: Mapping[str, Vector]) -> bytes:
+        """JSON of a record without its arrays; from step to step little but the number changes."""
+        row = record.row
+        alike = (row.mode, row.gap, row.precision, [(name, v.dtype, v.shape) for name, v in held.items()])
+        if alike != self._alike:
+            told = {"mode": list(row.mode), "gap": row.gap, "precision": row.precision}
+            arrays = {name: [v.dtype.str, list(v.shape)] for name, v in held.items()}
+            self._alike, self._told = alike, json.dumps({**told, "arrays": arrays})[1:]
+        return f'{{"step": {record.step}, {self._told}\n'.encode()
+
+    def _write(self, text: bytearray | memoryview) -> None:
+        rest = memoryview(text).cast("B")
+        while len(rest):  # a file may take less than it is given
+            rest = rest[self._file.write(rest) :]
 
     def read(self, place: Place, start: int = 0, stop: int | None = None) -> np.ndarray:
         """An array, or of a vector the numbers [start, stop). StoreError where the file has become shorter."""
-        size = prod(place.shape) if stop is None else stop - start
-        text = bytearray()
-        want, at = size * place.dtype.itemsize, place.at + start * place.dtype.itemsize
-        while len(text) < want:
-            piece = os.pread(self._file.fileno(), want - len(text), at + len(text))
-            if not piece:
+        found = np.empty(place.shape if stop is None else stop - start, place.dtype)
+        self.read_into(found, place, start)
+        return found
+
+    def read_into(self, found: np.ndarray, place: Place, start: int = 0) -> None:
+        """Fill an array, which has the dtype, from there on."""
+        rest, at = found.reshape(-1).data.cast("B") if found.size else memoryview(b""), place.at + start * place.dtype.itemsize
+        while len(rest):
+            count = os.preadv(self._file.fileno(), [rest], at)
+            if not count:
                 raise StoreError("steps that were logged are gone", where=self.path, do="let nobody else write into a run")
-            text += piece
-        return np.frombuffer(text, place.dtype).reshape(place.shape if stop is None else (size,))
+            rest, at = rest[count:], at + count
 
     def restart(self, kept: Sequence[Record]) -> None:
         """Forget all steps but these, which other files have too."""
@@ -141,15 +154,37 @@ class Log:
         self._file.close()
 
 
+def _contiguous(values: Vector) -> Vector:
+    return values if isinstance(values, Pieces) else np.ascontiguousarray(values)
+
+
+def _gathered(pieces: Iterable[memoryview]) -> Iterator[memoryview]:
+    """The same bytes, small pieces put together."""
+    small, size = list[memoryview](), 0
+    for piece in pieces:
+        if size + piece.nbytes > SMALL:
+            yield memoryview(b"".join(small))
+            small, size = [], 0
+        if piece.nbytes > SMALL:
+            yield piece
+        else:
+            small.append(piece)
+            size += piece.nbytes
+    yield memoryview(b"".join(small))
+
+
 class Tail:
     """The two logs of a run that is being written; one writer at a time holds them."""
 
-    def __init__(self, folder: Path) -> None:
-        """StoreError where somebody is writing the run. What the logs hold stays until ``begin`` or ``turn`` makes them anew."""
-        self._folder = folder
+    def __init__(self, folder: Path, of: object = None) -> None:
+        """StoreError where somebody is writing the run. What the logs hold stays until ``begin`` or ``turn`` makes them anew.
+
+        of: where the run is, if not in the same folder.
+        """
+        self._folder, self._of = folder, of or folder
         self._held: FileIO | None = FileIO(folder / NAMES[0], "a")
         try:
-            _lock(self._held, folder)
+            _lock(self._held, self._of)
         except StoreError:
             self._held.close()
             raise
@@ -185,12 +220,12 @@ class Tail:
             self._held.close()
 
 
-def _lock(file: FileIO, folder: Path) -> None:
+def _lock(file: FileIO, run: object) -> None:
     try:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        raise StoreError(BUSY, where=folder, do="wait for it, close it, or record to another path") from error
+        raise StoreError(BUSY, where=run, do="wait for it, close it, or record to another path") from error
 
 
 def records(folder: Path) -> list[Record]:
@@ -250,8 +285,8 @@ def following(found: Sequence[Record], step: int) -> list[Record]:
     return out
 
 
-def check_idle(folder: Path) -> None:
-    """StoreError where somebody is writing the run."""
+def check_idle(folder: Path, of: object = None) -> None:
+    """StoreError where somebody is writing the run; of: where that is, if not in the same folder."""
     try:
         with (folder / NAMES[0]).open("rb") as file:
             if fcntl is not None:
@@ -259,4 +294,4 @@ def check_idle(folder: Path) -> None:
     except FileNotFoundError:
         return
     except BlockingIOError as error:
-        raise StoreError(BUSY, where=folder, do="wait for it to end, or close it") from error
+        raise StoreError(BUSY, where=of or folder, do="wait for it to end, or close it") from error

@@ -6,13 +6,13 @@ block is full its steps stand in the log, of whose parameters only the last few 
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
 from explaind.store import schema
+from explaind.store.location import Location
 from explaind.store.manifest import Manifest
-from explaind.store.row import StepRow
+from explaind.store.row import StepRow, Vector
 from explaind.store.span import Span, whole, write_vectors
 from explaind.store.tail import Place, Record
 from explaind.store.writer import Begun, RunWriter
@@ -27,7 +27,7 @@ class ThinWriter(RunWriter):
 
     _known: np.ndarray | None = None
 
-    def add(self, row: StepRow, theta: np.ndarray) -> None:
+    def add(self, row: StepRow, theta: Vector) -> None:
         """Take step ``self.steps``, which led to the parameters theta [param]; parameter groups that have not changed are dropped."""
         known = self._known if self._span.entries else None
         same = known is not None and row.groups is not None and np.array_equal(known, row.groups)
@@ -70,6 +70,6 @@ def writer_of(manifest: Manifest) -> type[RunWriter]:
     return RunWriter if manifest.thin is None else ThinWriter
 
 
-def going_on(path: Path, manifest: Manifest, begun: Begun, logged: Sequence[Record] = ()) -> RunWriter:
+def going_on(path: Location, manifest: Manifest, begun: Begun, logged: Sequence[Record] = ()) -> RunWriter:
     """``RunWriter.resumed`` of the class that writes such a run."""
     return writer_of(manifest).resumed(path, manifest, begun, logged)

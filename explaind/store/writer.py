@@ -9,18 +9,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import zarr
 
-from explaind.store import schema
+from explaind.store import schema, spool
 from explaind.store.checksums import constants_checksum, crc32, step_checksum, text_checksum, theta_checksum
 from explaind.store.layout import columns, rows_of_chunk
+from explaind.store.location import Location
 from explaind.store.manifest import Manifest
-from explaind.store.row import StepRow
+from explaind.store.row import StepRow, Vector, between
 from explaind.store.span import ANCHORED, Entry, Span, light, write_vectors
-from explaind.store.tail import Place, Record, Tail
+from explaind.store.tail import Place, Record
 
 AHEAD = 64
 """Steps that the array of gradients is made longer by at once; readers go by the marker."""
@@ -49,9 +49,9 @@ class RunWriter:
 
     def __init__(
         self,
-        path: Path,
+        path: Location,
         manifest: Manifest,
-        theta: np.ndarray,
+        theta: Vector,
         constants: Mapping[str, np.ndarray],
         fingerprint: np.ndarray | None,
         momentum: bool,
@@ -61,8 +61,7 @@ class RunWriter:
         """codec: of theta and the preconditioner, out of schema.CHOICES."""
         crc = theta_checksum(theta, manifest.layers, np.zeros(len(manifest.layers), np.uint32))
         self._set(path, manifest, 0, 0, [])
-        group = schema.create_group(path, "run", {"manifest": manifest.to_json()})
-        self._tail = Tail(path)
+        group, self._tail = spool.begin(path, {"manifest": manifest.to_json()})
         with self._guarded():
             self._columns = self._create(group, momentum, preconditioner, codec)
             for name, values in constants.items():
@@ -70,28 +69,37 @@ class RunWriter:
             if fingerprint is not None:
                 schema.write_array(group, "fingerprint", fingerprint, ("example",))
             # The first state is written at once, so that a run that is killed in its first span still opens.
-            schema.append(self._columns["theta"], theta[None], 0)
+            self._write_first(theta)
             schema.append(self._columns["checksum_theta"], crc[None], 0)
             self._span = Span(0, self._tail.begin(0, ()), crc, 0)
             self._sums = {"manifest": text_checksum(manifest.to_json()), "constants": constants_checksum(constants, fingerprint)}
             self._mark(0, complete=False, modes=())
 
-    def _set(self, path: Path, manifest: Manifest, steps: int, anchors: int, modes: list[tuple[bool, ...]]) -> None:
+    def _write_first(self, theta: Vector) -> None:
+        """Its first state, chunk by chunk: it may be large."""
+        array = self._columns["theta"]
+        schema.extend(array, 1, theta.shape)
+        for start in range(0, theta.size, array.chunks[1]):
+            stop = min(start + array.chunks[1], theta.size)
+            array[:1, start:stop] = between(theta, start, stop)[None]
+
+    def _set(self, path: Location, manifest: Manifest, steps: int, anchors: int, modes: list[tuple[bool, ...]]) -> None:
         self.path, self.manifest, self.steps, self.closed = path, manifest, steps, False
         self._anchors, self._modes = anchors, modes
+        self._marked: str | None = None
         self._number = steps // manifest.span
         self._writing: Future[None] | None = None
         self._thread = ThreadPoolExecutor(1, "explaind-writer")
 
     @classmethod
-    def resumed(cls, path: Path, manifest: Manifest, begun: Begun, logged: Sequence[Record] = ()) -> "RunWriter":
+    def resumed(cls, path: Location, manifest: Manifest, begun: Begun, logged: Sequence[Record] = ()) -> "RunWriter":
         """Go on with a run after what it holds of its last span, and what was logged behind that; other steps are forgotten.
 
         Its arrays keep the codec that they have.
         """
         self = cls.__new__(cls)
         self._set(path, manifest, begun.start, begun.anchors, list(begun.modes))
-        self._columns, self._tail, self._sums = schema.growing(path), Tail(path), dict(begun.sums)
+        self._columns, self._tail, self._sums = schema.growing(path), spool.go_on(path), dict(begun.sums)
         known = [*begun.records, *logged]
         now, later = known[: manifest.span], known[manifest.span :]
         with self._guarded():
@@ -119,7 +127,12 @@ class RunWriter:
         kept = {name: column for name, column in columns(self.manifest, codec).items() if name not in left}
         return {name: schema.create_column(group, column, rows_of_chunk(column, self.manifest)) for name, column in kept.items()}
 
-    def add(self, row: StepRow, theta: np.ndarray) -> None:
+    @property
+    def crc_theta(self) -> np.ndarray:
+        """Of the parameters after the last step, continuing the one of those before it: uint32 [layer]."""
+        return self._span.last_crc_theta
+
+    def add(self, row: StepRow, theta: Vector) -> None:
         """Take step ``self.steps``, which led to the parameters theta [param]; neither is looked at afterwards.
 
         StoreError when the disk refuses this step, or those that are being written behind it.
@@ -197,7 +210,7 @@ class RunWriter:
 
     def _release(self, remove: bool) -> None:
         self._thread.shutdown(wait=True)
-        self._tail.close(remove)
+        spool.let_go(self.path, self._tail, remove)
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
@@ -239,4 +252,6 @@ class RunWriter:
 
     def _mark(self, steps: int, complete: bool, modes: Iterable[tuple[bool, ...]]) -> None:
         told = {"steps": steps, "complete": complete, "modes": list(modes), **({"checksums": self._sums} if self._sums else {})}
-        schema.replace_file(self.path / "commit.json", json.dumps({**told, "crc": text_checksum(told)}))
+        marker = json.dumps({**told, "crc": text_checksum(told)})
+        spool.commit(self.path, marker, self._marked)
+        self._marked = marker

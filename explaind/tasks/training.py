@@ -1,7 +1,6 @@
 """Training a task as a configuration says, recorded step by step. A plain loop, as a user would write it."""
 
 import inspect
-import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -18,13 +17,14 @@ from explaind.record.device import placed
 from explaind.record.recorder import record
 from explaind.rules import RULES
 from explaind.rules.gradient_filter import GRADIENT_FILTERS, GradientFilter, Passage
+from explaind.store.location import Where
 from explaind.tasks.task import Split, Task
 
 Progress = Callable[[int, int], None]
 """(steps done, steps in all)."""
 
 
-def train(task: Task, config: Config, path: str | os.PathLike[str], overwrite: bool = False, progress: Progress | None = None) -> nn.Module:
+def train(task: Task, config: Config, path: Where, overwrite: bool = False, progress: Progress | None = None) -> nn.Module:
     """Train the task's model from its seed and record the run at `path`; the trained model.
 
     Raises ConfigError for settings that make no sense, RecordError for a training that breaks, StoreError for the path.
@@ -40,7 +40,7 @@ def fit(
     task: Task,
     config: Config,
     model: nn.Module,
-    path: str | os.PathLike[str] | None,
+    path: Where | None,
     overwrite: bool = False,
     progress: Progress | None = None,
     stop: Callable[[int, nn.Module], bool] = lambda steps, model: False,

@@ -1,0 +1,57 @@
+"""The parameter groups of optimizers, which may change from step to step: most often they don't, and little is done then."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.optim import Optimizer
+
+from explaind.rules.rule import Rule
+
+
+class Groups:
+    """Of which parameter is in which group, and what the groups say."""
+
+    def __init__(self, optimizers: Sequence[Optimizer], rules: Sequence[Rule], params: Sequence[Tensor]) -> None:
+        self._optimizers, self._rules, self._params = optimizers, rules, params
+        self._options = max(len(rule.options) for rule in rules)
+        self._held: list[list[int]] | None = None
+        self._places, self._strangers = np.zeros(0, np.int64), list[Tensor]()
+        self._read, self._hyper = b"", np.zeros(0)
+
+    def all(self) -> list[dict[str, Any]]:
+        """As they stand."""
+        return [group for optimizer in self._optimizers for group in optimizer.param_groups]
+
+    def places(self) -> np.ndarray:
+        """Which of them each parameter is in, −1 for none: int64 [layer]."""
+        held = [[id(p) for p in group["params"]] for group in self.all()]
+        if held != self._held:  # what is held here keeps its id, strangers included
+            place = {own: k for k, ids in enumerate(held) for own in ids}
+            recorded = {id(p) for p in self._params}
+            self._strangers = [p for group in self.all() for p in group["params"] if id(p) not in recorded]
+            self._held, self._places = held, np.array([place.get(id(p), -1) for p in self._params], np.int64)
+        return self._places
+
+    def strangers(self) -> list[Tensor]:
+        """Parameters in them that are not recorded."""
+        self.places()
+        return self._strangers
+
+    def hyper(self) -> np.ndarray:
+        """What they say of every parameter: float64 [layer, option], nan where there is nothing.
+
+        The same array as long as they say the same; nobody may write into it.
+        """
+        before, places = self._places, self.places()
+        table, k = np.full((len(self.all()) + 1, self._options), np.nan), 0  # the last row is for those in no group
+        for rule, optimizer in zip(self._rules, self._optimizers, strict=True):
+            for group in optimizer.param_groups:
+                values = rule.read(group)
+                table[k, : len(values)] = values
+                k += 1
+        now = table.tobytes()
+        if now != self._read or places is not before:
+            self._read, self._hyper = now, table[places]
+        return self._hyper

@@ -1,0 +1,83 @@
+"""Tensors of a model as vectors on the host, layer by layer: most stand there already as they are recorded, and are not copied."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from explaind.store.manifest import Layer
+from explaind.store.row import Pieces
+
+
+class Views:
+    """Makes vectors [param] of one tensor a layer; bfloat16 and float16 embed in float32 without loss."""
+
+    def __init__(self, layers: Sequence[Layer], dtype: torch.dtype, device: torch.device) -> None:
+        self._layers, self._dtype, self._device = layers, dtype, device
+        self._rooms: dict[str, Tensor] = {}
+        self._numpy = torch.empty(0, dtype=dtype).numpy().dtype
+        self._known: dict[str, list[tuple[int, np.ndarray]]] = {}
+
+    def pieces(self, tensors: Sequence[Tensor | None], room: str) -> Pieces:
+        """A vector that changes with the tensors; None stands for zeros.
+
+        room: what it is for. What does not stand on the host as it is recorded is copied, every time into the same memory.
+        """
+        if self._device.type != "cpu":
+            whole = self.flat(tensors, room)
+            return Pieces([whole[a.offset : a.offset + a.size] for a in self._layers])
+        return Pieces([self._piece(layer, tensor, room) for layer, tensor in zip(self._layers, tensors, strict=True)])
+
+    def lasting(self, tensors: Sequence[Tensor], room: str) -> Pieces:
+        """The same of tensors that stay where they are from step to step."""
+        if self._device.type != "cpu":
+            return self.pieces(tensors, room)
+        if room not in self._known:
+            self._known[room] = [(-1, np.empty(0, self._numpy))] * len(self._layers)
+        known = self._known[room]
+        for i, (tensor, (pointer, piece)) in enumerate(zip(tensors, known, strict=True)):
+            # The known piece keeps its memory alive: another tensor cannot have come to stand there.
+            there = tensor.data_ptr() == pointer and tensor.dtype is self._dtype
+            if not there or not tensor.is_contiguous() or tensor.numel() != len(piece):
+                layer = self._layers[i]
+                known[i] = tensor.data_ptr() if self._there(layer, tensor) else -1, self._piece(layer, tensor, room)
+        return Pieces([piece for _, piece in known])
+
+    def _piece(self, layer: Layer, tensor: Tensor | None, room: str) -> np.ndarray:
+        if tensor is None:
+            return np.zeros(layer.size, self._numpy)  # memory that is never written to takes none
+        if self._there(layer, tensor):
+            found: np.ndarray = (tensor.detach() if tensor.requires_grad else tensor).numpy()
+            return found if found.ndim == 1 else found.reshape(-1)
+        return self._copy(layer, tensor, room)
+
+    def _there(self, layer: Layer, tensor: Tensor) -> bool:
+        alike = tensor.dtype is self._dtype and tensor.numel() == layer.size
+        return alike and tensor.device.type == "cpu" and tensor.is_contiguous()
+
+    def _copy(self, layer: Layer, tensor: Tensor | None, room: str) -> np.ndarray:
+        own = self._room(room)[layer.offset : layer.offset + layer.size]
+        if tensor is None:
+            own.zero_()
+        else:
+            own.copy_(tensor.detach().reshape(-1))
+        found: np.ndarray = own.numpy()
+        return found
+
+    def flat(self, tensors: Sequence[Tensor | None], room: str) -> np.ndarray:
+        """A copy, in one piece."""
+        whole = self._room(room)
+        if self._device.type == "cpu":
+            for layer, tensor in zip(self._layers, tensors, strict=True):
+                self._copy(layer, tensor, room)
+        else:  # one copy between devices instead of one a layer
+            parts = [torch.zeros(a.size, device=self._device) if t is None else t for a, t in zip(self._layers, tensors, strict=True)]
+            whole.copy_(torch.cat([t.detach().reshape(-1).to(self._dtype) for t in parts]))
+        return whole.numpy()
+
+    def _room(self, name: str) -> Tensor:
+        """Memory for one vector [param] on the host, which takes none before it is used."""
+        if name not in self._rooms:
+            self._rooms[name] = torch.empty(sum(layer.size for layer in self._layers), dtype=self._dtype)
+        return self._rooms[name]

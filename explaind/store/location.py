@@ -1,0 +1,146 @@
+"""Where a run or a ledger stands: a folder of this machine, or a URL that fsspec opens. Who reads and writes need not know which.
+
+A folder is a ``Path``, and so is what a file:// URL names. Any other URL is a ``Remote``, which has as much of Path's interface as the
+store uses. An object store puts an object in one request, which is all or nothing; it cannot append, lock or rename. What a recording needs
+the first two for stands in a folder of this machine instead, the spool (spool.py); a tree is moved object by object, its marker last.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from explaind.errors import StoreError
+from explaind.store.remote import Objects, Remote, RemoteError, remote
+
+MARKER = "commit.json"
+"""What says which part of a run or a ledger is there: it goes first and comes last."""
+URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+CHAINED = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*::.*://")
+SHORTENED = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/[^/]")
+"""What pathlib makes of a URL."""
+LOCAL = ("file", "local")
+
+Location = Path | Remote
+Where = str | os.PathLike[str] | Remote
+"""What a user may say."""
+
+
+def location_of(where: Where, spool: str | os.PathLike[str] | None = None) -> Location:
+    """The place that a path or URL names; spool: the folder of its recordings' log and lock, where it is a URL.
+
+    StoreError for a URL that cannot be opened here.
+    """
+    if isinstance(where, Remote):
+        return where if spool is None else replace(where, spool=Path(spool))
+    text = os.fspath(where)
+    if CHAINED.match(text):
+        raise StoreError("chained URLs name no place", got=text.partition("::")[0] + "::…", do="give the URL alone")
+    scheme = URL.match(text)
+    if scheme is None:
+        if not isinstance(where, str) and SHORTENED.match(text):
+            raise StoreError("pathlib has shortened a URL", got=text.split("@")[-1], do="give it as a str")
+        return Path(text)
+    if scheme[1].lower() in LOCAL:
+        return _folder(text)
+    return remote(text[: scheme.end()] + text[scheme.end() :].rstrip("/"), scheme[1].lower(), spool)
+
+
+def _folder(url: str) -> Path:
+    parts = urlsplit(url)
+    if parts.netloc not in ("", "localhost") or not parts.path:
+        raise StoreError("not a URL of a folder", got=url, expected="file:///PATH", do="give the whole path")
+    return Path(url2pathname(parts.path))
+
+
+def store_of(place: Location, read_only: bool = False) -> Any:
+    """What zarr reads and writes there."""
+    if isinstance(place, Path):
+        return place
+    store = Objects.from_url(place.url, read_only=read_only)
+    store.fs.invalidate_cache()
+    return store
+
+
+def replace_file(place: Location, content: str | bytes) -> None:
+    """Write a small file so that a reader sees the old or the new one, never half of it, even after a power cut. OSError."""
+    whole = content.encode() if isinstance(content, str) else content
+    if isinstance(place, Remote):
+        return place.write_bytes(whole)
+    partial = place.with_name(place.name + ".partial")
+    with open(partial, "wb") as file:
+        file.write(whole)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, place)
+
+
+def names_in(place: Location) -> list[str]:
+    """Of what is right below it, sorted; none where there is nothing."""
+    try:
+        return sorted(path.name for path in place.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def is_free(place: Location) -> bool:
+    """Whether nothing is there, or an empty folder."""
+    if isinstance(place, Remote):
+        return not place.files()
+    return not place.exists() or (place.is_dir() and not any(place.iterdir()))
+
+
+def absolute(place: Location) -> Location:
+    """The same place for whoever stands elsewhere."""
+    return Path(os.path.abspath(place)) if isinstance(place, Path) else place
+
+
+def size_of(place: Location) -> int:
+    """Bytes of all that is there."""
+    if isinstance(place, Path):
+        return sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
+    return place.size()
+
+
+def remove_tree(place: Location, ignore_errors: bool = False) -> None:
+    """Remove all that is there; at a URL markers first, so that what a kill leaves is neither run nor ledger. OSError."""
+    if isinstance(place, Path):
+        shutil.rmtree(place, ignore_errors=ignore_errors)
+        return
+    with suppress(*([RemoteError] if ignore_errors else [])):
+        place.remove(_in_order(place.files())[::-1])
+
+
+def hide(place: Location, aside: Location) -> None:
+    """Take a tree out of sight: it is renamed, for whoever clears up; at a URL it is removed. OSError."""
+    if isinstance(place, Path) and isinstance(aside, Path):
+        place.rename(aside)
+    else:
+        remove_tree(place)
+
+
+def move(source: Location, target: Location) -> None:
+    """Put a tree elsewhere, where nothing is: at once in a folder; at a URL markers come last, and go first. OSError."""
+    if isinstance(source, Path) and isinstance(target, Path):
+        source.rename(target)
+    elif isinstance(source, Remote) and isinstance(target, Remote):
+        source.copy(_in_order(source.files()), target)
+        remove_tree(source)
+    elif isinstance(source, Path):
+        files = {file.relative_to(source).as_posix(): file for file in source.rglob("*") if file.is_file()}
+        for name in _in_order(files):
+            (target / name).write_bytes(files[name].read_bytes())
+        shutil.rmtree(source)
+    else:
+        raise NotImplementedError("nothing is moved from a URL into a folder")
+
+
+def _in_order(files: Iterable[str]) -> list[str]:
+    """Markers last, the outermost at the very end."""
+    return sorted(files, key=lambda name: (name.rpartition("/")[2] == MARKER, -name.count("/"), name))
