@@ -43,6 +43,7 @@ class Train:
     device     where the model is trained
     codec      of the record, as in ``explaind.record``
     thin       steps between two stored states, or "sqrt" for the root of `steps`; 0: every state is stored
+    gradients  of single examples: made when they are asked for, or stored while training; then in which dtype, and in how many bytes
     """
 
     steps: int
@@ -54,6 +55,9 @@ class Train:
     device: str = "cpu"
     codec: Literal["bitdelta", "standard"] = "bitdelta"
     thin: int | Literal["sqrt"] = 0
+    gradients: Literal["recompute", "store"] = "recompute"
+    gradient_dtype: Literal["", "float16", "float32", "float64"] = ""
+    gradient_budget: str | int = "8GiB"
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class Decompose:
     device: str = "cpu"
     view: Literal["seen", "applied"] = "seen"
     windows: int = 1
-    products: Literal["auto", "materialise", "ghost", "jvp"] = "auto"
+    products: Literal["auto", "materialise", "ghost", "jvp", "stored"] = "auto"
     closure: Literal["none", "discrete-gradient"] = "none"
     budget: float = 4.0
     memory: str | int = ""

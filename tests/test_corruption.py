@@ -70,6 +70,7 @@ FIELDS = [
     "gradient_filter",
     "filter_seen",
     "thin",
+    "gradients",
 ]
 
 

@@ -244,3 +244,11 @@ def test_the_pruning_study_runs_from_end_to_end_and_goes_on(tmp_path, monkeypatc
     assert len(times) == 2 * (2 + 1 + 12)
     assert results("credit", "prune")[0] == found
     assert times == {p: p.stat().st_mtime_ns for kind in kinds for p in tmp_path.glob(kind)}
+
+
+def test_stored_gradients_give_the_same_ledger(tmp_path):
+    study = loaded("gradients")
+    found = study.study(16, tmp_path, 1, study.SMALL)
+    assert all(found["ok"].values())
+    assert found["difference"]["stored"] <= 1e-4
+    assert found["examples a step"] == 100

@@ -2,9 +2,9 @@
 
 python experiments/corruption/run.py [--count 2000] [--seed 0] [--out runs/corruption]
 
-Small runs (whole, killed, thin, of the standard codec) are damaged once each at random, opened, checked and read to the last number. An
-outcome is "detected" (one line of an error, or words of the check), "harmless" (all numbers are what was recorded), or bad: a crash, a
-hang, too much memory, a wrong number.
+Small runs (whole, killed, thin, of the standard codec, with stored gradients) are damaged once each at random, opened, checked and read to
+the last number. An outcome is "detected" (one line of an error, or words of the check), "harmless" (all numbers are what was recorded), or
+bad: a crash, a hang, too much memory, a wrong number.
 """
 
 import argparse
@@ -73,6 +73,8 @@ def everything(path: Path) -> tuple[list[str], dict[str, Any]]:
         "checksums": run.checksums(0, run.steps + 1),
         "identity": run.identity,
     }
+    if run.manifest.gradients is not None:
+        found["gradients"] = [run.gradients(step, 0, count) for step, count in enumerate(run.gradient_checksums()[0])]
     return words, found
 
 
@@ -213,7 +215,7 @@ def study(out: Path, count: int, seed: int, tell: Callable[[str], None] = print)
     """How often each kind of damage came to what."""
     recording.TOGETHER = 1
     sound = out / "sound"
-    for name, options in {"whole": {}, "thin": {"thin": 4}, "standard": {"codec": "standard"}}.items():
+    for name, options in {"whole": {}, "thin": {"thin": 4}, "standard": {"codec": "standard"}, "stored": {"gradients": "store"}}.items():
         record(sound / name, **options)
     # The training has ended, so its last copy is the one of interest; a thin run's copy would be no other kind.
     shutil.rmtree(sound / "standard.killed")

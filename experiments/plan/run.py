@@ -16,8 +16,8 @@ from typing import Any
 
 from explaind.cli import main as explaind
 from explaind.ledger.trial import peak
+from explaind.store.location import size_of
 from explaind.store.reader import open_run
-from explaind.store.sizes import size
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TRAININGS = {
@@ -50,14 +50,14 @@ def happened(config: str, overrides: list[str], way: dict[str, Any], run: Path) 
     codec = [] if way["codec"] == "any" else ["--train.codec", way["codec"]]
     record = apart(["record", config, *overrides, "--train.thin", str(way["thin"]), *codec, "--out", str(run)])
     recorded = open_run(run)
-    disk, numbers = size(run), recorded.steps * recorded.manifest.params
-    each = {f"bytes of {name}": size(run / name) / numbers for name in ("theta", "preconditioner")}
+    disk, numbers = size_of(run), recorded.steps * recorded.manifest.params
+    each = {f"bytes of {name}": size_of(run / name) / numbers for name in ("theta", "preconditioner")}
     decompose = apart(["decompose", str(run), "--name", "plan"])
     return {
         "disk": disk,
         "record_seconds": record["seconds"],
         "record_memory": record["memory"],
-        "ledger": size(run / "ledgers"),
+        "ledger": size_of(run / "ledgers"),
         "decompose_seconds": decompose["seconds"],
         "decompose_memory": decompose["memory"],
         "bytes": disk / numbers,

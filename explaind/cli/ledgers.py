@@ -118,7 +118,7 @@ def decompose(
     windows
         Steps per entry of the step axis.
     products
-        How example gradients meet costates: auto, materialise, ghost or jvp.
+        How example gradients meet costates: auto, materialise, ghost or jvp; auto takes those that the run stores, if it does.
     closure
         none, or discrete-gradient to fold the path row into the others.
     budget

@@ -1,6 +1,6 @@
 """A batch as a whole: its gradient, and what kind of function its losses are."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,18 +10,28 @@ from jaxtyping import Float
 from torch import Tensor
 
 from explaind.kernel.contracting import Contraction
-from explaind.kernel.gradients import RowGradients, gradient, take
+from explaind.kernel.gradients import CHUNK_BYTES, RowGradients, gradient, take
 from explaind.kernel.layout import Layout
 from explaind.kernel.points import Function
-from explaind.replay.steps import Part
+from explaind.replay.steps import Logged, Part
 
 
 def batch_gradient(losses: Function, layout: Layout, theta: Float[Tensor, " param"], parts: tuple[Part, ...]) -> Float[Tensor, " param"]:
-    """G = Σ_i w_i ∇ℓ_i(θ), one backward pass a micro-batch."""
+    """G = Σ_i w_i ∇ℓ_i(θ), one backward pass a micro-batch; or the sum of those that are stored."""
     total = torch.zeros_like(theta)
     for part in parts:
+        if isinstance(part.batch, Logged):
+            for some in some_at_a_time(part.batch.examples, theta, CHUNK_BYTES):
+                total.addmv_(part.batch.read(some).T, part.weights[some])
+            continue
         gradient(partial(weighted, losses, part), layout, theta, total)
     return total
+
+
+def some_at_a_time(examples: int, theta: Float[Tensor, " param"], most: int) -> Iterator[slice]:
+    """Examples, so many at once as have gradients of at most so many bytes, and at least one."""
+    at_once = max(1, most // max(1, len(theta) * theta.element_size()))
+    return (slice(start, min(start + at_once, examples)) for start in range(0, examples, at_once))
 
 
 def of_batch(losses: Function, part: Part, parameters: Mapping[str, Tensor]) -> Tensor:

@@ -14,16 +14,17 @@ from explaind.kernel.choosing import path_rule
 from explaind.kernel.groups import Asked, plain
 from explaind.kernel.layout import Layout
 from explaind.kernel.machine import Machine, machine
-from explaind.kernel.products import ROUTES
 from explaind.ledger.ledger import Ledger, ordered
 from explaind.ledger.parts import Parts, check_free
 from explaind.ledger.plan import Shard, blocks, chunk_bytes, planned, probed, shard_named, work_bytes
 from explaind.ledger.prepared import Prepared
+from explaind.ledger.sources import CHOICES, is_stored, needed, rounding_of
 from explaind.ledger.sweeping import Swept, read, swept
 from explaind.record.device import placed
 from explaind.record.watched import model_name
 from explaind.replay.batches import Collate, Readable, changed_examples, moved
 from explaind.replay.functional import Functional, Readout, fitted
+from explaind.replay.stored import StoredTrajectory
 from explaind.replay.surroundings import differentiable
 from explaind.replay.thin import trajectory
 from explaind.store.location import Where, location_of
@@ -38,8 +39,8 @@ def decompose(
     run: Run,
     model: nn.Module,
     *,
-    data: Readable,
-    losses: Readout,
+    data: Readable | None = None,
+    losses: Readout | None = None,
     queries: Any,
     measure: Readout,
     keep: Collection[str] | None = None,
@@ -66,7 +67,8 @@ def decompose(
     run       from ``explaind.open``
     model     the model class of the training; its parameter values do not matter, and it is not changed
     data      ``data[i]`` for the recorded ids; `collate` (default: torch's default_collate) makes a batch of them
-    losses    (model, batch) -> Tensor[batch]: the training loss of each example, the reduction left out
+    losses    (model, batch) -> Tensor[batch]: the training loss of each example, the reduction left out.
+              Neither data nor losses are needed where the run stores the gradients of its examples
     queries   a batch of inputs to explain
     measure   (model, queries) -> Tensor[query] or Tensor[query, output]; called in eval mode
     keep      axes of the result, out of query, output, example, layer or param, step; others are summed before the work
@@ -78,7 +80,7 @@ def decompose(
     tol       largest error of the path rule, relative to each measure's movement, where the rule chooses
     view      "seen": the step axis says when an example's gradient was computed; "applied": when its momentum moved θ
     windows   steps per entry of the step axis
-    products  "auto" (the cheapest, by layer), "materialise", "ghost" or "jvp"
+    products  "auto" (those that are "stored", or else the cheapest, by layer), "materialise", "ghost" or "jvp"
     closure   "discrete-gradient" folds the path row into the data and decay rows; its size is reported all the same
     budget    bytes that the result may take
     memory    bytes to work in: queries are swept in blocks that fit (default: 2 GiB, or what a single query takes)
@@ -99,14 +101,17 @@ def decompose(
     layout = Layout(run.manifest.layers)
     own = fitted(model, run.manifest.layers, run.constants)
     moving = any(layout.moving)
-    training, asking = (Functional(own, readout, target, dtype, moving) for readout in (losses, measure))
+    stored = is_stored(run, products)
+    given = None if stored else needed(run, data, losses)
+    asking = Functional(own, measure, target, dtype, moving)
+    training = None if given is None else Functional(own, given[1], target, dtype, moving)
     batch = moved(queries, target, dtype)
     with differentiable():
         theta = torch.from_numpy(run.states(0, 1)[0]).to(target, dtype)
         plan = planned(run, layout, probed(asking, layout, theta, batch), keep, groups, view, windows, dtype, budget)
         layout = Layout(run.manifest.layers, plan.groups.get("layer"))
-        doubts = tuple(run.damage() + changed_examples(run, data, run.examples))
-        steps = trajectory(run, model, losses, data, collate, target, dtype)
+        doubts = tuple(run.damage() + ([] if data is None else changed_examples(run, data, run.examples)))
+        steps = StoredTrajectory(run, target, dtype) if given is None else trajectory(run, model, *given[::-1], collate, target, dtype)
         settings = {
             "run": str(run.path),
             "keep": list(ordered(plan.wanted.keep)),
@@ -123,7 +128,7 @@ def decompose(
             "steps": run.steps,
             "model": model_name(model),
             "recorded_model": run.manifest.model,
-            "rounding": run.rounding,
+            "rounding": rounding_of(run, stored),
             "config": None if config is None else dict(config),
         }
         bounds = blocks(plan, layout, asking, batch, theta, memory, share)
@@ -158,7 +163,7 @@ def _finish(ready: Prepared, parts: Parts, done: Mapping[int, Swept], device: to
 
 def _check_choices(products: str, closure: str, dtype: torch.dtype, run: Run) -> None:
     for name, got, choices in (
-        ("products", products, ROUTES),
+        ("products", products, CHOICES),
         ("closure", closure, ("none", "discrete-gradient")),
         ("dtype", dtype, (torch.float32, torch.float64)),
     ):

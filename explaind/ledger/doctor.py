@@ -20,6 +20,7 @@ from explaind.kernel.secant import NoSecant, Secant
 from explaind.ledger.decompose import decompose
 from explaind.ledger.ledger import Ledger
 from explaind.ledger.plan import chunk_bytes
+from explaind.ledger.sources import STORED, is_stored
 from explaind.ledger.trial import peak
 from explaind.ledger.verify_run import replay
 from explaind.record.device import placed
@@ -127,8 +128,11 @@ def _known(
     step = max(steps.segment(0).steps, key=lambda s: max(len(part.ids) for part in s.parts))
     part = max(step.parts, key=lambda p: len(p.ids))
     training.set_mode(step.mode)
-    products = Products(training, layout, "layer", asked.get("products", "auto"), machine=machine(device, dtype))
-    covered = products.covered(step.theta, part, 1, step.mode)
+    route = asked.get("products", "auto")
+    if is_stored(run, route):
+        covered = dict.fromkeys(layout.names, STORED)
+    else:
+        covered = Products(training, layout, "layer", route, machine=machine(device, dtype)).covered(step.theta, part, 1, step.mode)
     drawn = any(isinstance(p.batch, Drawn) for s in steps.segment(0).steps for p in s.parts)
     coupled = _coupled(training, layout, step)
     doubts = []

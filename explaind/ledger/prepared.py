@@ -13,12 +13,14 @@ from explaind.kernel.machine import Machine
 from explaind.kernel.measures import Measures
 from explaind.kernel.path import PathRule
 from explaind.kernel.products import Products
+from explaind.kernel.stored import NoLosses, StoredProducts
 from explaind.kernel.sweep import Sweep
 from explaind.ledger.assemble import assembled
 from explaind.ledger.causes import causes, words_of
 from explaind.ledger.key import digest, digest_of_data, values_of_losses, values_of_measure, versions
 from explaind.ledger.ledger import Ledger
 from explaind.ledger.plan import Plan
+from explaind.ledger.sources import STORED
 from explaind.ledger.sweeping import Swept
 from explaind.ledger.verify import judged, replay_words
 from explaind.replay.batches import Readable
@@ -34,8 +36,9 @@ class Prepared:
     """Everything that the blocks of one decomposition share."""
 
     steps: Trajectory
-    data: Readable
-    training: Functional
+    data: Readable | None
+    training: Functional | None
+    """None where the gradients of examples are stored."""
     asking: Functional
     layout: Layout
     rule: Callable[[], PathRule]
@@ -57,9 +60,11 @@ class Prepared:
         wanted, asked, run = self.plan.wanted, self.settings, self.steps.run
         some = self.batch if len(self.bounds) == 1 else take(self.batch, self.bounds[block])
         measures = Measures(self.asking, some, self.layout, wanted.keep, self.theta, self.chunk, self.plan.groups)
-        dots = Products(self.training, self.layout, wanted.finest, asked["products"], self.chunk, self.machine)
+        losses = NoLosses() if self.training is None else self.training
+        made = (losses, self.layout, wanted.finest, "auto" if self.training is None else asked["products"], self.chunk, self.machine)
+        dots = StoredProducts(*made) if self.training is None else Products(*made)
         correct = asked["closure"] == "discrete-gradient"
-        return Sweep(self.steps, measures, self.training, self.rule(), dots, wanted, run.examples, correct, self.plan.groups.get("example"))
+        return Sweep(self.steps, measures, losses, self.rule(), dots, wanted, run.examples, correct, self.plan.groups.get("example"))
 
     def key(self) -> dict[str, Any]:
         """What tells this decomposition from others (key.py)."""
@@ -70,10 +75,12 @@ class Prepared:
             "versions": versions(),
             "recording": run.identity,
             "doubts": self.doubts,
-            "data": digest_of_data(self.data, run.examples, None if self.doubts else run.fingerprint),
+            "data": STORED
+            if self.training is None or self.data is None
+            else digest_of_data(self.data, run.examples, None if self.doubts else run.fingerprint),
             "queries": digest(self.batch),
             "measure": values_of_measure(self.asking, self.layout, self.theta, self.batch),
-            "losses": values_of_losses(self.training, self.layout, self.steps),
+            "losses": STORED if self.training is None else values_of_losses(self.training, self.layout, self.steps),
             "blocks": [[rows.start, rows.stop] for rows in self.bounds],
         }
 
@@ -103,6 +110,8 @@ class Prepared:
         lived = self.steps.lived()
         errors = judged(done[0].accounts.replay_error.cpu().numpy(), lived.anchored)
         doubts = (*self.doubts, *lived.doubts)
-        if not replay_words(errors, self.layout.names, self.steps.run.rounding):
+        if not replay_words(errors, self.layout.names, self.settings["rounding"]):
+            return doubts
+        if self.training is None or self.data is None:
             return doubts
         return (*doubts, *words_of(causes(self.steps, errors, self.layout, self.training, self.data)))

@@ -13,6 +13,7 @@ from explaind.kernel.rebuild import replay_errors
 from explaind.ledger.causes import causes, words_of
 from explaind.ledger.decompose import Progress
 from explaind.ledger.verify import judged, replay_words
+from explaind.ledger.verify_stored import of_losses, of_updates
 from explaind.record.device import placed
 from explaind.record.watched import model_name
 from explaind.replay.batches import Collate, Readable, changed_examples
@@ -35,9 +36,12 @@ class RunVerdict:
 
     @staticmethod
     def of_bytes(run: Run) -> "RunVerdict":
-        """The stored bytes alone, for a run whose model and data are not at hand."""
-        damage = tuple(run.damage())
-        return RunVerdict(not damage, damage, np.zeros((0, len(run.manifest.layers))))
+        """The stored bytes alone, for a run whose model and data are not at hand; its updates too, where it stores gradients."""
+        reasons, errors = run.damage(), np.zeros((0, len(run.manifest.layers)))
+        if run.manifest.gradients is not None and run.steps and not reasons:
+            errors, words = of_updates(run)
+            reasons += words
+        return RunVerdict(not reasons, tuple(reasons), errors)
 
 
 def verify_run(
@@ -86,4 +90,6 @@ def replay(
         words = [*lived.doubts, *replay_words(judged(errors, lived.anchored), layout.names, run.rounding)]
         if words:
             words += words_of(causes(steps, errors, layout, training, data))
+        else:
+            words += of_losses(run, steps, layout, training)
     return errors, words, [lived.note] if lived.note else []

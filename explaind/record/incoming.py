@@ -28,6 +28,8 @@ class MicroBatch:
     """ε of the numbers that autocast computed its forward pass in; 0 without."""
     over: bool = False
     """Whether another one was announced after its backward pass."""
+    gradients: Tensor | None = None
+    """Of its examples' shares of the loss, as the backward pass makes them: [example, param]; where a recording stores them."""
     reached: dict[int, int] = field(default_factory=dict)
     """By parameter: how often its gradient had begun anew when this backward pass reached it."""
 
@@ -43,7 +45,8 @@ class Incoming:
         """reduced: gradients are averaged over processes, in place, when a backward pass is through."""
         self._reduced = reduced
         self._params, self._device = params, device
-        self._pending: list[MicroBatch] = []
+        self.pending: list[MicroBatch] = []
+        """Announced since the last step."""
         self._left: list[tuple[int, int] | None] = [None] * len(params)  # identity and version of each gradient when torch left it
         self._begun = [0] * len(params)
         self._hooks = [p.register_post_accumulate_grad_hook(self._grown(i)) for i, p in enumerate(params) if p.requires_grad and p.is_leaf]
@@ -55,24 +58,24 @@ class Incoming:
 
     def add(self, ids: np.ndarray, weights: np.ndarray) -> None:
         """Announce a micro-batch: ids and weights [batch]."""
-        for batch in self._pending:
+        for batch in self.pending:
             batch.over = bool(batch.reached)
         if self._reduced:
             self._left = [None if p.grad is None else _mark(p.grad) for p in self._params]
-        self._pending.append(MicroBatch(ids, weights, random_state(self._device), precision=precision_of(self._device)))
+        self.pending.append(MicroBatch(ids, weights, random_state(self._device), precision=precision_of(self._device)))
 
     def lower(self, precision: float) -> None:
         """The forward pass of the last micro-batch is computed by autocast."""
-        for batch in self._pending[-1:]:
+        for batch in self.pending[-1:]:
             batch.precision = max(batch.precision, precision)
 
     def taken(self) -> list[MicroBatch]:
         """The micro-batches that the gradient as it stands is the sum of."""
-        return [batch for batch in self._pending if all(self._stands(i, begun) for i, begun in batch.reached.items())]
+        return [batch for batch in self.pending if all(self._stands(i, begun) for i, begun in batch.reached.items())]
 
     def clear(self) -> None:
         """Begin another step."""
-        self._pending = []
+        self.pending = []
 
     def drew(self, batch: MicroBatch) -> bool:
         """Whether its forward pass drew random numbers."""
@@ -95,7 +98,7 @@ class Incoming:
             if left is None or now != (left[0], left[1] + 1):
                 self._begun[index] += 1
             self._left[index] = now
-            for batch in self._pending:
+            for batch in self.pending:
                 if not batch.over:
                     self.drew(batch)
                     batch.reached[index] = self._begun[index]

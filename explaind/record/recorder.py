@@ -17,7 +17,8 @@ from explaind.record.examples import MapStyle, checked_ids, checked_weights, fin
 from explaind.record.filtering import Filtering, Remembered
 from explaind.record.incoming import Incoming, precision_of, random_state
 from explaind.record.ranks import ALONE, Ranks, Writer, ranks_of
-from explaind.record.resuming import resumed
+from explaind.record.resuming import resumed, stored_examples
+from explaind.record.storing import BUDGET, Losses, Storing, Wanted, wanted
 from explaind.record.thinning import Thinning, check_asked
 from explaind.record.unwrapping import unwrapped_model, unwrapped_optimizer
 from explaind.record.update import Update, gap_row
@@ -58,6 +59,7 @@ class Recorder:
         ranks: Ranks = ALONE,
         precision: torch.dtype | None = None,
         thin: int | str | None = None,
+        stored: Wanted | None = None,
     ) -> None:
         self.path, self._reduction, self._config = path, reduction, config
         self._watched = Watched(optimizers, model, watch)
@@ -72,6 +74,7 @@ class Recorder:
         self._fault: str | None = None
         self._update: Update | None = None
         theta = self._watched.theta()
+        self._storing = None if stored is None else Storing(stored, self._watched, data)
         self._incoming = Incoming(self._watched.params, self._watched.device, reduced=ranks.size > 1)
         # A block begins with what a gradient filter remembers, which may be much.
         wanted = 16 if gradient_filter is None else max(16, gradient_filter.slots)
@@ -104,6 +107,8 @@ class Recorder:
         wrapped = "forward" in vars(self._watched.model)
         for module in (self._watched.model, *(self._watched.model.children() if wrapped else ())):
             self._hooks.append(module.register_forward_pre_hook(self._forward))
+        if self._storing is not None:
+            self._storing.begin(self._incoming, stored_examples(path) if resume else 0)
 
     @property
     def steps(self) -> int:
@@ -126,14 +131,25 @@ class Recorder:
         self._finish()
         self._windows.end()
         if self._windows.recorded:
+            self._announce(len(checked))
             self._incoming.add(checked, factors)
             self._incoming.lower(self._told)
+
+    def _announce(self, count: int) -> None:
+        """Refuse examples whose gradients there is no room for, before anything is computed of them."""
+        try:
+            if self._storing is not None:
+                self._storing.announce(count, self.steps)
+        except RecordError as error:
+            raise self._fail(error) from None
 
     def close(self) -> None:
         """Write what is left and let go of the optimizer; safe to call twice."""
         for hook in self._hooks:
             hook.remove()
         self._incoming.close()
+        if self._storing is not None:
+            self._storing.close()
         if self._fault is None:
             self._finish()
         self._writer.close(complete=self._fault is None)
@@ -173,6 +189,8 @@ class Recorder:
                 if self._thinning is not None:
                     self._thinning.begin(self._first, closure, self.steps)
                 self._update = Update(self._watched, self._first or behind, self._filtering)
+            if self._storing is not None:
+                self._storing.closure = closure is not None
             if closure is None:  # with one, the gradient is made during the step
                 self._gather(self._update)
         except RecordError as error:
@@ -214,6 +232,8 @@ class Recorder:
             update.filtered = self._filtering.following()
         elif not self._incoming.untouched:
             update.consumed = self._watched.gradient_sizes()
+        if self._storing is not None:
+            update.gradients = self._storing.of_step(update.taken, self.steps, self._incoming.untouched)
 
     def _finish(self) -> None:
         """The step is made; optimizers that did not take part left their parameters as they were."""
@@ -269,6 +289,7 @@ class Recorder:
             config=self._config,
             gradient_filter=None if self._filtering is None else self._filtering.told.to_json(),
             thin=None if self._thinning is None else self._thinning.facts,
+            gradients=None if self._storing is None else self._storing.dtype,
             filter_seen=() if self._filtering is None else tuple(self._filtering.seen),
             versions={"torch": torch.__version__, "numpy": np.__version__, "zarr": zarr.__version__, "python": platform.python_version()},
         )
@@ -291,6 +312,10 @@ def record(
     precision: torch.dtype | None = None,
     codec: str = "bitdelta",
     thin: int | str | None = None,
+    gradients: str = "recompute",
+    gradient_dtype: str | torch.dtype | None = None,
+    gradient_budget: str | int = BUDGET,
+    losses: Losses | None = None,
     spool: str | os.PathLike[str] | None = None,
 ) -> Recorder:
     """Record every step of a training to a run folder; use as a context manager, or call ``close()`` at the end.
@@ -317,18 +342,27 @@ def record(
                       zarr reads where explaind is not installed; a run that is gone on with keeps its own
     thin              steps between two stored states, or "sqrt:STEPS" for the root of the steps to come: what is between is lived again
                       when it is asked for, in a small part of the room; RecordError names what cannot be
+    gradients         "store" puts the gradient of every example of every step into the run, so that ``explaind.decompose`` needs neither
+                      data nor losses; "store:STEPS" with the number of steps to come, for the budget; by default "recompute"
+    gradient_dtype    of these: torch.float16, float32 or float64; by default that of the parameters
+    gradient_budget   bytes that they may take, such as "20GiB"; RecordError before the first batch that does not fit
+    losses            (model, batch) -> Tensor[batch], as for ``explaind.decompose``: with `data`, gradients to be stored are made of them
+                      where hooks on the model do not see these, and held against them at the first step where they do
     spool             of a run at a URL: a folder of this machine that holds the steps which are not committed there yet, and the lock; by
                       default one in the user's cache. Who resumes or repairs the run names the same
 
     Raises RuleError for an optimizer without a rule, RecordError for parameters that cannot be recorded, StoreError for the path.
     """
     _check_words(reduction, codec)
+    asked = {"thin": thin, "gradient_filter": gradient_filter}
     folder, ranks = location_of(path, spool), ranks_of(model) if isinstance(model, nn.Module) else ALONE
     if overwrite and ranks.first and folder.exists():
         attributes = schema.open_group(folder, "run").attrs  # only ever remove what is a run,
         spools.check_idle(folder)  # and is not being written
         spools.forget(folder, attributes)
         remove_tree(folder)
+    compiled = hasattr(model, "_orig_mod")
+    stored = wanted(gradients, gradient_dtype, gradient_budget, losses, steps, compiled, processes=ranks.size > 1, **asked)
     optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
     return Recorder(
         [unwrapped_optimizer(o) for o in optimizers],
@@ -346,6 +380,7 @@ def record(
         ranks,
         precision,
         thin,
+        stored,
     )
 
 

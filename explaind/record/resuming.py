@@ -7,12 +7,24 @@ from explaind.record.watched import Watched
 from explaind.store.checksums import theta_checksum
 from explaind.store.location import Location
 from explaind.store.manifest import Manifest
-from explaind.store.reader import Run
+from explaind.store.reader import Run, open_run
 from explaind.store.repair import recovered
 from explaind.store.thin import going_on
 from explaind.store.writer import RunWriter
 
-ALIKE = ("optimizers", "layers", "dtype", "reduction", "model", "modules", "random_bytes", "examples", "gradient_filter", "thin")
+ALIKE = (
+    "optimizers",
+    "layers",
+    "dtype",
+    "reduction",
+    "model",
+    "modules",
+    "random_bytes",
+    "examples",
+    "gradient_filter",
+    "thin",
+    "gradients",
+)
 """What a run and its continuation must agree on."""
 
 
@@ -40,6 +52,11 @@ def resumed(
     at = _state(run, theta)
     _check_ages(run, watched, at)
     return going_on(path, run.manifest, run.begun(at, theta)), int(run.numbers[at])
+
+
+def stored_examples(path: Location) -> int:
+    """How many examples have their gradients in a run that goes on."""
+    return int(open_run(path).gradient_checksums()[0].sum())
 
 
 def _state(run: Run, theta: np.ndarray) -> int:

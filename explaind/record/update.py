@@ -32,6 +32,7 @@ class Update:
         self.taken: list[MicroBatch] = []
         self.drew: list[bool] = []
         self.consumed: np.ndarray | None = None
+        self.gradients: np.ndarray | None = None
 
     def step(self, optimizer: int) -> None:
         """One optimizer has just stepped."""
@@ -81,6 +82,7 @@ class Update:
             self._random(),
             self._filtered,
             max((batch.precision for batch in self.taken), default=0.0),
+            gradients=self.gradients,
         )
 
     def _random(self) -> np.ndarray | None:

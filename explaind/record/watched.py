@@ -115,6 +115,12 @@ class Watched:
         """How many numbers theta holds."""
         return sum(layer.size for layer in self.layers)
 
+    @property
+    def scales(self) -> list[Tensor]:
+        """What a GradScaler left the gradients multiplied by, where an optimizer undoes that itself."""
+        found = [getattr(optimizer, "grad_scale", None) for optimizer in self._optimizers]
+        return [scale for scale in found if scale is not None]
+
     def gradient(self) -> Tensor:
         """The gradients as they stand, zeros where there is none: [param], on the device."""
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._params]

@@ -1,6 +1,6 @@
 """Steps of a training as plain values: what the kernel works on, wherever they come from."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -26,11 +26,21 @@ class Drawn:
         return Drawn(batch, tuple(torch.from_numpy(part.copy()) for part in (state[:host], state[host:]) if len(part)))
 
 
+@dataclass(frozen=True, eq=False)
+class Logged:
+    """Stands for a batch whose examples' gradients the training has stored."""
+
+    examples: int
+    read: Callable[[slice], Tensor]
+    """Gradients of some of the examples: [example, param]."""
+
+
 @dataclass(frozen=True)
 class Part:
     """One micro-batch of a step: examples whose losses were computed in one forward pass.
 
-    A batch whose forward pass drew random numbers is a ``Drawn``, of which no row can be taken alone.
+    A batch whose forward pass drew random numbers is a ``Drawn``, of which no row can be taken alone; one whose gradients are stored is
+    ``Logged``.
     """
 
     batch: Any

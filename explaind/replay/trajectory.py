@@ -67,7 +67,7 @@ class Trajectory:
         return Segment(steps, Carried(momentum, None if filtered is None else filtered.reshape(-1, theta.shape[1])))
 
     def _step(self, index: int, row: StepRow, theta: Tensor, after: Tensor) -> Step:
-        parts = tuple(self._part(row, part) for part in np.unique(row.part).tolist())
+        parts = tuple(self._part(index, row, part) for part in np.unique(row.part).tolist())
         consumed = None if row.consumed is None else self.tensor(row.consumed)
         f = STILL if row.gap else self._filter(row, theta)
         through = self._passage(index, row, theta)
@@ -84,7 +84,7 @@ class Trajectory:
         having = self.run.having_gradients
         return np.cumsum(having, axis=0) - having + np.array(self.run.manifest.filter_seen or 0)
 
-    def _part(self, row: StepRow, part: int) -> Part:
+    def _part(self, index: int, row: StepRow, part: int) -> Part:
         mine = row.part == part
         batch, wide = self.batches(row.batch[mine]), self.run.manifest.random_bytes
         state = None if row.random is None else row.random[part * wide : (part + 1) * wide]

@@ -95,6 +95,9 @@ def info_lines(facts: dict[str, Any]) -> list[str]:
     ]
     if facts["thin"]:
         lines.append(f"  thin        parameters and optimizer state every {facts['thin']} steps; what is between is lived again")
+    if facts["gradients"]:
+        of = facts["gradients"]
+        lines.append(f"  gradients   {of['count']} of single examples, {of['dtype']}, {of['bytes'] / 2**20:.1f} MiB before compression")
     if facts["sound"] < facts["steps"]:
         lines.append(f"  DAMAGED     {facts['sound']} steps are sound: explaind verify says what is not, explaind repair cuts the rest off")
     if facts["logged"]:

@@ -86,8 +86,21 @@ def run_facts(run: Run) -> dict[str, Any]:
         "threads": m.threads,
         "device": m.device,
         "thin": m.block if m.thin is not None else None,
+        "gradients": gradient_facts(run),
         "versions": dict(m.versions),
         "config": m.config,
+    }
+
+
+def gradient_facts(run: Run) -> dict[str, Any] | None:
+    """Of the stored gradients of examples; None where there are none."""
+    if run.manifest.gradients is None:
+        return None
+    count = int(run.gradient_checksums()[0].sum())
+    return {
+        "dtype": run.manifest.gradients,
+        "count": count,
+        "bytes": count * run.manifest.params * np.dtype(run.manifest.gradients).itemsize,
     }
 
 

@@ -20,6 +20,7 @@ from explaind.store.tail import NAMES
 COLUMNS = {
     *("theta", "batch", "part", "weight", "hyper", "age", "mode", "gap", "precision", "checksum_theta", "checksum_step", "scalar"),
     *("consumed", "random", "preconditioner", "momentum", "filtered", "state", "groups", "fingerprint"),
+    *("gradient", "checksum_gradient"),
 }
 FILES = {"attributes.json", "commit.json"}
 CHECKS = {"movement", "path", "arithmetic", "by_step", "replay_error", "recipes"}
@@ -73,8 +74,10 @@ def of_run(source: Source, names: Sequence[str]) -> Admitted:
     anchors = _anchors(source, steps["steps"], manifest.block)
     arrays = {}
     for column in (columns[name] for name in columns if name in names):
-        slab = _slab(source, column.name)
-        arrays[column.name] = slab, _column(source, slab.spec, column, manifest, layout.rows(column, steps["steps"], anchors))
+        slab, rows = _slab(source, column.name), layout.rows(column, steps["steps"], anchors)
+        if column.name == "gradient" and not steps["complete"] and slab.spec.shape[:1] > (rows,):
+            rows = min(slab.spec.shape[0], rows + 2 * manifest.span)  # those of steps that only the log has are there already
+        arrays[column.name] = slab, _column(source, slab.spec, column, manifest, rows)
     for name in (name for name in names if name == "fingerprint" or name.startswith("constant/")):
         slab = _slab(source, name)
         arrays[name] = slab, _finished(source, name, slab.spec, manifest)

@@ -40,6 +40,7 @@ def step_checksum(row: StepRow, mode: int, previous: int, thin: np.ndarray | Non
         precision,
         row.state,
         row.groups,
+        row.gradients_crc,
         thin,
     ):
         if values is not None:

@@ -6,17 +6,26 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from explaind.store.checksums import constants_checksum, step_checksum, theta_checksum
+from explaind.store.gradients import first_damaged
 
 if TYPE_CHECKING:
     from explaind.store.reader import Run
 
 
-def damage(run: "Run", start: int = 0) -> list[str]:
+def damage(run: "Run", start: int = 0, gradients: bool = True) -> list[str]:
     """In words; empty when every checksum holds. Of a thin run the parameters that are stored.
 
     start: a step, one of a thin run before which something is stored; what is before it is known to be sound
+    gradients: of examples, too, where they are stored; they are most of the run
     """
-    return [*(_of_constants(run) if start == 0 else ()), *_of_states(run, start), *_of_steps(run, start)]
+    found = [*(_of_constants(run) if start == 0 else ()), *_of_states(run, start), *_of_steps(run, start)]
+    return [*found, *_of_gradients(run)] if gradients else found
+
+
+def _of_gradients(run: "Run") -> Iterator[str]:
+    step = first_damaged(run)
+    if step is not None:
+        yield f"the gradients of the examples of step {step} are not what was recorded"
 
 
 def _of_constants(run: "Run") -> Iterator[str]:

@@ -6,6 +6,11 @@ from explaind.rules.gradient_filter import gradient_filter
 from explaind.store.manifest import Manifest
 from explaind.store.schema import CHUNK_BYTES, CHUNK_SLOTS, CHUNK_VALUES, Column
 
+TOGETHER = 32
+"""Examples whose gradients stand in one chunk at least; in a small model there are more."""
+SMALL_CHUNK = 1 << 18
+"""Numbers in such a chunk, which is filled up where a step has fewer examples."""
+
 OPTIONAL = ("momentum", "preconditioner")
 """Columns that only some optimizers have, which the manifest does not tell."""
 
@@ -40,12 +45,16 @@ def columns(m: Manifest, codec: str = "standard") -> dict[str, Column]:
         wide = max(CHUNK_SLOTS, min(d, CHUNK_VALUES))  # how wide the state is, is not known before there is one
         found += [Column("state", ("anchor", "word"), "uint32", (1,), 0, wide, "apart")]
         found += [Column("groups", ("step", "character"), "uint8", (1,), 0, CHUNK_SLOTS)]
+    if m.gradients is not None:
+        slots = min(CHUNK_SLOTS, max(TOGETHER, SMALL_CHUNK // max(1, d)))
+        found += [Column("gradient", ("step", "slot", "param"), m.gradients, (1, d), 0, slots, "quick")]
+        found += [Column("checksum_gradient", ("step",), "uint32", ())]
     return {column.name: column for column in found}
 
 
 def rows_of_chunk(column: Column, m: Manifest) -> int:
-    """How many rows a chunk holds: a span of steps, or the anchors of one; the states of a thin run stand alone."""
-    return {"stored": 1, "anchor": m.together}.get(column.dims[0], m.span)
+    """How many rows a chunk holds: a span of steps, or the anchors of one; gradients, and the states of a thin run, stand alone."""
+    return 1 if column.name == "gradient" else {"stored": 1, "anchor": m.together}.get(column.dims[0], m.span)
 
 
 def rows(column: Column, steps: int, anchors: int) -> int:

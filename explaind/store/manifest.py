@@ -13,6 +13,8 @@ BLOCK, RANDOM = 1 << 20, 1 << 20
 
 ROUNDINGS = 32.0
 """In a precision lower than float32, that an update may be off by: of a product that is one rounding off, over a few layers."""
+FLOATS = ("float16", "float32", "float64")
+"""What numbers may be stored in."""
 
 
 def is_count(number: object, most: int = 2**48) -> bool:
@@ -80,6 +82,8 @@ class Manifest:
     thin: Mapping[str, Any] | None = None
     """Where parameters are stored once a block alone: the dtypes in which its steps are to be lived again (``Living.facts``)."""
 
+    gradients: str | None = None
+    """numpy dtype of the stored gradients of single examples; None: there are none."""
     together: int = 1
     """Blocks that are written at once, and stand in one chunk."""
 
@@ -132,7 +136,7 @@ class Manifest:
                 return False
             at += layer.size
         counts = is_count(self.block, BLOCK) and is_count(self.together, BLOCK) and is_count(self.random_bytes, RANDOM)
-        known = self.dtype in ("float16", "float32", "float64") and bool(self.optimizers) and bool(self.layers)
+        known = self.dtype in FLOATS and self.gradients in (None, *FLOATS) and bool(self.optimizers) and bool(self.layers)
         return counts and known and self.span > 0 and (self.examples is None or is_count(self.examples))
 
 

@@ -48,6 +48,7 @@ def opened(group: zarr.Group, name: str, manifest: Manifest, where: Location) ->
         fill = np.array_equal(np.asarray(array.fill_value), np.asarray(column.fill, array.dtype), equal_nan=array.dtype.kind == "f")
         fits = fill and len(rest) == len(column.shape) and (kind, names) == (column.dtype, tuple(column.dims))
         fits = fits and (rest == column.shape if column.chunk is None else array.shape[1] * itemsize * manifest.span <= LARGEST)
+        fits = fits and rest[1:] == column.shape[1:]
         if not fits:
             expected = f"{column.dtype} [{', '.join(map(str, ('…', *(column.shape if column.chunk is None else ('…',)))))}]"
             expected, got = f"{expected} filled with {column.fill}", f"{got} filled with {array.fill_value}"

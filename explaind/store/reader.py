@@ -17,6 +17,7 @@ from explaind.errors import ExplaindError, RequestError, StoreError
 from explaind.store import schema
 from explaind.store.checksums import text_checksum
 from explaind.store.damage import damage
+from explaind.store.gradients import first_damaged, having_gradients, rows_of
 from explaind.store.layout import OPTIONAL, columns, rows, starts
 from explaind.store.location import Where, location_of
 from explaind.store.manifest import ROUNDINGS, Manifest
@@ -280,6 +281,7 @@ class Run:
         scalars = self._read("scalar", rows) if self._has("scalar") else None
         gaps, precision = self._read("gap", rows), self._read("precision", rows)
         groups = self._read("groups", rows) if self._has("groups") else None
+        crcs = None if self.manifest.gradients is None else self._read("checksum_gradient", rows)
         steps = []
         for i in range(len(batch)):
             used = part[i] >= 0
@@ -300,10 +302,26 @@ class Run:
                     float(precision[i]),
                     _words(self._anchor("state", start + i)),
                     None if groups is None or not groups[i].any() else groups[i][: 1 + np.flatnonzero(groups[i])[-1]],
-                    int(gaps[i]),
+                    gradients_crc=None if crcs is None else crcs[i : i + 1],
+                    gap=int(gaps[i]),
                 )
             )
         return Block(start, self.stored_states(start, stop + 1), tuple(steps), tuple(int(m) for m in mode))
+
+    def gradients(self, step: int, start: int, stop: int) -> np.ndarray:
+        """Gradients of the losses of examples [start, stop) of a step's batch, their weights left out: [slot, param].
+
+        RequestError where the run stores none (``explaind.record(…, gradients="store")``).
+        """
+        if self.manifest.gradients is None:
+            raise RequestError("the run stores no gradients of examples", where=self.path, do="record it with gradients='store'")
+        with reading("a chunk cannot be read", self.path / "gradient"):
+            return rows_of(self._array("gradient"), step, start, stop, self.path / "gradient")
+
+    def gradient_checksums(self) -> tuple[np.ndarray, np.ndarray]:
+        """How many gradients of examples each step has, and their crc32: int64 and uint32 [step]."""
+        steps = slice(0, self.steps)
+        return (self._read("part", steps) >= 0).sum(1), self._read("checksum_gradient", steps)
 
     def _slots(self, rows: slice) -> list[np.ndarray]:
         """batch, part and weight [step, slot]. While a run is written, or after a kill, one may be wider than another, in later rows."""
@@ -335,7 +353,11 @@ class Run:
     @property
     def logged(self) -> int:
         """Steps behind the committed ones that the tail log of a killed recording still holds; ``explaind repair`` takes them up."""
-        return len(following(self.log(), self.steps))
+        return len(self.logged_behind(self.steps))
+
+    def logged_behind(self, steps: int) -> list[Record]:
+        """What the tail log holds of the steps behind so many, without a gap."""
+        return having_gradients(self, following(self.log(), steps))
 
     def log(self) -> list[Record]:
         """The sound records of its tail log, in order; of a run at a URL, where it was recorded on this machine."""
@@ -344,6 +366,9 @@ class Run:
     def sound(self) -> int:
         """Steps up to the first fault of what is stored: all of them where ``damage`` finds none."""
         found, block = 0, self.manifest.block
+        wrong = first_damaged(self)
+        if wrong is not None:
+            return self.first(wrong).sound()
         while found < self.steps and self._holds(found, end := min(found + block - found % block, self.steps)):
             found = end
         while self.manifest.thin is None and found < self.steps and self._holds(found, found + 1):
@@ -353,7 +378,7 @@ class Run:
     def _holds(self, start: int, stop: int) -> bool:
         """Whether steps [start, stop), with the states before and after each, are sound."""
         try:
-            return not damage(self.first(stop), start)
+            return not damage(self.first(stop), start, gradients=False)
         except StoreError:
             return False
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from explaind.errors import StoreError
 from explaind.store.location import Location, Where
 from explaind.store.reader import Run, open_run
-from explaind.store.tail import following
 from explaind.store.thin import going_on
 
 
@@ -35,7 +34,7 @@ def repair(where: Where, spool: str | os.PathLike[str] | None = None) -> Repair:
     before, sound = run.steps, run.sound()
     if sound == 0 and run.first(0).damage():
         raise StoreError("not even the first state of the run is sound", where=path, do="restore the run from a copy")
-    logged = following(run.log(), sound)
+    logged = run.logged_behind(sound)
     if sound == before and not logged:
         return Repair(before, before, 0, 0)
     writer = going_on(path, run.manifest, run.first(sound).begun(sound), logged)
@@ -47,6 +46,6 @@ def recovered(path: Location) -> Run:
     """A run with its log taken up; damage is left where it is."""
     run = open_run(path)
     if run.logged:
-        going_on(path, run.manifest, run.begun(run.steps), following(run.log(), run.steps)).close(complete=False)
+        going_on(path, run.manifest, run.begun(run.steps), run.logged_behind(run.steps)).close(complete=False)
         run = open_run(path)
     return run

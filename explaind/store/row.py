@@ -54,4 +54,7 @@ class StepRow:
     precision: float = 0.0  # the floating point ε that autocast computed forward passes in; 0: that of the parameters
     state: np.ndarray | None = None  # uint32 [word]: the optimizer's before the step (record/living.py); thin runs, first of a block
     groups: np.ndarray | None = None  # uint8 [byte]: the parameter groups, as JSON; thin runs, where they changed
+    gradients: np.ndarray | None = None
+    """Of single examples, [slot, param]: on their way to disk, never in the log, and in no row that was read (``Run.gradients``)."""
+    gradients_crc: np.ndarray | None = None  # uint32 [1]: their checksum, where a run stores them
     gap: int = 0  # training steps that were passed over without a record, which this row stands for; 0: a step

@@ -21,6 +21,8 @@ run/
   gap                [step]                  training steps without a record that the row stands for; 0: it is a step
   precision          [step]                  ε of the floating point numbers of autocast; 0: none
   mode               [step]                  index into commit.json's list of train/eval patterns
+  gradient           [step, slot, param]     gradient of each example's loss, its weight left out (only with gradients="store")
+  checksum_gradient  [step]                  crc32 of its used rows
   checksum_theta     [state, layer]          crc32 of the tensor's bytes, chained to the previous row
   checksum_step      [step]                  crc32 of all else that the step recorded, chained likewise; of a thin run with checksum_theta
   fingerprint        [example]               crc32 of each training example, where the recorder was given the data
@@ -31,6 +33,7 @@ import json
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -68,16 +71,17 @@ class Column:
     """Extent of the dimensions after the first."""
     fill: float = 0
     chunk: int | None = None
-    """Extent of a chunk along those dimensions, where they are yet to grow."""
+    """Extent of a chunk along the second dimension, where that is yet to grow."""
     codec: str = "standard"
     """One of CODECS; bitdelta of floats only."""
 
     def chunks(self, rows: int) -> tuple[int, ...]:
         """Extents of a chunk that holds so many rows."""
-        most, narrower = max(1, CHUNK_VALUES // max(1, rows)), max(1, rows // CHUNK_ROWS)
+        grown = () if self.chunk is None else (-(-self.chunk // max(1, rows // CHUNK_ROWS)),)
+        most = max(1, CHUNK_VALUES // max(1, rows * prod(grown)))
         # Chunks of one width, since the last one is as much work as the others.
-        fixed = [-(-self.chunk // narrower) if self.chunk else -(-n // -(-n // most)) if n else 1 for n in self.shape]
-        return tuple(max(1, n) for n in (rows, *fixed))
+        even = (-(-n // -(-n // most)) if n else 1 for n in self.shape[len(grown) :])
+        return tuple(max(1, n) for n in (rows, *grown, *even))
 
 
 def lossless() -> BloscCodec:
@@ -90,15 +94,19 @@ CLEVEL = 9
 CODECS: Mapping[str, Mapping[str, Any]] = {
     "bitdelta": {"serializer": BitDelta(), "compressors": None},
     "standard": {"compressors": [lossless()]},
+    "quick": {"compressors": [BloscCodec(cname="lz4", clevel=5, shuffle=BloscShuffle.shuffle)]},
     "apart": {"compressors": [BloscCodec(cname="zstd", clevel=CLEVEL, shuffle=BloscShuffle.shuffle)]},
 }
-"""As zarr's arguments. Any zarr v3 reader knows the last two; "apart" is for rows that have little in common, and takes its time."""
+"""As zarr's arguments. Any zarr v3 reader knows all but the first. "quick" is for what is written while the training waits, and is a fifth
+larger; "apart" is for rows that have little in common, and takes its time."""
 
 
 def codec_of(codecs: Sequence[Any]) -> str:
     """Which of CODECS an array has."""
     if any(isinstance(codec, BitDelta) for codec in codecs):
         return "bitdelta"
+    if any(isinstance(codec, BloscCodec) and str(getattr(codec.cname, "value", codec.cname)) == "lz4" for codec in codecs):
+        return "quick"
     return "apart" if any(isinstance(codec, BloscCodec) and codec.clevel == CLEVEL for codec in codecs) else "standard"
 
 
@@ -236,6 +244,25 @@ def append(array: zarr.Array, rows: np.ndarray, at: int) -> None:
         wide = [(0, 0), *((0, n - m) for n, m in zip(array.shape[1:], rows.shape[1:], strict=True))]
         rows = np.pad(rows, wide, constant_values=array.fill_value)
     array[at : at + len(rows)] = rows
+
+
+def put(array: zarr.Array, row: int, values: np.ndarray, ahead: int) -> None:
+    """Write one row of an array [row, slot, …], which is made longer by `ahead` rows where it is too short.
+
+    Slots behind those of the values are emptied, so that nothing is left of a row that stood there before.
+    """
+    rows = array.shape[0] if row < array.shape[0] else row + ahead
+    extend(array, rows, values.shape)
+    if len(values) < array.shape[1]:
+        array[row, len(values) :] = array.fill_value
+    if len(values):
+        array[row, : len(values)] = values
+
+
+def trim(array: zarr.Array, shape: tuple[int, ...]) -> None:
+    """Cut an array off, or make it larger."""
+    if array.shape != shape:
+        array.resize(shape)
 
 
 def write_array(group: zarr.Group, name: str, values: np.ndarray, dims: tuple[str, ...], chunks: tuple[int, ...] | None = None) -> None:

@@ -101,6 +101,8 @@ class Span:
             "consumed": np.stack([nothing if row.consumed is None else row.consumed for row in rows]),
             **{name: self._bytes(name) for name in BYTES},
         }
+        crcs = [row.gradients_crc for row in rows if row.gradients_crc is not None]
+        found |= {"checksum_gradient": np.concatenate(crcs)} if crcs else {}
         scalars = [row.scalars for row in rows if row.scalars is not None]
         found |= {"scalar": np.stack(scalars)} if scalars else {}
         return {name: values for name, values in found.items() if name in having}

@@ -32,7 +32,7 @@ except ImportError:  # a system without such locks: nobody watches over a second
 NAMES = ("tail.log", "tail.odd.log")
 """Of the spans with even and with odd numbers; who writes the run holds the first."""
 HEAD = struct.Struct("<QI")
-ARRAYS = tuple(f.name for f in fields(StepRow) if f.name not in ("mode", "gap", "precision"))
+ARRAYS = tuple(f.name for f in fields(StepRow) if f.name not in ("mode", "gap", "precision", "gradients"))
 SMALL = 1 << 20
 """Bytes of a record that is put together before it is written; the vectors of a larger one are written from where they are."""
 KINDS = "biuf"

@@ -8,19 +8,22 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import zarr
 
 from explaind.store import schema, spool
-from explaind.store.checksums import constants_checksum, step_checksum, text_checksum, theta_checksum
+from explaind.store.checksums import constants_checksum, crc32, step_checksum, text_checksum, theta_checksum
 from explaind.store.layout import columns, rows, rows_of_chunk
 from explaind.store.location import Location
 from explaind.store.manifest import Manifest
 from explaind.store.row import StepRow, Vector, between
 from explaind.store.span import ANCHORED, Entry, Span, light, write_vectors
 from explaind.store.tail import Place, Record
+
+AHEAD = 64
+"""Steps that the array of gradients is made longer by at once; readers go by the marker."""
 
 
 @dataclass(frozen=True)
@@ -137,10 +140,19 @@ class RunWriter:
         with self._guarded():
             if self._writing is not None and self._writing.done():
                 self._writing.result()
-            record = Record(self.steps, row, theta)
+            record = Record(self.steps, self._without_gradients(row), theta)
             self._take(record)
             if len(self._span.entries) >= self.manifest.span:
                 self._turn(record)
+
+    def _without_gradients(self, row: StepRow) -> StepRow:
+        """The step as it is logged: before it is, the gradients of its examples stand in whole chunks, of their own."""
+        if self.manifest.gradients is None:
+            return row
+        nothing = np.zeros((0, self.manifest.params), self.manifest.gradients)
+        values = nothing if row.gradients is None else row.gradients
+        schema.put(self._columns["gradient"], self.steps, values, AHEAD)
+        return replace(row, gradients=None, gradients_crc=np.array([crc32(values)], np.uint32))
 
     def _take(self, record: Record, places: Mapping[str, Place] | None = None) -> None:
         """places: where the log has it already."""
@@ -227,6 +239,9 @@ class RunWriter:
         """Make chunks of a span, and commit it; end: with the parameters that its last step led to."""
         for name, values in span.values(self._columns).items():
             schema.append(self._columns[name], values, span.start)
+        if end and "gradient" in self._columns:
+            array = self._columns["gradient"]
+            schema.trim(array, (span.stop, self._columns["batch"].shape[1], array.shape[2]))
         anchors = self._anchors
         for name, places in span.vectors():
             at = anchors if name in ANCHORED else span.start

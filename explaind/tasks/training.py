@@ -77,6 +77,10 @@ def fit(
             gradient_filter=None if filtering is None else filtering.told,
             codec=settings.codec,
             thin=f"sqrt:{settings.steps}" if settings.thin == "sqrt" else settings.thin or None,
+            gradients=f"store:{settings.steps}" if settings.gradients == "store" else "recompute",
+            gradient_dtype=settings.gradient_dtype or None,
+            gradient_budget=settings.gradient_budget,
+            losses=task.losses,
         )
     with recording as recorder:
         for done in range(1, settings.steps + 1):

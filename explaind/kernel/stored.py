@@ -1,0 +1,69 @@
+"""Products with example gradients that the training stored: the same products as ever, only that no gradient is computed."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from explaind.errors import RequestError
+from explaind.kernel.products import Mode, Products, Route
+from explaind.kernel.whole import some_at_a_time
+from explaind.replay.steps import Logged, Part
+
+
+class NoLosses:
+    """Stands for the losses of a training, where their gradients are stored."""
+
+    def __call__(self, parameters: Mapping[str, Tensor], batch: Any) -> Tensor:
+        """RequestError: nobody gave them."""
+        raise RequestError("the losses of the training were not given", expected="losses= and data=", do="give them")
+
+    def set_mode(self, mode: Mode, precision: float = 0.0) -> None:
+        """There is no model that could be in one."""
+
+
+class StoredProducts(Products):
+    """``Products`` of parts that are ``Logged``."""
+
+    def prepare(self, theta: Tensor, part: Part, mode: Mode = ()) -> None:
+        """Nothing is to be found out."""
+
+    def covered(self, theta: Tensor, part: Part, rows: int, mode: Mode = ()) -> dict[str, str]:
+        """Every layer is "stored"."""
+        return dict.fromkeys(self.layout.names, "stored")
+
+    def _chosen(self, theta: Tensor, part: Part, a: Tensor) -> Route:
+        return ()
+
+    def _sums_first(self, part: Part, a: Tensor, groups: int) -> bool:
+        return 2 * groups <= len(part.ids)
+
+    def _of_groups(
+        self, theta: Tensor, part: Part, a: Tensor, entries: np.ndarray, groups: np.ndarray, total: Tensor | None
+    ) -> Iterator[tuple[Tensor, Float[Tensor, "fine row group"]]]:
+        width = self.layout.params * a.element_size() * (len(a) if self.finest == "param" else 1)
+        at_once = max(1, self.chunk // width)
+        for start in range(0, len(groups), at_once):
+            some = groups[start : start + at_once]
+            belongs = torch.from_numpy(some[:, None] == entries).to(a) * part.weights  # [group, example]
+            gradients = a.new_zeros(len(some), self.layout.params)
+            for span, stored in self._pieces(part, a):
+                gradients.addmm_(belongs[:, span], stored)
+            if total is not None:
+                total += gradients.sum(0)
+            yield torch.from_numpy(some).to(a.device), self._contract(gradients, a)
+
+    def _materialise(self, theta: Tensor, part: Part, a: Tensor, total: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+        for span, stored in self._pieces(part, a):
+            if total is not None:
+                total.addmv_(stored.T, part.weights[span])
+            yield span, self._contract(stored, a)
+
+    def _pieces(self, part: Part, a: Tensor) -> Iterator[tuple[slice, Float[Tensor, "example param"]]]:
+        assert isinstance(part.batch, Logged)
+        wide = self.chunk // (len(a) if self.finest == "param" else 1)
+        for span in some_at_a_time(part.batch.examples, a[0], wide):
+            yield span, part.batch.read(span)
