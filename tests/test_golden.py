@@ -36,6 +36,7 @@ LISTINGS = {
     "adamw": ({}, "adamw", FULL),
     "standard": ({"codec": "standard"}, "adamw", FULL),
     "nadam": ({}, "nadam", FULL | {"scalar": "float64 step layer scalar"}),
+    "gradients": ({"gradients": "store"}, "adamw", FULL | {"gradient": "float64 step slot param", "checksum_gradient": "uint32 step"}),
     "filter": ({"gradient_filter": explaind.GrokfastMA(2, 0.5)}, "adamw", FULL | {"filtered": "float64 anchor entry"}),
     "thin": (
         {"thin": 3},
@@ -46,7 +47,7 @@ LISTINGS = {
 SMALL, PLAIN = ["explaind.bitdelta"], ["bytes", "blosc"]
 MANIFEST = {
     *("optimizers", "layers", "dtype", "block", "together", "reduction", "model", "modules", "examples", "seed", "random_bytes"),
-    *("threads", "device", "versions", "config", "gradient_filter", "filter_seen", "thin"),
+    *("threads", "device", "versions", "config", "gradient_filter", "filter_seen", "thin", "gradients"),
 }
 
 
