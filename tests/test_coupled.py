@@ -41,17 +41,18 @@ def losses(model, batch):
 
 
 def pairs(count, seed, swapped=0.0):
-    """Noisy images and captions of concepts; a share of the captions is another concept's. (data, which are swapped)"""
+    """Noisy images and captions of concepts; a share of the pairs has passed its captions round. (data, who has another concept's now)"""
     g = torch.Generator().manual_seed(seed)
     looks, says = (torch.randn(CONCEPTS, n, generator=torch.Generator().manual_seed(7 + n), dtype=cases.DTYPE) for n in (PIXELS, WORDS))
     concept = torch.randint(CONCEPTS, (count,), generator=g)
-    wrong = torch.rand(count, generator=g) < swapped
-    said = torch.where(wrong, (concept + torch.randint(1, CONCEPTS, (count,), generator=g)) % CONCEPTS, concept)
 
     def noisy(x):
         return x + 0.3 * torch.randn(x.shape, generator=g, dtype=x.dtype)
 
-    return TensorDataset(noisy(looks[concept]), noisy(says[said])), wrong.numpy()
+    images, captions = noisy(looks[concept]), noisy(says[concept])
+    some = torch.randperm(count, generator=g)[: round(swapped * count)]
+    said = concept.index_copy(0, some, concept[some.roll(1)])
+    return TensorDataset(images, captions.index_copy(0, some, captions[some.roll(1)])), (said != concept).numpy()
 
 
 def network():
