@@ -243,6 +243,24 @@ def test_the_gradient_of_the_batch_comes_with_those_of_its_groups(name, monkeypa
         algebra(credit[..., 0], whole[..., torch.from_numpy(entries) == places[0]].sum(-1), scale=1.0)
 
 
+@pytest.mark.parametrize("name", ["linear", "tied"])
+def test_a_large_group_is_summed_first_beside_examples_of_their_own(name, monkeypatch):
+    monkeypatch.setattr(products, "CALLS", 0)
+    asked = Asked(name)
+    total, a, entries = (
+        torch.zeros(asked.layout.params, dtype=torch.float64),
+        normal(2, asked.layout.params, seed=4),
+        np.array([4, 7, 4, 4, 2, 4]),
+    )
+    pieces = list(Products(asked.losses, asked.layout, "layer", "auto").credits(asked.theta, asked.part, a, entries, total))
+    assert [places.tolist() for places, _ in pieces] == [[4], [7, 2]]
+    algebra(total, batch_gradient(asked.losses, asked.layout, asked.theta, (asked.part,)), scale=1.0)
+    whole = asked.slow(a) * asked.part.weights
+    for places, credit in pieces:
+        for column, entry in enumerate(places):
+            algebra(credit[..., column], whole[..., torch.from_numpy(entries) == entry].sum(-1), scale=1.0)
+
+
 @torch.jit.script
 def scripted(x: torch.Tensor, by: torch.Tensor):
     return x * by

@@ -107,34 +107,37 @@ class Products:
 
         Entries in a row come as a slice, which is three times faster to add to.
 
-        entries [example]: where each example of the part is booked. Where many share one, their gradients are summed first.
-        total: the weighted sum of the part's gradients is added to it, by the time that all is yielded. mode: that the model is in, module
-        by module; losses may be of another kind in each.
+        entries [example]: where each example of the part is booked. Where so many share one that it is less work, their gradients are
+        summed first. total: the weighted sum of the part's gradients is added to it, by the time that all is yielded. mode: that the model
+        is in, module by module; losses may be of another kind in each.
         """
         self.prepare(theta, part, mode)
-        groups = np.unique(entries)
-        if self.route == "auto" and self._sums_first(part, a, len(groups)):
-            yield from self._of_groups(theta, part, a, entries, groups, total)
-            return
+        crowded = self._crowded(part, a, *np.unique(entries, return_counts=True)) if self.route == "auto" else entries[:0]
+        if len(crowded):
+            yield from self._of_groups(theta, part, a, entries, crowded, total)
+            alone = np.flatnonzero(~np.isin(entries, crowded))
+            if not len(alone):
+                return
+            places = torch.from_numpy(alone).to(a.device, non_blocking=True)
+            part, entries = Part(take(part.batch, places), part.ids[alone], part.weights[places]), entries[alone]
         first, places = int(entries[0]), torch.from_numpy(entries).to(a.device, non_blocking=True)
-        in_a_row = len(groups) == len(entries) == entries[-1] - first + 1 and bool((np.diff(entries) == 1).all())
+        in_a_row = bool((np.diff(entries) == 1).all())
         for span, dots in self(theta, part, a, total, mode):
             where = slice(first + span.start, first + span.stop) if in_a_row else places[span]
             yield where, dots.mul_(part.weights[span])
 
-    def _sums_first(self, part: Part, a: Tensor, groups: int) -> bool:
-        """Whether a gradient for every group of examples is less work than products of every example."""
+    def _crowded(self, part: Part, a: Tensor, groups: np.ndarray, members: np.ndarray) -> np.ndarray:
+        """The groups of which a gradient is less work than products of every member: all or none where losses cannot be taken apart."""
         examples, rows, params = len(part.ids), len(a), self.layout.params
-        if 2 * groups > examples:
-            return False
         if not self._separable:
-            return True
+            return groups if 2 * len(groups) <= examples else groups[:0]
         if self._apart is None:
             alone = self.machine.seconds(2 * rows * examples * params, 2 * examples * params * a.element_size())
         else:
             alone = self._apart.least(self.machine, rows, examples, a.element_size())
-        calls = groups * CALLS * len(self.layout.names)
-        return self.machine.seconds(2 * rows * groups * params, 3 * groups * params * a.element_size(), calls) < alone
+        together = self.machine.seconds(2 * rows * params, 3 * params * a.element_size(), CALLS * len(self.layout.names))
+        found: np.ndarray = groups[(members > 1) & (together < alone * members / examples)]
+        return found
 
     def _of_groups(
         self, theta: Tensor, part: Part, a: Tensor, entries: np.ndarray, groups: np.ndarray, total: Tensor | None
