@@ -21,7 +21,7 @@ import explaind
 from explaind.analysis import phases as of_phases
 from explaind.analysis import similarity as of_similarity
 from explaind.analysis.analyse import curve_table
-from explaind.analysis.credit import balance, layer_shares
+from explaind.analysis.credit import balance, layer_shares, sampling_error
 from explaind.analysis.progress import key_frequencies, progress
 from explaind.analysis.table import Table, stacked
 from explaind.config import Decompose, read
@@ -46,7 +46,7 @@ class Study:
     def __init__(self, given: argparse.Namespace) -> None:
         self.given, self.out = given, Path(given.out)
         self.window = 5 if given.small else 50
-        self.found: dict[str, Any] = {"seeds": given.seeds, "steps": given.steps, "queries": given.queries}
+        self.found: dict[str, Any] = {"seeds": given.seeds, "steps": given.steps, "queries": given.queries, "sample": given.sample}
         self.runs = {seed: self.trained(f"seed-{seed}", seed) for seed in given.seeds}
 
     @cached_property
@@ -91,9 +91,22 @@ class Study:
 
     def credit(self) -> None:
         """Shares of the layers, the balance of data and decay, and the phases, in the applied view."""
-        asked = {"keep": ("query", "example", "layer", "step"), "groups": {"layer": "task"}, "view": "applied"}
+        groups: dict[str, Any] = {"layer": "task"}
+        examples, sample = next(iter(self.runs.values())).examples, None
+        if self.given.sample < len(examples):  # the others are one entry, after those that are told one by one
+            sample = np.arange(self.given.sample)
+            chosen = np.sort(np.random.default_rng(0).choice(examples, self.given.sample, replace=False))
+            groups["example"] = {str(i): [int(i)] for i in chosen}
+        asked = {"keep": ("query", "example", "layer", "step"), "groups": groups, "view": "applied"}
         ledgers = {seed: self.ledger(run, "shares", **asked) for seed, run in self.runs.items()}
-        shares = {seed: layer_shares(ledger) for seed, ledger in ledgers.items()}
+        shares = {seed: layer_shares(ledger, sample) for seed, ledger in ledgers.items()}
+        if sample is not None:
+            errors = stacked([sampling_error(ledger, sample) for ledger in ledgers.values()], seed=list(ledgers))
+            self._table(errors)
+            self.found["sampling_error"] = {
+                "root_mean_square": float(np.sqrt(np.square(errors["error"]).mean())),
+                "most": float(errors["error"].max()),
+            }
         self.found["checks"] = [{"seed": seed, **_checks(ledger)} for seed, ledger in ledgers.items()]
         self._table(stacked(list(shares.values()), seed=list(shares)))
         self._table(stacked([balance(ledger) for ledger in ledgers.values()], seed=list(ledgers)))
@@ -246,6 +259,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, nargs="+", default=[43, 44, 45])
     parser.add_argument("--steps", type=int)
     parser.add_argument("--queries", type=int)
+    parser.add_argument("--sample", type=int, help="training examples of which the part credit takes sizes; the others are told together")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--small", action="store_true", help="a small prime, for a try")
@@ -257,6 +271,7 @@ def filled(given: argparse.Namespace) -> argparse.Namespace:
     """With the sizes that --small means."""
     given.steps = given.steps or (40 if given.small else 2000)
     given.queries = given.queries or (12 if given.small else 64)
+    given.sample = given.sample or (40 if given.small else 128)
     return given
 
 

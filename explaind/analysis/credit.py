@@ -13,8 +13,11 @@ READ_BYTES = 64 << 20
 """How much of a ledger on disk is in memory at once."""
 
 
-def absolute(row: Row, axes: Collection[str]) -> np.ndarray:
-    """Σ |entry| over all other axes, in float64, in the order of a ledger's axes; read piece by piece."""
+def absolute(row: Row, axes: Collection[str], examples: np.ndarray | None = None) -> np.ndarray:
+    """Σ |entry| over all other axes, in float64, in the order of a ledger's axes; read piece by piece.
+
+    examples  places on the example axis, of which alone the sum is; None: of all
+    """
     keep = ordered(axes)
     gone = tuple(d for d, axis in enumerate(row.dims) if axis not in keep)
     if not row.dims:
@@ -24,7 +27,10 @@ def absolute(row: Row, axes: Collection[str]) -> np.ndarray:
     pieces = max(1, -(-row.array.nbytes // READ_BYTES))
     width = max(1, shape[0] // pieces)
     for start in range(0, shape[0], width):
-        part = np.abs(np.asarray(row.array[start : start + width]), dtype=np.float64).sum(axis=gone)
+        part = np.asarray(row.array[start : start + width])
+        if examples is not None:
+            part = part.take(examples, axis=row.dims.index("example"))
+        part = np.abs(part, dtype=np.float64).sum(axis=gone)
         if 0 in gone:
             total += part
         else:
@@ -40,20 +46,23 @@ def net(row: Row, axes: Collection[str]) -> np.ndarray:
     return np.asarray(row.values, dtype=np.float64)
 
 
-def layer_shares(ledger: Ledger) -> Table:
+def layer_shares(ledger: Ledger, examples: np.ndarray | None = None) -> Table:
     """How much of a window's credit went through each layer: one row a step (or window) and layer.
 
     absolute  Σ over measures and examples of |data|, in the measure's unit
     share     absolute over its sum over layers; 0 where nothing moved
-    net       Σ data, signs kept
+    net       Σ data over all examples, signs kept
+    examples  places on the example axis that absolute and share are of, such as a sample of its own entries; None: all
     """
-    steps, layers = _coords(ledger, "step", "layer")
-    size = absolute(ledger.rows["data"], ("layer", "step"))
+    steps, layers = _coords(ledger, "step", "layer", *(() if examples is None else ("example",)))[:2]
+    size = absolute(ledger.rows["data"], ("layer", "step"), examples)
     whole = size.sum(0)
     share = np.divide(size, whole, out=np.zeros_like(size), where=whole > 0)
     return Table(
         "layer_shares",
-        "share[layer, step] = Σ_measure,example |data| / Σ_layer,measure,example |data|" + _over(ledger),
+        "share[layer, step] = Σ_measure,example |data| / Σ_layer,measure,example |data|"
+        + ("" if examples is None else f"; sizes are of {len(examples)} entries of the example axis")
+        + _over(ledger),
         "Ranjan et al., ExPLAIND (arXiv 2505.20076): layer influence over steps",
         {
             "step": np.tile(steps, len(layers)),
@@ -62,6 +71,28 @@ def layer_shares(ledger: Ledger) -> Table:
             "share": share.reshape(-1),
             "net": net(ledger.rows["data"], ("layer", "step")).reshape(-1),
         },
+    )
+
+
+def sampling_error(ledger: Ledger, examples: np.ndarray, splits: int = 100, seed: int = 0) -> Table:
+    """How far shares of a sample of examples are from those of all, from its random halves: one row a step (or window) and layer.
+
+    error  root of the mean over splits of ((share of one half − share of the other) / 2)²: the standard error of the share in the sample
+    """
+    steps, layers = _coords(ledger, "step", "layer", "example")[:2]
+    size = absolute(ledger.rows["data"], ("example", "layer", "step"))[examples]
+    generator, total = np.random.default_rng(seed), np.zeros(size.shape[1:])
+    for _ in range(splits):
+        order = generator.permutation(len(size))
+        halves = np.stack([size[half].sum(0) for half in np.array_split(order, 2)])  # [half, layer, step]
+        whole = halves.sum(1, keepdims=True)
+        one, other = np.divide(halves, whole, out=np.zeros_like(halves), where=whole > 0)
+        total += ((one - other) / 2) ** 2
+    return Table(
+        "sampling_error",
+        f"error[layer, step] = √ mean over {splits} random splits of ((share of one half − share of the other) / 2)², of {len(examples)}",
+        "explaind: split halves; each half has twice the variance of the whole sample",
+        {"step": np.tile(steps, len(layers)), "layer": np.repeat(layers, len(steps)), "error": np.sqrt(total / splits).reshape(-1)},
     )
 
 
