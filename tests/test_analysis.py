@@ -8,7 +8,8 @@ import pytest
 import explaind
 from explaind.analysis import phases as of_phases
 from explaind.analysis import similarity as of_similarity
-from explaind.analysis.credit import absolute, balance, example_scores, layer_shares, net, step_scores
+from explaind.analysis.applied import window_scores
+from explaind.analysis.credit import absolute, balance, example_scores, layer_shares, net, sampling_error, step_scores
 from explaind.analysis.table import Table, stacked
 from explaind.errors import RequestError
 from tests import cases
@@ -53,6 +54,21 @@ def test_layer_shares_are_those_of_the_sizes_of_credit_and_sum_to_one(ledger):
     algebra(found.grid("step", "layer", "net")[2], ledger["data"].sum((0, 1, 2)).T)
     assert "summed before" not in found.formula
     assert layer_shares(ledger.sum("example")).formula.endswith("summed before sizes were taken: example")
+
+
+def test_shares_of_a_sample_are_of_its_examples_alone_and_its_halves_tell_how_far_off(ledger):
+    places = np.array([1, 4, 5, 7])
+    shares = layer_shares(ledger, places).grid("step", "layer", "share")[2]
+    size = np.abs(ledger["data"])[:, :, places].sum((0, 1))  # [example, layer, step]
+    algebra(shares, (size.sum(0) / size.sum((0, 1))).T)
+    same(layer_shares(ledger, places)["net"], layer_shares(ledger)["net"])
+    errors = sampling_error(ledger, places, splits=400).grid("step", "layer", "error")[2]
+    halves = [(one, [p for p in range(4) if p not in one]) for one in ([0, 1], [0, 2], [0, 3])]
+    of = [[size[h].sum(0) / size[h].sum((0, 1)) for h in pair] for pair in halves]
+    want = np.sqrt(np.mean([np.square((one - other) / 2) for one, other in of], axis=0)).T
+    assert np.abs(errors / want - 1).max() < 0.3  # 400 of the splits, of which there are three kinds
+    with pytest.raises(RequestError, match="keep=…,example"):
+        layer_shares(ledger.sum("example"), places)
 
 
 def test_shares_of_a_window_in_which_nothing_moved_are_zero(ledger):
@@ -101,6 +117,36 @@ def test_similarity_is_the_cosine_of_credit_by_parameter(run):
     with pytest.raises(RequestError, match="no window begins"):
         of_similarity.similarity(ledger, layers, steps=[3])
     same(of_similarity.cosines(np.array([[1.0, 0.0], [0.0, 0.0], [-2.0, 0.0]])), np.array([[1.0, 0, -1], [0, 0, 0], [-1, 0, 1]]))
+
+
+def test_scores_of_single_windows_are_those_of_the_applied_ledger(run):
+    ledger = cases.decomposed(run, keep=("query", "param", "step"), view="applied", windows=2)
+    found = window_scores(
+        run,
+        cases.mlp(),
+        [(2, 4), (6, 7)],
+        data=cases.DATA,
+        losses=cases.losses,
+        queries=cases.QUERIES,
+        measure=cases.measure,
+        rule="gauss:4",
+    )
+    want = (ledger["data"] + ledger["arithmetic"])[..., [1, 3]]
+    assert found.starts.tolist() == [2, 6]
+    algebra(found.scores, np.moveaxis(want, -1, 0))
+    missed = ledger.checks.by_step[[2, 3, 6]].sum(0)
+    algebra(found.missed, missed[1] / missed[0], scale=1.0)
+    table = of_similarity.similarity_of(found.starts, found.scores, ledger.coords["query"], run.manifest.layers)
+    algebra(table.where(step=6, layer="all")["cosine"], of_similarity.cosines(want[..., 1]).reshape(-1))
+
+
+def test_scores_of_windows_refuse_coupled_decay_and_steps_that_are_not_there(tmp_path):
+    run = cases.recorded(tmp_path / "run", case=cases.optimizer_named("adam l2"))
+    asked = {"data": cases.DATA, "losses": cases.losses, "queries": cases.QUERIES, "measure": cases.measure}
+    with pytest.raises(RequestError, match=r"no such window.*<= 7; got \(6, 8\)"):
+        window_scores(run, cases.mlp(), [(6, 8)], **asked)
+    with pytest.raises(RequestError, match="decay of this run went through the gradient"):
+        window_scores(run, cases.mlp(), [(0, 1)], **asked)
 
 
 def waves(classes, p, *frequencies):

@@ -21,12 +21,13 @@ import explaind
 from explaind.analysis import phases as of_phases
 from explaind.analysis import similarity as of_similarity
 from explaind.analysis.analyse import curve_table
+from explaind.analysis.applied import WindowScores, window_scores
 from explaind.analysis.credit import balance, layer_shares, sampling_error
 from explaind.analysis.progress import key_frequencies, progress
 from explaind.analysis.table import Table, stacked
 from explaind.config import Decompose, read
 from explaind.kernel.groups import grouping
-from explaind.ledger.by_name import config_of, decompose_by_name
+from explaind.ledger.by_name import arguments, config_of, decompose_by_name
 from explaind.tasks import load
 from explaind.tasks.modular import ModularArithmetic
 from explaind.tasks.training import train
@@ -57,6 +58,12 @@ class Study:
         assert isinstance(task, ModularArithmetic)
         return task
 
+    @cached_property
+    def plain(self) -> Decompose:
+        """What every decomposition of the study asks."""
+        queries, measure = f"val:0:{self.given.queries}", "target_log_probability"
+        return Decompose(queries=queries, measure=measure, dtype="float32", device=self.given.device, tol=1e-2)
+
     def trained(self, name: str, seed: int, *overrides: str) -> explaind.Run:
         """A run, recorded unless it is there."""
         path = self.out / name
@@ -71,11 +78,23 @@ class Study:
         """A ledger of a run, decomposed unless it is there; one that was interrupted goes on."""
         path = run.path / "ledgers" / name
         if not (path / "commit.json").exists():
-            plain = Decompose(
-                queries=f"val:0:{self.given.queries}", measure="target_log_probability", dtype="float32", device=self.given.device, tol=1e-2
-            )
-            decompose_by_name(run, replace(plain, windows=self.window, budget=16.0, **asked), save=path)
+            decompose_by_name(run, replace(self.plain, windows=self.window, budget=16.0, **asked), save=path)
         return explaind.open_ledger(path)
+
+    def scores(self, run: explaind.Run, looks: Sequence[int]) -> WindowScores:
+        """What the windows that begin at these steps did to each query, by parameter; kept, and not made again."""
+        path, windows = run.path / "analysis" / "scores.npz", [(step, min(step + self.window, run.steps)) for step in looks]
+        asked = {"windows": np.array(windows), "queries": np.array(self.given.queries)}
+        if path.exists():
+            with np.load(path) as kept:
+                if all(np.array_equal(kept[name], value) for name, value in asked.items()):
+                    return WindowScores(kept["starts"], kept["scores"], float(kept["missed"]))
+        named = arguments(run, self.plain)
+        some = {name: named[name] for name in ("data", "losses", "queries", "measure", "rule", "tol", "dtype", "device")}
+        found = window_scores(run, named["model"], windows, **some)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(path, starts=found.starts, scores=found.scores, missed=found.missed, **asked)
+        return found
 
     def train(self) -> None:
         """Do they grok, and do they without decay?"""
@@ -134,12 +153,11 @@ class Study:
         classes = np.array([int(data[i][1]) for i in range(self.given.queries)])
         self.found["similarity"] = []
         for seed, run in self.runs.items():
-            ledger = self.ledger(run, "params", keep=("query", "param", "step"))
-            starts = ledger.coords["step"]
-            looks = sorted({int(starts[np.searchsorted(starts, min(step, starts[-1]), side="right") - 1]) for step in LOOKS})
+            looks = sorted({min(step, run.steps - 1) // self.window * self.window for step in LOOKS})
             keys = key_frequencies(run, self.task)
             frequencies = keys["frequency"][keys["key"]].tolist()
-            table = of_similarity.similarity(ledger, run.manifest.layers, groups, looks)
+            scores = self.scores(run, looks)
+            table = of_similarity.similarity_of(scores.starts, scores.scores, np.arange(self.given.queries), run.manifest.layers, groups)
             table.write(run.path / "analysis" / "params")
             for step in looks:
                 for group in (*groups, of_similarity.ALL):

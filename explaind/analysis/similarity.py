@@ -49,16 +49,23 @@ def similarity(
     groups  {name: names of layers}; by default every layer, and all of them together
     steps   windows to look at, by the first step of each; by default all
     """
+    starts, scores = score_vectors(ledger)
+    windows = _windows(starts, steps)
+    return similarity_of(starts[windows], scores[windows], ledger.coords["query"], layers, groups)
+
+
+def similarity_of(
+    starts: np.ndarray, scores: np.ndarray, queries: np.ndarray, layers: Sequence[Layer], groups: Mapping[str, Sequence[str]] | None = None
+) -> Table:
+    """``similarity`` of scores [window, query, param] that are there, such as those of ``applied.window_scores``."""
     whole = {ALL: [layer.name for layer in layers]}
     chosen = {**{layer.name: [layer.name] for layer in layers}, **whole} if groups is None else {**groups, **whole}
-    starts, scores = score_vectors(ledger)
-    queries = ledger.coords["query"]
     found: dict[str, list[np.ndarray]] = {"step": [], "layer": [], "query": [], "other": [], "cosine": []}
-    for window in _windows(starts, steps):
+    for start, of_window in zip(starts, scores, strict=True):
         for name, members in chosen.items():
             columns = np.concatenate([np.arange(x.offset, x.offset + x.size) for x in layers if x.name in members])
-            matrix = cosines(scores[window][:, columns])
-            found["step"].append(np.full(matrix.size, starts[window]))
+            matrix = cosines(of_window[:, columns])
+            found["step"].append(np.full(matrix.size, start))
             found["layer"].append(np.full(matrix.size, name))
             found["query"].append(np.repeat(queries, len(queries)))
             found["other"].append(np.tile(queries, len(queries)))
@@ -88,11 +95,13 @@ def spectrum(matrix: np.ndarray, classes: np.ndarray, p: int) -> np.ndarray:
     S_k = mean over pairs of different samples of matrix[i, j] · cos(2π k (c_i − c_j) / p), twice: the coefficient of that cosine where
     differences are spread evenly. matrix [sample, sample], classes [sample] in 0 … p − 1.
     """
-    count = len(classes)
-    off = matrix[~np.eye(count, dtype=bool)]
-    angle = 2 * np.pi * (classes[:, None] - classes[None, :])[~np.eye(count, dtype=bool)] / p
-    off = off - off.mean()
-    return np.array([2 * (off * np.cos(k * angle)).mean() for k in range(1, (p - 1) // 2 + 1)])
+    apart = ~np.eye(len(classes), dtype=bool)
+    off = matrix[apart]
+    # Every difference of classes has one angle: what is at it is summed first.
+    at = np.bincount(((classes[:, None] - classes[None, :]) % p)[apart], off - off.mean(), p)
+    frequencies = np.arange(1, (p - 1) // 2 + 1)
+    found: np.ndarray = 2 / len(off) * np.cos(2 * np.pi * (frequencies[:, None] * np.arange(p) % p) / p) @ at
+    return found
 
 
 def agreement(matrix: np.ndarray, classes: np.ndarray, p: int, frequencies: Sequence[int], shuffles: int = 999, seed: int = 0) -> Table:
