@@ -20,13 +20,14 @@ import explaind
 from explaind.analysis.speedup import compared, speedup
 from explaind.analysis.surgery import Bench, identities, layers_named
 from explaind.analysis.table import Table, stacked
-from explaind.analysis.transplant import ALL_KINDS, KINDS, Patient, Training, confused, outcome, patients, swapped, transplants
+from explaind.analysis.transplant import ALL_KINDS, KINDS, Patient, Training, confused, memorising, outcome, patients, swapped, transplants
 from explaind.config import read
 from explaind.tasks import load
 from explaind.tasks.training import train
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SIDES = {"middle": ("attention in", "attention out", "linear1", "linear2"), "outer": ("embedding", "decoder")}
+LAST = ("shuffled", "whole", "memorised", "frozen")
 SMALL = ("--task.p", "11", "--task.width", "16", "--task.mlp", "16", "--train.steps", "40")
 
 
@@ -47,7 +48,15 @@ class Study:
         self.found: dict[str, Any] = {"donors": self.donors, "seeds": given.seeds, "fresh": given.fresh, "steps": self.training.steps}
 
     def patients(self, side: str) -> list[Patient]:
-        return patients(self.donors, self.sides[side], range(self.given.seeds), self.given.fresh, self.given.kinds)
+        """Every kind at every donor; with --last, controls that want a training for each donor at the last one alone."""
+        layers, seeds, fresh, kinds = self.sides[side], range(self.given.seeds), self.given.fresh, self.given.kinds
+        if not self.given.last:
+            return patients(self.donors, layers, seeds, fresh, kinds)
+        found = patients(self.donors, layers, seeds, fresh, [kind for kind in kinds if kind not in LAST])
+        found += patients(self.donors[-1:], layers, seeds, fresh, [kind for kind in kinds if kind in LAST and kind != "memorised"])
+        if "memorised" in kinds:
+            found += patients([memorising(self.bench, self.training)], layers, seeds, fresh, ["memorised"])
+        return found
 
     def share(self) -> None:
         """Some of the trainings, for one of several processes; those of late donors first."""
@@ -114,6 +123,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, help="of a training, at most; by default as many as the run's")
     parser.add_argument("--fresh", default="normal:0.1", help="how the other layers are drawn: normal:SCALE (the paper: 0.1) or init")
     parser.add_argument("--kinds", nargs="+", choices=ALL_KINDS, default=list(KINDS))
+    parser.add_argument("--last", action="store_true", help="controls at the last donor alone, but for random; memorised may be asked for")
     parser.add_argument("--share")
     parser.add_argument("--small", action="store_true", help="a small prime and few steps, for a try")
     parser.add_argument("--out", default="runs/transplant")
