@@ -8,14 +8,19 @@ and figures. --small is a small prime for a few steps, a try of the whole in les
 
 import argparse
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import grokfast
 import numpy as np
+from drawing import cosine_figure, progress_figure, shares_figure
 from matplotlib.figure import Figure
+from races import FILTERS, OPERATIONS, races, told
+from races import SMALL as RACE_SMALL
 
 import explaind
 from explaind.analysis import phases as of_phases
@@ -23,22 +28,27 @@ from explaind.analysis import similarity as of_similarity
 from explaind.analysis.analyse import curve_table
 from explaind.analysis.applied import WindowScores, window_scores
 from explaind.analysis.credit import balance, layer_shares, sampling_error
+from explaind.analysis.forward import sampled_ledger
 from explaind.analysis.progress import key_frequencies, progress
 from explaind.analysis.table import Table, stacked
 from explaind.config import Decompose, read
 from explaind.kernel.groups import grouping
 from explaind.ledger.by_name import arguments, config_of, decompose_by_name
+from explaind.ledger.saving import save
 from explaind.tasks import load
 from explaind.tasks.modular import ModularArithmetic
 from explaind.tasks.training import train
 
 CONFIG = Path(__file__).parents[2] / "configs" / "mod113.toml"
 SMALL = ("--task.p", "13", "--task.width", "16", "--task.mlp", "32", "--task.train_examples", "60", "--task.val_examples", "25")
+MOD53 = CONFIG.with_name("mod53.toml")
 LOOKS = (200, 250, 500, 1100, 1900)
 """The steps at which the paper draws its cosine matrices."""
 PHASES = 3
 """What the paper reports; the number that the criterion prefers is written beside it."""
-PARTS = ("train", "credit", "similarity", "progress")
+PARTS = ("train", "credit", "similarity", "progress", "operations", "grokfast")
+LEDGERS = ("none", "EMA")
+"""The filters whose ledgers are compared; that of a moving mean would want a costate for each of its hundred slots."""
 
 
 class Study:
@@ -48,7 +58,11 @@ class Study:
         self.given, self.out = given, Path(given.out)
         self.window = 5 if given.small else 50
         self.found: dict[str, Any] = {"seeds": given.seeds, "steps": given.steps, "queries": given.queries, "sample": given.sample}
-        self.runs = {seed: self.trained(f"seed-{seed}", seed) for seed in given.seeds}
+
+    @cached_property
+    def runs(self) -> dict[int, explaind.Run]:
+        """The paper's network, recorded, by seed."""
+        return {seed: self.trained(f"seed-{seed}", seed) for seed in self.given.seeds}
 
     @cached_property
     def task(self) -> ModularArithmetic:
@@ -64,13 +78,13 @@ class Study:
         queries, measure = f"val:0:{self.given.queries}", "target_log_probability"
         return Decompose(queries=queries, measure=measure, dtype="float32", device=self.given.device, tol=1e-2)
 
-    def trained(self, name: str, seed: int, *overrides: str) -> explaind.Run:
+    def trained(self, name: str, seed: int, *overrides: str, of: Path = CONFIG) -> explaind.Run:
         """A run, recorded unless it is there."""
-        path = self.out / name
-        if (path / "commit.json").exists() and (run := explaind.open(path)).complete and run.steps == self.given.steps:
+        path, steps = self.out / name, self.given.steps if of == CONFIG else self.given.short
+        if (path / "commit.json").exists() and (run := explaind.open(path)).complete and run.steps == steps:
             return run
-        small = SMALL if self.given.small else ()
-        config = read(CONFIG, ["--train.seed", str(seed), "--train.steps", str(self.given.steps), *small, *overrides])
+        small = () if not self.given.small else SMALL if of == CONFIG else RACE_SMALL
+        config = read(of, ["--train.seed", str(seed), *small, "--train.steps", str(steps), *overrides])
         train(load(config.task.name, config.task.options), config, path, overwrite=True)
         return explaind.open(path)
 
@@ -81,10 +95,38 @@ class Study:
             decompose_by_name(run, replace(self.plain, windows=self.window, budget=16.0, **asked), save=path)
         return explaind.open_ledger(path)
 
+    def sampled(self, run: explaind.Run) -> tuple[dict[str, Any], np.ndarray | None]:
+        """What to ask of a ledger with layer shares, and which of its entries are single examples; None: all.
+
+        The examples that are not in the sample are told together, in one entry after the others.
+        """
+        groups: dict[str, Any] = {"layer": "task"}
+        asked = {"keep": ("query", "example", "layer", "step"), "groups": groups}
+        if self.given.sample >= len(run.examples):
+            return asked, None
+        chosen = np.sort(np.random.default_rng(0).choice(run.examples, self.given.sample, replace=False))
+        groups["example"] = {str(i): [int(i)] for i in chosen}
+        return asked, np.arange(self.given.sample)
+
+    def applied(self, run: explaind.Run) -> explaind.Ledger:
+        """The ledger of layer shares in the applied view: forwards where a sample of the examples is told one by one."""
+        asked, sample = self.sampled(run)
+        path = run.path / "ledgers" / "applied"
+        if sample is None or (path / "commit.json").exists():
+            return self.ledger(run, "applied", **asked, view="applied")
+        named, begun = arguments(run, self.plain), path.with_name("applied-begun")
+        some = {name: named[name] for name in ("data", "losses", "queries", "measure", "rule", "tol", "dtype", "device")}
+        examples = [ids[0] for ids in asked["groups"]["example"].values()]
+        found = sampled_ledger(run, named["model"], examples, groups=self.task.layer_groups(), windows=self.window, **some)
+        shutil.rmtree(begun, ignore_errors=True)
+        save(found, begun)
+        begun.replace(path)
+        return explaind.open_ledger(path)
+
     def scores(self, run: explaind.Run, looks: Sequence[int]) -> WindowScores:
         """What the windows that begin at these steps did to each query, by parameter; kept, and not made again."""
         path, windows = run.path / "analysis" / "scores.npz", [(step, min(step + self.window, run.steps)) for step in looks]
-        asked = {"windows": np.array(windows), "queries": np.array(self.given.queries)}
+        asked = {"windows": np.array(windows), "queries": np.array(self.given.queries), "run": np.array(run.identity)}
         if path.exists():
             with np.load(path) as kept:
                 if all(np.array_equal(kept[name], value) for name, value in asked.items()):
@@ -110,14 +152,8 @@ class Study:
 
     def credit(self) -> None:
         """Shares of the layers, the balance of data and decay, and the phases, in the applied view."""
-        groups: dict[str, Any] = {"layer": "task"}
-        examples, sample = next(iter(self.runs.values())).examples, None
-        if self.given.sample < len(examples):  # the others are one entry, after those that are told one by one
-            sample = np.arange(self.given.sample)
-            chosen = np.sort(np.random.default_rng(0).choice(examples, self.given.sample, replace=False))
-            groups["example"] = {str(i): [int(i)] for i in chosen}
-        asked = {"keep": ("query", "example", "layer", "step"), "groups": groups, "view": "applied"}
-        ledgers = {seed: self.ledger(run, "shares", **asked) for seed, run in self.runs.items()}
+        sample = self.sampled(next(iter(self.runs.values())))[1]
+        ledgers = {seed: self.applied(run) for seed, run in self.runs.items()}
         shares = {seed: layer_shares(ledger, sample) for seed, ledger in ledgers.items()}
         if sample is not None:
             errors = stacked([sampling_error(ledger, sample) for ledger in ledgers.values()], seed=list(ledgers))
@@ -142,7 +178,7 @@ class Study:
             self.found["phase_agreement"] = {name: agreed[name].tolist() for name in agreed.columns}
         for row in self.found["phases"]:
             print(f"seed {row['seed']}: phases begin at {row['begin']}; by the criterion at {row['preferred']}", flush=True)
-        self._figure("layer_shares", _shares_figure(shares))
+        self._figure("layer_shares", shares_figure(shares))
 
     def similarity(self) -> None:
         """Which validation sums are learned in the same way, and whether that is periodic at the network's own frequencies."""
@@ -159,6 +195,7 @@ class Study:
             scores = self.scores(run, looks)
             table = of_similarity.similarity_of(scores.starts, scores.scores, np.arange(self.given.queries), run.manifest.layers, groups)
             table.write(run.path / "analysis" / "params")
+            self.found.setdefault("scores_missed", {})[seed] = scores.missed
             for step in looks:
                 for group in (*groups, of_similarity.ALL):
                     matrix = table.where(step=step, layer=group).grid("query", "other", "cosine")[2]
@@ -173,7 +210,7 @@ class Study:
                 for step in looks
                 for group in groups
             }
-            self._figure(f"cosines-{seed}", _cosine_figure(matrices, looks, list(groups)))
+            self._figure(f"cosines-{seed}", cosine_figure(matrices, looks, list(groups)))
             last = [row for row in self.found["similarity"] if row["seed"] == seed and row["step"] == looks[-1]]
             print(
                 f"seed {seed}: key frequencies {frequencies}; p-values at {looks[-1]}: {[row.get('p_value') for row in last]}", flush=True
@@ -188,7 +225,34 @@ class Study:
         for row in self.found["progress"]:
             told = ", ".join(f"{name} {row[name][0]:.2f} → {row[name][1]:.2f}" for name in ("val_loss", "excluded", "excluded_difference"))
             print(f"seed {row['seed']}, steps {row['from']} to {row['until']}: {told}", flush=True)
-        self._figure("progress", _progress_figure(tables))
+        self._figure("progress", progress_figure(tables))
+
+    def operations(self) -> None:
+        """Do other operations than addition grok?"""
+        self.found["operations"] = {}
+        for name in OPERATIONS:
+            found = races(name, range(self.given.races), self.out / "races", small=self.given.small)
+            self.found["operations"][name] = [vars(race) for race in found]
+            print(f"{name}: {told(found)}", flush=True)
+
+    def grokfast(self) -> None:
+        """How much sooner does a network generalise behind Grokfast, and what changes in its ledger?"""
+        self.found["grokfast"] = {}
+        for name, overrides in FILTERS.items():
+            found = races("mod53", range(self.given.races), self.out / "races", overrides, self.given.small)
+            self.found["grokfast"][name] = [vars(race) for race in found]
+            print(f"Grokfast {name}: {told(found)}", flush=True)
+        figures = {}
+        for name in LEDGERS:
+            for seed in range(self.given.filtered):
+                run = self.trained(f"grokfast-{name}-{seed}", seed, *FILTERS[name], of=MOD53)
+                asked, sample = self.sampled(run)
+                ledger = self.ledger(run, "shares", **asked)
+                self.found.setdefault("grokfast_checks", {})[f"{name} {seed}"] = _checks(ledger)
+                arrived = self.found["grokfast"][name][seed]["val_at"] or run.steps
+                figures[name, seed] = grokfast.of_ledger(ledger, sample, arrived, PHASES)
+        self.found["grokfast_ledgers"] = [{"filter": name, "seed": seed, **row} for (name, seed), row in figures.items()]
+        print(grokfast.text(grokfast.told(figures)), flush=True)
 
     def write(self) -> Path:
         """Everything that was found."""
@@ -237,47 +301,15 @@ def _flat(table: Table, p: int) -> dict[str, Any]:
     return {"from": int(table["step"][start]), "until": int(table["step"][until]), **found, "chance": chance}
 
 
-def _shares_figure(tables: dict[int, Table]) -> Figure:
-    grids = [table.grid("step", "layer", "share") for table in tables.values()]
-    steps, layers = grids[0][0], grids[0][1]
-    values = np.stack([grid[2] for grid in grids])  # [seed, step, layer]
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    for column, layer in enumerate(layers):
-        axes.plot(steps, values[:, :, column].mean(0), color=f"C{column}", label=layer)
-        axes.fill_between(steps, values[:, :, column].min(0), values[:, :, column].max(0), color=f"C{column}", alpha=0.15)
-    axes.set(xlabel="step", ylabel="share of Σ |data|", title=f"Share of the credit by layer: mean and range of {len(tables)} seeds")
-    axes.legend(frameon=False, fontsize=8)
-    return figure
-
-
-def _cosine_figure(matrices: dict[tuple[int, str], np.ndarray], steps: Sequence[int], groups: Sequence[str]) -> Figure:
-    figure = Figure(figsize=(2.2 * len(steps), 2.2 * len(groups)), layout="constrained")
-    for place, (group, step) in enumerate((g, s) for g in groups for s in steps):
-        axes = figure.add_subplot(len(groups), len(steps), place + 1)
-        axes.imshow(matrices[step, group], cmap="PiYG", vmin=-1, vmax=1)
-        axes.set(xticks=[], yticks=[], title=f"{group}, {step}")
-        axes.title.set_fontsize(8)
-    return figure
-
-
-def _progress_figure(tables: dict[int, Table]) -> Figure:
-    figure = Figure(figsize=(9, 3 * len(tables)), layout="constrained")
-    for place, (seed, table) in enumerate(tables.items()):
-        axes = figure.add_subplot(len(tables), 1, place + 1)
-        for name in ("train_loss", "val_loss", "restricted", "excluded", "excluded_difference"):
-            axes.plot(table["step"], table[name], label=name)
-        axes.set(yscale="log", ylabel="loss, nats", title=f"seed {seed}")
-        axes.legend(frameon=False, fontsize=7)
-    return figure
-
-
 def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[43, 44, 45])
     parser.add_argument("--steps", type=int)
     parser.add_argument("--queries", type=int)
     parser.add_argument("--sample", type=int, help="training examples of which the part credit takes sizes; the others are told together")
+    parser.add_argument("--races", type=int, help="seeds of the parts operations and grokfast")
+    parser.add_argument("--filtered", type=int, help="seeds whose ledgers the part grokfast compares")
+    parser.add_argument("--short", type=int, help="steps of these")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--small", action="store_true", help="a small prime, for a try")
@@ -290,6 +322,9 @@ def filled(given: argparse.Namespace) -> argparse.Namespace:
     given.steps = given.steps or (40 if given.small else 2000)
     given.queries = given.queries or (12 if given.small else 64)
     given.sample = given.sample or (40 if given.small else 128)
+    given.races = given.races or (2 if given.small else 5)
+    given.filtered = given.filtered or (2 if given.small else 3)
+    given.short = given.short or (40 if given.small else 1500)
     return given
 
 

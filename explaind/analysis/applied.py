@@ -82,7 +82,7 @@ def window_scores(
             total = torch.zeros_like(mean)
             for step, segment in _segments(steps, measures, window):
                 path, _ = average(chosen, measures, segment, mean)
-                total += mean * (_pushed(step) * still)
+                total += mean * (pushed(step) * still)
                 sizes += torch.stack([path.abs().sum(), segment.change.abs().sum()])
             scores.append(total.cpu().numpy())
     missed = float(sizes[0] / sizes[1]) if sizes[1] else 0.0
@@ -100,8 +100,8 @@ def _segments(steps: Trajectory, measures: Measures, window: tuple[int, int]) ->
         yield step, Segment(step.theta, step.after, change[at], change.abs().mean(0), step.index, noise[at])
 
 
-def _pushed(step: Step) -> Tensor:
-    """The update without its decay."""
+def pushed(step: Step) -> Tensor:
+    """A step's update without its decay: [param]. RequestError where the decay went through the gradient."""
     kappa = step.filter.kappa
     if bool(torch.as_tensor(kappa).any()):
         raise RequestError(
