@@ -35,6 +35,15 @@ def test_forwards_and_backwards_agree(name, problem, tmp_path):
     algebra(found.checks.by_step[:, :2], whole.checks.by_step[:, :2], scale=scale)
 
 
+def test_a_sample_that_is_all_of_a_full_batch(tmp_path):
+    problem = cases.Problem("full batch", steps=(((3, 0, 1),), ((1, 3, 0),)))
+    run = cases.recorded(tmp_path / "run", problem, cases.optimizer_named("adamw"))
+    found = sampled_ledger(run, cases.mlp(), [0, 1, 3], **ASKED)
+    whole = cases.decomposed(run, problem, keep=("query", "example", "layer", "step"), view="applied")
+    algebra(found["data"][:, :3], whole["data"])
+    algebra(found["data"][:, 3], whole["arithmetic"], scale=1.0)
+
+
 def test_it_closes_is_kept_and_says_that_nothing_was_replayed(tmp_path):
     run = cases.recorded(tmp_path / "run", case=cases.optimizer_named("adamw"))
     told = []

@@ -146,6 +146,7 @@ class _Memories:
     def _add(self, into: Tensor, step: Step, part: Part) -> None:
         """into += w_i ∇ℓ_i of the sample's examples in a micro-batch."""
         chosen = np.flatnonzero(np.isin(part.ids, self.ids))
+        chosen = chosen[np.argsort(part.ids[chosen], kind="stable")]
         if not len(chosen):
             return
         if isinstance(part.batch, Drawn):
@@ -156,10 +157,14 @@ class _Memories:
             if not separable(self.losses, self.layout.split(step.theta), part.batch):
                 raise _refused("losses that depend on each other", step.index)
             self._rows[step.mode] = RowGradients(point, None, self.layout, some, CHUNK_BYTES)
+        rows = np.searchsorted(self.ids, part.ids[chosen])
+        if len(step.parts) == 1 and np.array_equal(rows, np.arange(len(self.ids))):  # each once, in their order
+            self._rows[step.mode].add(into, [point], some, len(chosen))
+            into *= part.weights[places][:, None]
+            return
         found = into.new_zeros(len(chosen), self.layout.params)
         self._rows[step.mode].add(found, [point], some, len(chosen))
-        rows = torch.from_numpy(np.searchsorted(self.ids, part.ids[chosen])).to(into.device)
-        into.index_add_(0, rows, found * part.weights[places][:, None])
+        into.index_add_(0, torch.from_numpy(rows).to(into.device), found * part.weights[places][:, None])
 
 
 class _Booked:
