@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import explaind
+
 FOLDER = Path(__file__).parents[1] / "experiments"
 
 
@@ -84,7 +86,8 @@ def test_the_last_line_of_a_program_is_what_counts():
     assert found == {"a": 1}
 
 
-def test_the_grokking_study_runs_from_end_to_end_and_goes_on(tmp_path, capsys):
+def test_the_grokking_study_runs_from_end_to_end_and_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(FOLDER / "grokking"))
     study = loaded("grokking")
 
     def results(*parts):
@@ -95,6 +98,7 @@ def test_the_grokking_study_runs_from_end_to_end_and_goes_on(tmp_path, capsys):
         return json.loads(made.write().read_text())
 
     found = results(*study.PARTS)
+    printed = capsys.readouterr().out
     assert [row["seed"] for row in found["training"]] == [0, 1]
     assert all(row["val_accuracy_most"] <= 1 for row in found["no_decay"])
     for row in found["checks"]:
@@ -107,10 +111,33 @@ def test_the_grokking_study_runs_from_end_to_end_and_goes_on(tmp_path, capsys):
         assert abs(whole - 1) <= 1e-12
     assert {p.stem for p in (tmp_path / "figures").iterdir()} == {"layer_shares", "progress", "cosines-0", "cosines-1"}
     assert len(found["phase_agreement"]["boundary"]) == study.PHASES - 1
-    times = {p: p.stat().st_mtime_ns for p in tmp_path.glob("seed-*/**/commit.json")}
-    assert len(times) == 2 * 3  # a run and two ledgers each
-    assert results("credit") == found
-    assert times == {p: p.stat().st_mtime_ns for p in tmp_path.glob("seed-*/**/commit.json")}
+    assert 0 < found["sampling_error"]["root_mean_square"] <= found["sampling_error"]["most"] < 0.1
+    assert all(missed < 0.01 for missed in found["scores_missed"].values())
+    of_sums(tmp_path, found)
+    for name in study.OPERATIONS:
+        assert [race["taken"] for race in found["operations"][name]] == [40]
+        assert f"{name}: training accuracy 1 at" in printed
+    assert set(found["grokfast"]) == set(study.FILTERS)
+    assert [(row["filter"], row["seed"]) for row in found["grokfast_ledgers"]] == [("none", 0), ("EMA", 0)]
+    for row in found["grokfast_ledgers"]:
+        assert abs(sum(row["shares"].values()) - 1) <= 1e-12
+        assert abs(row["initial"] + row["data"] + row["decay"] - row["final"]) <= 0.01 * abs(row["final"] - row["initial"])  # the path row
+    kinds = ("seed-*/**/commit.json", "grokfast-*/**/commit.json", "**/scores.npz", "races/*.json")
+    times = {p: p.stat().st_mtime_ns for kind in kinds for p in tmp_path.glob(kind)}
+    assert len(times) == 2 * 2 + 2 * 2 + 2 + (len(study.OPERATIONS) + len(study.FILTERS) - 1)  # runs and ledgers; mod53 races once
+    assert results("credit", "similarity", "grokfast") == found
+    assert times == {p: p.stat().st_mtime_ns for kind in kinds for p in tmp_path.glob(kind)}
+
+
+def of_sums(folder, found):
+    """Child credits sum to their parents': layers to the whole, and all of the ledger to the prediction."""
+    for seed in found["seeds"]:
+        (path,) = (folder / f"seed-{seed}" / "ledgers").glob("applied.*")
+        ledger = explaind.open_ledger(path)
+        whole, layers = ledger.sum("example", "layer")["data"], ledger.sum("example")["data"]
+        assert abs(layers.sum(1) - whole).max() <= 1e-12 * abs(layers).sum()
+        rows = sum(ledger.total(name) for name in ledger.rows)
+        assert abs(rows - ledger["final"]).max() <= 1e-4  # float32
 
 
 def test_the_transplant_study_runs_from_end_to_end_and_in_shares(tmp_path, capsys):

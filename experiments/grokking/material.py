@@ -87,10 +87,10 @@ class Material:
     def applied(self, run: explaind.Run) -> explaind.Ledger:
         """The ledger of layer shares in the applied view: forwards where a sample of the examples is told one by one."""
         asked, sample = self.sampled(run)
-        path = run.path / "ledgers" / "applied"
+        path = run.path / "ledgers" / f"applied.{self.given.queries}.{self.given.sample}"
         if sample is None or (path / "commit.json").exists():
-            return self.ledger(run, "applied", **asked, view="applied")
-        named, begun = arguments(run, self.plain), path.with_name("applied-begun")
+            return self.ledger(run, path.name, **asked, view="applied")
+        named, begun = arguments(run, self.plain), path.with_name(f"{path.name}.begun")
         some = {name: named[name] for name in NAMED}
         examples = [ids[0] for ids in asked["groups"]["example"].values()]
         found = sampled_ledger(run, named["model"], examples, groups=self.task.layer_groups(), windows=self.window, **some)

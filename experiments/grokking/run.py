@@ -1,6 +1,7 @@
 """How does a network grok? The paper's study on addition mod 113, with the statistics and controls that it lacks.
 
-python experiments/grokking/run.py [--seeds 43 44 45] [--steps 2000] [--queries 64] [--parts train credit similarity progress] [--small]
+python experiments/grokking/run.py [--seeds 43 44 45] [--steps 2000] [--queries 64] [--sample 64] [--small]
+                                   [--parts train credit similarity progress operations grokfast]
 
 Every training, ledger and table is kept in --out and not made again: what was interrupted goes on. Prints tables and writes results.json
 and figures. --small is a small prime for a few steps, a try of the whole in less than a minute.
@@ -152,7 +153,7 @@ class Study(Material):
             for seed in range(self.given.filtered):
                 run = self.trained(f"grokfast-{name}-{seed}", seed, *FILTERS[name], of=MOD53)
                 asked, sample = self.sampled(run)
-                ledger = self.ledger(run, "shares", **asked)
+                ledger = self.ledger(run, f"seen.{self.given.queries}.{self.given.sample}", **asked)
                 self.found.setdefault("grokfast_checks", {})[f"{name} {seed}"] = _checks(ledger)
                 arrived = self.found["grokfast"][name][seed]["val_at"] or run.steps
                 figures[name, seed] = grokfast.of_ledger(ledger, sample, arrived, PHASES)
@@ -227,9 +228,9 @@ def filled(given: argparse.Namespace) -> argparse.Namespace:
     given.steps = given.steps or (40 if given.small else 2000)
     given.queries = given.queries or (12 if given.small else 64)
     given.sample = given.sample or (40 if given.small else 64)
-    given.races = given.races or (2 if given.small else 5)
-    given.filtered = given.filtered or (2 if given.small else 3)
-    given.short = given.short or (40 if given.small else 1500)
+    given.races = given.races or (1 if given.small else 5)
+    given.filtered = given.filtered or (1 if given.small else 3)
+    given.short = given.short or (20 if given.small else 1500)
     return given
 
 
