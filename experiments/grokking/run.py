@@ -14,6 +14,7 @@ from typing import Any
 
 import grokfast
 import numpy as np
+import telling
 from drawing import cosine_figure, progress_figure, shares_figure
 from material import MOD53, Material
 from matplotlib.figure import Figure
@@ -26,7 +27,7 @@ from explaind.analysis.analyse import curve_table
 from explaind.analysis.credit import balance, layer_shares, sampling_error
 from explaind.analysis.progress import key_frequencies, progress
 from explaind.analysis.table import Table, stacked
-from explaind.kernel.groups import grouping
+from explaind.kernel.groups import REST, grouping
 
 LOOKS = (200, 250, 500, 1100, 1900)
 """The steps at which the paper draws its cosine matrices."""
@@ -70,7 +71,8 @@ class Study(Material):
             }
         self.found["checks"] = [{"seed": seed, **_checks(ledger)} for seed, ledger in ledgers.items()]
         self._table(stacked(list(shares.values()), seed=list(shares)))
-        self._table(stacked([balance(ledger) for ledger in ledgers.values()], seed=list(ledgers)))
+        balances = {seed: balance(ledger) for seed, ledger in ledgers.items()}
+        self._table(stacked(list(balances.values()), seed=list(balances)))
         preferred = {seed: of_phases.boundaries(of_phases.phases(table)).tolist() for seed, table in shares.items()}
         cut = {seed: of_phases.phases(table, PHASES) for seed, table in shares.items()}
         self._table(stacked(list(cut.values()), seed=list(cut)))
@@ -82,15 +84,17 @@ class Study(Material):
             agreed = of_phases.agreement(list(cut.values()), lengths)
             self._table(agreed)
             self.found["phase_agreement"] = {name: agreed[name].tolist() for name in agreed.columns}
-        for row in self.found["phases"]:
-            print(f"seed {row['seed']}: phases begin at {row['begin']}; by the criterion at {row['preferred']}", flush=True)
+        self._told("credit", telling.credit(shares, balances, {row["seed"]: row["begin"] for row in self.found["phases"]}))
+        self._told("phases", telling.phases(self.found["phases"], lengths))
         self._figure("layer_shares", shares_figure(shares))
 
     def similarity(self) -> None:
         """Which validation sums are learned in the same way, and whether that is periodic at the network's own frequencies."""
         names = [layer.name for layer in next(iter(self.runs.values())).manifest.layers]
         made = grouping("layer", self.task.layer_groups(), names)
-        groups = {group: [name for name, at in zip(names, made.of, strict=True) if at == i] for i, group in enumerate(made.names)}
+        groups = {
+            group: [name for name, at in zip(names, made.of, strict=True) if at == i] for i, group in enumerate(made.names) if group != REST
+        }
         data = self.task.data("val")
         classes = np.array([int(data[i][1]) for i in range(self.given.queries)])
         self.found["similarity"] = []
@@ -117,10 +121,8 @@ class Study(Material):
                 for group in groups
             }
             self._figure(f"cosines-{seed}", cosine_figure(matrices, looks, list(groups)))
-            last = [row for row in self.found["similarity"] if row["seed"] == seed and row["step"] == looks[-1]]
-            print(
-                f"seed {seed}: key frequencies {frequencies}; p-values at {looks[-1]}: {[row.get('p_value') for row in last]}", flush=True
-            )
+            print(f"seed {seed}: key frequencies {frequencies}", flush=True)
+        self._told("similarity", telling.similarity(self.found["similarity"]))
 
     def progress(self) -> None:
         """Restricted and excluded loss, sparsity in frequency, and the norm of the weights, along each run."""
@@ -158,7 +160,7 @@ class Study(Material):
                 arrived = self.found["grokfast"][name][seed]["val_at"] or run.steps
                 figures[name, seed] = grokfast.of_ledger(ledger, sample, arrived, PHASES)
         self.found["grokfast_ledgers"] = [{"filter": name, "seed": seed, **row} for (name, seed), row in figures.items()]
-        print(grokfast.text(grokfast.told(figures)), flush=True)
+        self._told("grokfast", grokfast.text(grokfast.told(figures)))
 
     def write(self) -> Path:
         """Everything that was found."""
@@ -169,6 +171,9 @@ class Study(Material):
 
     def _table(self, table: Table) -> None:
         table.write(self.out / "tables")
+
+    def _told(self, name: str, text: str) -> None:
+        print(telling.kept(self.out / "tables", name, text), flush=True)
 
     def _figure(self, name: str, figure: Figure) -> None:
         (self.out / "figures").mkdir(parents=True, exist_ok=True)
@@ -191,8 +196,10 @@ def _milestones(table: Table) -> dict[str, Any]:
 
 
 def _checks(ledger: explaind.Ledger) -> dict[str, float]:
-    maxima = ledger.verify().maxima
-    return {name: float(maxima[name]) for name in ("closure", "path_share", "arithmetic_share", "replay_error")}
+    """The worst query's, and how much of the movement of all queries the path rule missed."""
+    maxima, sizes = ledger.verify().maxima, ledger.checks.by_step.sum(0)
+    found = {name: float(maxima[name]) for name in ("closure", "path_share", "arithmetic_share", "replay_error")}
+    return {**found, "missed": float(sizes[1] / sizes[0])}
 
 
 def _flat(table: Table, p: int) -> dict[str, Any]:

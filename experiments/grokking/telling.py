@@ -1,0 +1,78 @@
+"""The tables of the README, as Markdown: median [least, most] over seeds where a row is of several."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from explaind.analysis.table import Table
+from explaind.kernel.groups import REST
+
+
+def middle(values: Sequence[float], digits: int) -> str:
+    """Median [least, most]."""
+    return f"{np.median(values):.{digits}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows))
+
+
+def kept(folder: Path, name: str, text: str) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.md").write_text(text + "\n")
+    return text
+
+
+def credit(shares: Mapping[int, Table], balances: Mapping[int, Table], begins: Mapping[int, Sequence[int]]) -> str:
+    """Shares of each layer in each phase, and what data and decay did through it in all: one row a layer."""
+    layers = [layer for layer in dict.fromkeys(next(iter(shares.values()))["layer"].tolist()) if layer != REST]
+    phases = 1 + len(next(iter(begins.values())))
+    rows = []
+    for layer in layers:
+        row = [layer]
+        for phase in range(phases):
+            found = []
+            for seed, table in shares.items():
+                cuts = [0, *begins[seed], np.inf]
+                inside = (table["step"] >= cuts[phase]) & (table["step"] < cuts[phase + 1])
+                found.append(table["absolute"][inside & (table["layer"] == layer)].sum() / table["absolute"][inside].sum())
+            row.append(middle(found, 2))
+        row += [middle([float(table.where(layer=layer)[name].sum()) for table in balances.values()], 1) for name in ("data", "decay")]
+        rows.append(row)
+    sums = [middle([float(table[name].sum()) for table in balances.values()], 1) for name in ("data", "decay")]
+    head = ["layer", *(f"share, phase {phase + 1}" for phase in range(phases)), "Σ data, nats", "Σ decay, nats"]
+    return markdown(head, [*rows, ["all", *([""] * phases), *sums]])
+
+
+def phases(rows: Sequence[Mapping[str, Any]], lengths: Sequence[int]) -> str:
+    """Where phases begin, also as parts of the steps to a validation accuracy of 0.95: one row a seed."""
+    return markdown(
+        ["seed", "validation 0.95 at", "phases begin at", "as part of that", "number of phases by BIC"],
+        [
+            [
+                row["seed"],
+                length,
+                ", ".join(map(str, row["begin"])),
+                ", ".join(f"{at / length:.2f}" for at in row["begin"]),
+                len(row["preferred"]) + 1,
+            ]
+            for row, length in zip(rows, lengths, strict=True)
+        ],
+    )
+
+
+def similarity(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Excess at the key frequencies in standard deviations of the shuffled labels, and p-values; a cell has all seeds."""
+    steps, layers = (list(dict.fromkeys(row[axis] for row in rows)) for axis in ("step", "layer"))
+    cells = {(row["layer"], row["step"], row["seed"]): row for row in rows if "p_value" in row}
+    seeds = list(dict.fromkeys(row["seed"] for row in rows))
+
+    def cell(layer: str, step: int) -> str:
+        found = [cells.get((layer, step, seed)) for seed in seeds]
+        z = ", ".join("–" if row is None else f"{row['excess'] / row['null_sd']:.1f}" for row in found)
+        p = ", ".join("–" if row is None else f"{row['p_value']:.3f}" for row in found)
+        return f"{z} (p {p})"
+
+    return markdown(["layer", *(f"step {step}" for step in steps)], [[layer, *(cell(layer, step) for step in steps)] for layer in layers])
