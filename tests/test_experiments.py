@@ -114,6 +114,10 @@ def test_the_grokking_study_runs_from_end_to_end_and_goes_on(tmp_path, monkeypat
     assert 0 < found["sampling_error"]["root_mean_square"] <= found["sampling_error"]["most"] < 0.1
     assert all(missed < 0.01 for missed in found["scores_missed"].values())
     of_sums(tmp_path, found)
+    for name in ("training", "credit", "phases", "similarity", "progress", "grokfast"):  # the tables of the README
+        text = (tmp_path / "tables" / f"{name}.md").read_text()
+        assert text in printed
+        assert text.count("\n| ") >= 3
     for name in study.OPERATIONS:
         assert [race["taken"] for race in found["operations"][name]] == [40]
         assert f"{name}: training accuracy 1 at" in printed

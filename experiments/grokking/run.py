@@ -54,8 +54,7 @@ class Study(Material):
         }
         self.found["no_decay"] = [{"seed": seed, "val_accuracy_most": float(t["val_accuracy"].max())} for seed, t in still.items()]
         self._table(stacked(list(curves.values()), seed=list(curves)))
-        for row, control in zip(self.found["training"], self.found["no_decay"], strict=True):
-            print(f"seed {row['seed']}: {row}; without decay validation never above {control['val_accuracy_most']:.3f}", flush=True)
+        self._told("training", telling.training(self.found["training"], self.found["no_decay"]))
 
     def credit(self) -> None:
         """Shares of the layers, the balance of data and decay, and the phases, in the applied view."""
@@ -130,9 +129,8 @@ class Study(Material):
         whole = stacked(list(tables.values()), seed=list(tables))
         self._table(whole)
         self.found["progress"] = [{"seed": seed, **_flat(table, self.task.p)} for seed, table in tables.items()]
-        for row in self.found["progress"]:
-            told = ", ".join(f"{name} {row[name][0]:.2f} → {row[name][1]:.2f}" for name in ("val_loss", "excluded", "excluded_difference"))
-            print(f"seed {row['seed']}, steps {row['from']} to {row['until']}: {told}", flush=True)
+        keys = {seed: key_frequencies(run, self.task) for seed, run in self.runs.items()}
+        self._told("progress", telling.progress(self.found["progress"], keys))
         self._figure("progress", progress_figure(tables))
 
     def operations(self) -> None:

@@ -25,6 +25,26 @@ def kept(folder: Path, name: str, text: str) -> str:
     return text
 
 
+def training(rows: Sequence[Mapping[str, Any]], controls: Sequence[Mapping[str, Any]]) -> str:
+    """When each seed knew what, and the most that it validated without decay: one row a seed."""
+    names = ("train_1_at", "val_0.95_at", "val_1_at")
+    head = ["seed", "training accuracy 1", "validation 0.95", "validation 1", "the same without decay: validation never above"]
+    both = zip(rows, controls, strict=True)
+    return markdown(head, [[r["seed"], *("–" if r[n] is None else r[n] for n in names), f"{c['val_accuracy_most']:.3f}"] for r, c in both])
+
+
+def progress(rows: Sequence[Mapping[str, Any]], keys: Mapping[int, Table]) -> str:
+    """Losses while validation guessed, and the key frequencies at the end: one row a seed."""
+    found = []
+    for row in rows:
+        table = keys[row["seed"]].where(key=True)
+        told = ", ".join(f"{k} ({share:.2f})" for k, share in zip(table["frequency"], table["neurons"], strict=True))
+        spans = [f"{row[n][0]:.2f} → {row[n][1]:.2f}" for n in ("val_loss", "excluded", "excluded_difference", "restricted")]
+        found.append([row["seed"], f"{row['from']} → {row['until']}", told or "none", *spans])
+    head = ["seed", "steps", "key frequencies (share of neurons)", "validation loss", "excluded", "control", "restricted"]
+    return markdown(head, found)
+
+
 def credit(shares: Mapping[int, Table], balances: Mapping[int, Table], begins: Mapping[int, Sequence[int]]) -> str:
     """Shares of each layer in each phase, and what data and decay did through it in all: one row a layer."""
     layers = [layer for layer in dict.fromkeys(next(iter(shares.values()))["layer"].tolist()) if layer != REST]
