@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import explaind
+from explaind.errors import RequestError
 
 FOLDER = Path(__file__).parents[1] / "experiments"
 
@@ -114,22 +115,30 @@ def test_the_grokking_study_runs_from_end_to_end_and_goes_on(tmp_path, monkeypat
     assert 0 < found["sampling_error"]["root_mean_square"] <= found["sampling_error"]["most"] < 0.1
     assert all(missed < 0.01 for missed in found["scores_missed"].values())
     of_sums(tmp_path, found)
-    for name in ("training", "credit", "phases", "similarity", "progress", "grokfast"):  # the tables of the README
+    for name in (
+        "training",
+        "credit",
+        "phases",
+        "similarity",
+        "progress",
+        "operations",
+        "grokfast",
+        "filtered",
+    ):  # the tables of the README
         text = (tmp_path / "tables" / f"{name}.md").read_text()
         assert text in printed
         assert text.count("\n| ") >= 3
     for name in study.OPERATIONS:
         assert [race["taken"] for race in found["operations"][name]] == [40]
-        assert f"{name}: training accuracy 1 at" in printed
     assert set(found["grokfast"]) == set(study.FILTERS)
-    assert [(row["filter"], row["seed"]) for row in found["grokfast_ledgers"]] == [("none", 0), ("EMA", 0)]
-    for row in found["grokfast_ledgers"]:
+    assert [(row["filter"], row["seed"]) for row in found["filtered"]] == [("none", 0), ("EMA", 0)]
+    for row in found["filtered"]:
         assert abs(sum(row["shares"].values()) - 1) <= 1e-12
         assert abs(row["initial"] + row["data"] + row["decay"] - row["final"]) <= 0.01 * abs(row["final"] - row["initial"])  # the path row
     kinds = ("seed-*/**/commit.json", "grokfast-*/**/commit.json", "**/scores.npz", "races/*.json")
     times = {p: p.stat().st_mtime_ns for kind in kinds for p in tmp_path.glob(kind)}
     assert len(times) == 2 * 2 + 2 * 2 + 2 + (len(study.OPERATIONS) + len(study.FILTERS) - 1)  # runs and ledgers; mod53 races once
-    assert results("credit", "similarity", "grokfast") == found
+    assert results("credit", "similarity", "filtered") == found
     assert times == {p: p.stat().st_mtime_ns for kind in kinds for p in tmp_path.glob(kind)}
 
 
@@ -168,6 +177,17 @@ def test_the_transplant_study_runs_from_end_to_end_and_in_shares(tmp_path, capsy
         assert found["swap"][side]["kl"][-1] == 0.0  # the last donor is the host
         assert (tmp_path / "figures" / f"{side}.png").exists()
     assert "middle layers kept" in capsys.readouterr().out
+    few = made("--last").patients("outer")  # controls of each donor at the last one alone
+    assert [(p.kind, p.donor) for p in few if p.seed == 0] == [
+        ("transplant", 20),
+        ("transplant", 40),
+        ("random", 20),
+        ("random", 40),
+        ("shuffled", 40),
+        ("whole", 40),
+    ]
+    with pytest.raises(RequestError, match="no memorisation phase"):
+        made("--last", "--kinds", "transplant", "memorised").patients("outer")
 
 
 def test_an_optimizer_of_ones_own_is_explained(tmp_path, monkeypatch, capsys):

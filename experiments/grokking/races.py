@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from telling import markdown
 from torch import nn
 from torch.utils.data import default_collate
 
@@ -86,14 +87,15 @@ def races(name: str, seeds: Sequence[int], folder: Path, overrides: Sequence[str
     return [raced(read(CONFIGS / f"{name}.toml", ["--train.seed", str(seed), *options]), folder) for seed in seeds]
 
 
-def told(found: Sequence[Race]) -> str:
-    """Over seeds, in words: how many arrived, and median [least, most] of the steps; what did not arrive counts as more than all."""
-    steps, learned = (
-        np.array([np.inf if at is None else at for at in ats]) for ats in zip(*((r.val_at, r.train_1_at) for r in found), strict=True)
-    )
-    spans = [f"{np.median(v):.0f} [{v.min():.0f}, {v.max():.0f}]" for v in (learned, steps)]
-    best = [race.val_best for race in found]
-    return (
-        f"training accuracy 1 at {spans[0]}, validation {AIM} at {spans[1]}, reached by {np.isfinite(steps).sum()} of {len(found)}; "
-        f"best validation accuracy {min(best):.3f} to {max(best):.3f}"
-    )
+def table(found: Mapping[str, Sequence[Race]]) -> str:
+    """Over seeds, as Markdown: median [least, most] of the steps, where what did not arrive counts as more than all; one row a kind."""
+    rows = []
+    for name, mine in found.items():
+        spans = []
+        for ats in ([race.train_1_at for race in mine], [race.val_at for race in mine]):
+            steps = np.array([np.inf if at is None else at for at in ats])
+            spans.append(" ".join(f"{np.median(steps):.0f} [{steps.min():.0f}, {steps.max():.0f}]".replace("inf", "–").split()))
+        arrived, best = sum(race.val_at is not None for race in mine), [race.val_best for race in mine]
+        rows.append([name, *spans, f"{arrived} of {len(mine)}", max(race.taken for race in mine), f"{min(best):.3f} … {max(best):.3f}"])
+    head = ["", "training accuracy 1 at", f"validation {AIM} at", "reached by", "longest training", "best validation accuracy"]
+    return markdown(head, rows)

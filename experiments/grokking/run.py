@@ -1,7 +1,7 @@
 """How does a network grok? The paper's study on addition mod 113, with the statistics and controls that it lacks.
 
 python experiments/grokking/run.py [--seeds 43 44 45] [--steps 2000] [--queries 64] [--sample 64] [--small]
-                                   [--parts train credit similarity progress operations grokfast]
+                                   [--parts train credit similarity progress operations grokfast filtered]
 
 Every training, ledger and table is kept in --out and not made again: what was interrupted goes on. Prints tables and writes results.json
 and figures. --small is a small prime for a few steps, a try of the whole in less than a minute.
@@ -9,6 +9,7 @@ and figures. --small is a small prime for a few steps, a try of the whole in les
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ import telling
 from drawing import cosine_figure, progress_figure, shares_figure
 from material import MOD53, Material
 from matplotlib.figure import Figure
-from races import FILTERS, OPERATIONS, races, told
+from races import FILTERS, OPERATIONS, Race, races
+from races import table as race_table
 
 import explaind
 from explaind.analysis import phases as of_phases
@@ -33,7 +35,7 @@ LOOKS = (200, 250, 500, 1100, 1900)
 """The steps at which the paper draws its cosine matrices."""
 PHASES = 3
 """What the paper reports; the number that the criterion prefers is written beside it."""
-PARTS = ("train", "credit", "similarity", "progress", "operations", "grokfast")
+PARTS = ("train", "credit", "similarity", "progress", "operations", "grokfast", "filtered")
 LEDGERS = ("none", "EMA")
 """The filters whose ledgers are compared; that of a moving mean would want a costate for each of its hundred slots."""
 
@@ -135,30 +137,32 @@ class Study(Material):
 
     def operations(self) -> None:
         """Do other operations than addition grok?"""
-        self.found["operations"] = {}
-        for name in OPERATIONS:
-            found = races(name, range(self.given.races), self.out / "races", small=self.given.small)
-            self.found["operations"][name] = [vars(race) for race in found]
-            print(f"{name}: {told(found)}", flush=True)
+        found = {name: self._races(name) for name in OPERATIONS}
+        self.found["operations"] = {name: [vars(race) for race in mine] for name, mine in found.items()}
+        self._told("operations", race_table(found))
 
     def grokfast(self) -> None:
-        """How much sooner does a network generalise behind Grokfast, and what changes in its ledger?"""
-        self.found["grokfast"] = {}
-        for name, overrides in FILTERS.items():
-            found = races("mod53", range(self.given.races), self.out / "races", overrides, self.given.small)
-            self.found["grokfast"][name] = [vars(race) for race in found]
-            print(f"Grokfast {name}: {told(found)}", flush=True)
+        """How much sooner does a network generalise behind Grokfast?"""
+        found = {name: self._races("mod53", overrides) for name, overrides in FILTERS.items()}
+        self.found["grokfast"] = {name: [vars(race) for race in mine] for name, mine in found.items()}
+        self._told("grokfast", race_table(found))
+
+    def filtered(self) -> None:
+        """What changes in the ledger behind Grokfast, seed by seed."""
         figures = {}
+        self.found["filtered_checks"] = []
         for name in LEDGERS:
-            for seed in range(self.given.filtered):
+            for seed, race in enumerate(self._races("mod53", FILTERS[name])[: self.given.filtered]):
                 run = self.trained(f"grokfast-{name}-{seed}", seed, *FILTERS[name], of=MOD53)
                 asked, sample = self.sampled(run)
                 ledger = self.ledger(run, f"seen.{self.given.queries}.{self.given.sample}", **asked)
-                self.found.setdefault("grokfast_checks", {})[f"{name} {seed}"] = _checks(ledger)
-                arrived = self.found["grokfast"][name][seed]["val_at"] or run.steps
-                figures[name, seed] = grokfast.of_ledger(ledger, sample, arrived, PHASES)
-        self.found["grokfast_ledgers"] = [{"filter": name, "seed": seed, **row} for (name, seed), row in figures.items()]
-        self._told("grokfast", grokfast.text(grokfast.told(figures)))
+                self.found["filtered_checks"].append({"filter": name, "seed": seed, **_checks(ledger)})
+                figures[name, seed] = grokfast.of_ledger(ledger, sample, race.val_at or run.steps, PHASES)
+        self.found["filtered"] = [{"filter": name, "seed": seed, **row} for (name, seed), row in figures.items()]
+        self._told("filtered", grokfast.text(grokfast.told(figures)))
+
+    def _races(self, name: str, overrides: Sequence[str] = ()) -> list[Race]:
+        return races(name, range(self.given.races), self.out / "races", overrides, self.given.small)
 
     def write(self) -> Path:
         """Everything that was found."""
@@ -219,7 +223,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--queries", type=int)
     parser.add_argument("--sample", type=int, help="training examples of which the part credit takes sizes; the others are told together")
     parser.add_argument("--races", type=int, help="seeds of the parts operations and grokfast")
-    parser.add_argument("--filtered", type=int, help="seeds whose ledgers the part grokfast compares")
+    parser.add_argument("--filtered", type=int, help="seeds whose ledgers the part filtered compares")
     parser.add_argument("--short", type=int, help="steps of these")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--device", default="cpu")
