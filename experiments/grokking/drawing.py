@@ -15,6 +15,8 @@ def shares_figure(tables: dict[int, Table]) -> Figure:
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for column, layer in enumerate(layers):
+        if not values[:, :, column].any():  # such as a table of positions that nothing reads
+            continue
         axes.plot(steps, values[:, :, column].mean(0), color=f"C{column}", label=layer)
         axes.fill_between(steps, values[:, :, column].min(0), values[:, :, column].max(0), color=f"C{column}", alpha=0.15)
     axes.set(xlabel="step", ylabel="share of Σ |data|", title=f"Share of the credit by layer: mean and range of {len(tables)} seeds")
