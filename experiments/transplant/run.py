@@ -44,7 +44,7 @@ class Study:
         self.bench = Bench(self.run)
         self.donors = list(range(given.every, self.run.steps + 1, given.every))
         self.training = Training(given.steps or self.run.steps, every=5 if given.small else 10)
-        self.sides = {side: layers_named(self.run, self.bench.task, groups) for side, groups in SIDES.items()}
+        self.sides = {side: layers_named(self.run, self.bench.task, groups) for side, groups in SIDES.items() if side in given.sides}
         self.found: dict[str, Any] = {"donors": self.donors, "seeds": given.seeds, "fresh": given.fresh, "steps": self.training.steps}
 
     def patients(self, side: str) -> list[Patient]:
@@ -123,6 +123,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, help="of a training, at most; by default as many as the run's")
     parser.add_argument("--fresh", default="normal:0.1", help="how the other layers are drawn: normal:SCALE (the paper: 0.1) or init")
     parser.add_argument("--kinds", nargs="+", choices=ALL_KINDS, default=list(KINDS))
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="which side is kept")
     parser.add_argument("--last", action="store_true", help="controls at the last donor alone, but for random; memorised may be asked for")
     parser.add_argument("--share")
     parser.add_argument("--small", action="store_true", help="a small prime and few steps, for a try")
