@@ -95,7 +95,13 @@ def sampled_ledger(
                 booked.book(step, s // windows, mean, change[s], path, str(recipe), memories.moved(step, mean))
                 progress(s + 1, run.steps)
     settings = {"run": str(run.path), "keep": list(DIMS["data"]), "view": "applied", "windows": windows, "rule": chosen.name, "tol": tol}
-    settings |= {"dtype": str(dtype).removeprefix("torch."), "steps": run.steps, "rounding": run.rounding, "sample": memories.ids.tolist()}
+    settings |= {
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": str(target),
+        "steps": run.steps,
+        "rounding": run.rounding,
+        "sample": memories.ids.tolist(),
+    }
     settings |= {"model": model_name(model), "recorded_model": run.manifest.model}
     return booked.ledger(values, memories.ids, windows, settings)
 
