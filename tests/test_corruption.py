@@ -12,6 +12,7 @@ from hypothesis import strategies as some
 import explaind
 from explaind.errors import ExplaindError
 from explaind.store.checksums import text_checksum
+from explaind.store.repair import Repair, repair
 from tests import cases
 
 
@@ -121,6 +122,15 @@ def test_a_marker_of_an_earlier_moment_is_told(run, tmp_path):
     edit(tmp_path / "run" / "commit.json", lambda commit: (commit.update(steps=4, complete=False), sealed(commit)))
     [told] = explaind.open(tmp_path / "run").damage()
     assert told.startswith("3 steps stand behind those that the commit marker tells of")
+    assert repair(tmp_path / "run") == Repair(before=4, after=4, regained=0, lost=3)
+    assert explaind.open(tmp_path / "run").damage() == []
+
+
+def test_a_marker_of_the_very_beginning_leaves_the_first_state(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    edit(tmp_path / "run" / "commit.json", lambda commit: (commit.update(steps=0, complete=False), sealed(commit)))
+    assert repair(tmp_path / "run") == Repair(before=0, after=0, regained=0, lost=7)
+    assert explaind.open(tmp_path / "run").damage() == []
 
 
 def test_another_fill_of_what_was_never_written_is_refused(run, tmp_path):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import explaind
-from explaind.errors import RecordError, RuleError, StoreError
+from explaind.errors import ExplaindError, RecordError, RuleError, StoreError
 from tests import cases
 from tests.closeness import same
 
@@ -144,6 +144,24 @@ def test_a_path_in_use_is_refused_and_overwrite_replaces_a_run_only(tmp_path):
     with pytest.raises(StoreError, match="not a run"):
         explaind.record(optimizer, model, tmp_path / "precious", overwrite=True)
     assert (tmp_path / "precious" / "thesis.txt").exists()
+
+
+ASKED_FOR_NOTHING = [
+    {"gradients": "stroe"},
+    {"gradients": "store:"},
+    {"gradients": "store", "gradient_dtype": "int8"},
+    {"gradients": "store", "thin": 2},
+    {"thin": "x"},
+]
+
+
+@pytest.mark.parametrize("options", ASKED_FOR_NOTHING, ids=str)
+def test_overwrite_removes_nothing_where_the_recording_is_refused(options, tmp_path):
+    first = cases.recorded(tmp_path / "run")
+    model = cases.PLAIN.model()
+    with pytest.raises(ExplaindError):
+        explaind.record(torch.optim.SGD(model.parameters(), lr=0.1), model, tmp_path / "run", overwrite=True, **options)
+    assert (explaind.open(tmp_path / "run").identity, explaind.open(tmp_path / "run").damage()) == (first.identity, [])
 
 
 def test_a_refused_optimizer_leaves_no_folder(tmp_path):

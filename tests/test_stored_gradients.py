@@ -602,3 +602,18 @@ def test_the_budget_counts_what_a_run_has_that_goes_on(tmp_path):
     trained(model, tmp_path / "run", steps=1, gradients="store")
     with pytest.raises(RecordError, match=r"one more batch of 3 examples .* are written"):
         trained(model, tmp_path / "run", steps=1, gradients="store", gradient_budget=5 * 122 * 4, resume=True)
+
+
+@pytest.mark.parametrize("array", ["part", "checksum_gradient", "gradient"])
+def test_what_is_sound_before_a_damaged_chunk_stays(array, tmp_path, monkeypatch):
+    cases.shorten_blocks(monkeypatch)
+    run = stored(tmp_path / "run")
+    chunks = sorted(
+        (file for file in (run.path / array / "c").rglob("*") if file.is_file()),
+        key=lambda f: [int(n) for n in f.parts[f.parts.index("c") + 1 :]],
+    )
+    chunks[-1].write_bytes(b"not a chunk")
+    sound = explaind.open(run.path).sound()
+    assert 0 < sound < run.steps
+    assert repair(run.path).after == sound
+    assert explaind.open(run.path).damage() == []

@@ -54,6 +54,18 @@ def test_an_old_run_is_upgraded_and_all_that_was_recorded_stays(old, capsys):
     assert upgrade(old) == Upgraded(3, 3, 20)
 
 
+def test_an_upgrade_that_is_interrupted_is_made_again(old, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(schema, "extend", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            upgrade(old)
+    assert upgrade(old) == Upgraded(2, 3, 20)
+    assert explaind.open(old).damage() == []
+
+
 def test_an_upgraded_run_is_replayed_and_gone_on_with(old):
     upgrade(old)
     x = torch.randn(8, 3, generator=torch.Generator().manual_seed(1))

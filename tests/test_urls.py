@@ -205,6 +205,21 @@ def test_a_second_recorder_is_refused_on_this_machine_and_stops_the_first_from_a
     assert (run.steps, run.damage()) == (0, [])
 
 
+def test_a_recorder_that_is_too_late_overwrites_nothing(tmp_path):
+    """Nothing of the first recorder is committed yet when another machine records the same run to its end."""
+    loops = [cases.PLAIN.model() for _ in range(2)]
+    optimizers = [CASE.make(cases.trainable(model)) for model in loops]
+    first = explaind.record(optimizers[0], loops[0], "memory://b/run", data=cases.DATA)
+    cases.train(cases.PLAIN, loops[0], optimizers[0], CASE, first)
+    with explaind.record(optimizers[1], loops[1], "memory://b/run", data=cases.DATA, resume=True, spool=tmp_path / "other") as second:
+        cases.train(cases.PLAIN, loops[1], optimizers[1], CASE, second)
+    files = {name: location_of("memory://b/run").fs.cat_file(name) for name in location_of("memory://b/run").files()}
+    with pytest.raises(StoreError, match="somebody else is writing this run"):
+        first.close()
+    assert files == {name: location_of("memory://b/run").fs.cat_file(name) for name in location_of("memory://b/run").files()}
+    assert explaind.open("memory://b/run").damage() == []
+
+
 def test_a_run_that_is_removed_elsewhere_ends_its_recording(monkeypatch):
     cases.shorten_blocks(monkeypatch)
     model = cases.PLAIN.model()

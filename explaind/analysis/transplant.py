@@ -111,9 +111,9 @@ def memorising(bench: Bench, training: Training, fitted: float = 0.99) -> int:
 
 
 def configured(run: Run, training: Training, seed: int) -> Config:
-    """The run's own configuration with other steps, and a seed for its batches."""
+    """The run's own configuration with other steps, a seed for its batches, and no gradients of examples stored."""
     config = config_of(run)
-    return replace(config, train=replace(config.train, steps=training.steps, seed=seed))
+    return replace(config, train=replace(config.train, steps=training.steps, seed=seed, gradients="recompute"))
 
 
 def trained_on(

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from explaind.cli.terminal import FAILED, FINE, Json, Overrides, app, printed
-from explaind.config import Config, Decompose, bytes_of, read
+from explaind.config import Config, Decompose, read
 from explaind.errors import ExplaindError, RequestError
 from explaind.ledger.by_name import check_asked, config_of, diagnosed, measure_named
 from explaind.ledger.choices import choices
 from explaind.ledger.doctor import Diagnosis
-from explaind.ledger.trial import tried
+from explaind.ledger.trial import over_budget, tried
 from explaind.report.lines import doctor_lines, plan_lines
-from explaind.report.report import gradient_facts
 from explaind.store.location import location_of, size_of
 from explaind.store.reader import Run, open_run
 from explaind.tasks import load
@@ -76,16 +75,8 @@ def _tried(settings: Config) -> dict[str, Any]:
         except ExplaindError as error:
             return _facts(Diagnosis([str(error)], steps=steps))
         found = diagnosed(trial.run, settings.decompose, steps)
-        found.refused.extend(_over_budget(trial.run, settings, steps))
+        found.refused.extend(over_budget(trial.run, settings))
         return {**_facts(found), "disk": trial.disk(steps), "record_seconds": trial.seconds(steps)}
-
-
-def _over_budget(run: Run, settings: Config, steps: int) -> list[str]:
-    """Why the gradients of so many steps cannot be stored, from those that were."""
-    stored = gradient_facts(run)
-    need = 0 if stored is None else stored["bytes"] * steps // run.steps
-    budget = bytes_of(settings.train.gradient_budget, "train.gradient_budget")
-    return [f"the gradients of all examples would take {need} bytes, and train.gradient_budget is {budget}"] if need > budget else []
 
 
 def _facts(found: Diagnosis) -> dict[str, Any]:

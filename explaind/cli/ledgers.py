@@ -8,6 +8,7 @@ from explaind.cli.diagnosing import recommended
 from explaind.cli.studies import analysed, reported
 from explaind.cli.terminal import FAILED, FINE, Auto, Json, Overrides, Overwrite, Spool, app, ledgers_of, printed, progress, task_or_none
 from explaind.config import Config, Decompose, checked, read
+from explaind.errors import StoreError
 from explaind.ledger.by_name import check_asked, config_of, decompose_by_name, ledger_name, task_of, words_of_groups
 from explaind.ledger.parts import is_begun, shards_left
 from explaind.ledger.plan import shard_named
@@ -118,7 +119,7 @@ def decompose(
     windows
         Steps per entry of the step axis.
     products
-        How example gradients meet costates: auto, materialise, ghost or jvp; auto takes those that the run stores, if it does.
+        How example gradients meet costates: auto, materialise, ghost, jvp or stored; auto takes those that the run stores, if it does.
     closure
         none, or discrete-gradient to fold the path row into the others.
     budget
@@ -225,6 +226,8 @@ def _record(settings: Config, folder: Location, overwrite: bool) -> None:
 
 def _decompose(recorded: Run, asked: Decompose, name: str | None, overwrite: bool, shard: str | None = None) -> Location:
     """Decompose and save in the run's folder; an older ledger of that name stays until the new one is complete."""
+    if recorded.path.is_file():
+        raise StoreError("a run in a zip is only read", where=recorded.path, do="explaind import it first")
     path = recorded.path / "ledgers" / (name or ledger_name(task_of(recorded), asked))
     with progress("decomposing") as show:
         decompose_by_name(recorded, asked, show, save=path, overwrite=overwrite, shard=shard)

@@ -17,6 +17,7 @@ from explaind.kernel.resolution import resolution
 from explaind.ledger.decompose import Progress, decompose
 from explaind.ledger.doctor import Diagnosis, doctor
 from explaind.ledger.ledger import Ledger
+from explaind.ledger.sources import STORED
 from explaind.record.device import placed
 from explaind.store.location import Location, Where
 from explaind.store.reader import Run
@@ -115,6 +116,8 @@ def check_asked(config: Config) -> None:
     task, asked = load(config.task.name, config.task.options), config.decompose
     selection(task, asked.queries)
     measure_named(task, asked.measure)
+    if asked.products == STORED and config.train.gradients != "store":
+        raise RequestError("no gradients of examples will be stored", got=f"products = {STORED!r}", do='set train.gradients = "store"')
     path_rule(asked.rule, float(asked.tol))
     wanted = resolution(asked.keep, config.train.steps, asked.view, asked.windows)
     check_words(asked.groups)

@@ -10,7 +10,7 @@ from explaind.config import Config
 from explaind.errors import ExplaindError
 from explaind.ledger.by_name import diagnosed
 from explaind.ledger.doctor import Diagnosis
-from explaind.ledger.trial import TRIAL, Trial, tried
+from explaind.ledger.trial import TRIAL, Trial, over_budget, tried
 from explaind.record.thinning import spacing
 from explaind.replay.thin import ROOM
 from explaind.store.schema import CHOICES
@@ -57,6 +57,7 @@ def choices(settings: Config) -> tuple[Diagnosis, list[Choice]]:
         trials = [*full.values(), *([] if thin is None else [thin])]
         memory = max(trial.memory for trial in trials)
         found = diagnosed(full[CHOICES[0]].run, settings.decompose, steps)
+        found.refused.extend(over_budget(full[CHOICES[0]].run, settings))
         asked = _spacing(settings)
         out = []
         for codec, trial in full.items():

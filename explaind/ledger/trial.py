@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from explaind.config import Config
+from explaind.config import Config, bytes_of
 from explaind.store.reader import Run, open_run
 from explaind.store.sizes import foretold
 from explaind.tasks import load
@@ -50,6 +50,16 @@ def tried(settings: Config, path: Path) -> Trial:
     pauses = np.diff(ticks)
     step = float(np.median(pauses[1:] if len(pauses) > 1 else pauses))
     return Trial(open_run(path), max(0.0, float(pauses[0]) - step), step, end - ticks[-1], peak())
+
+
+def over_budget(run: Run, settings: Config) -> list[str]:
+    """Why the gradients of a whole training cannot be stored, from the steps that were; nothing where they can."""
+    if run.manifest.gradients is None:
+        return []
+    count, itemsize = int(run.gradient_checksums()[0].sum()), np.dtype(run.manifest.gradients).itemsize
+    need = count * run.manifest.params * itemsize * settings.train.steps // max(1, run.steps)
+    budget = bytes_of(settings.train.gradient_budget, "train.gradient_budget")
+    return [f"the gradients of all examples would take {need} bytes, and train.gradient_budget is {budget}"] if need > budget else []
 
 
 def peak() -> int:

@@ -60,6 +60,7 @@ class Recorder:
         precision: torch.dtype | None = None,
         thin: int | str | None = None,
         stored: Wanted | None = None,
+        overwrite: bool = False,
     ) -> None:
         self.path, self._reduction, self._config = path, reduction, config
         self._watched = Watched(optimizers, model, watch)
@@ -87,6 +88,8 @@ class Recorder:
         def begin() -> tuple[Writer, int]:
             if resume:
                 return resumed(path, self._manifest(block), self._watched, np.asarray(theta), prints)
+            if overwrite:
+                _make_way(path)
             momentum, preconditioner = (every is None and has for has in (self._watched.has_momentum, self._watched.has_frozen))
             manifest, constants = self._manifest(block), self._watched.constants()
             return writer_of(manifest)(path, manifest, theta, constants, prints, momentum, preconditioner, codec), 0
@@ -356,11 +359,6 @@ def record(
     _check_words(reduction, codec)
     asked = {"thin": thin, "gradient_filter": gradient_filter}
     folder, ranks = location_of(path, spool), ranks_of(model) if isinstance(model, nn.Module) else ALONE
-    if overwrite and ranks.first and folder.exists():
-        attributes = schema.open_group(folder, "run").attrs  # only ever remove what is a run,
-        spools.check_idle(folder)  # and is not being written
-        spools.forget(folder, attributes)
-        remove_tree(folder)
     compiled = hasattr(model, "_orig_mod")
     stored = wanted(gradients, gradient_dtype, gradient_budget, losses, steps, compiled, processes=ranks.size > 1, **asked)
     optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
@@ -372,7 +370,7 @@ def record(
         data,
         config,
         watch,
-        resume and folder.exists(),
+        resume and not overwrite and folder.exists(),
         gradient_filter,
         filtered,
         steps,
@@ -381,7 +379,17 @@ def record(
         precision,
         thin,
         stored,
+        overwrite,
     )
+
+
+def _make_way(folder: Location) -> None:
+    """Remove a run, once nothing is left that may be refused."""
+    if folder.exists():
+        attributes = schema.open_group(folder, "run").attrs  # only ever remove what is a run,
+        spools.check_idle(folder)  # and is not being written
+        spools.forget(folder, attributes)
+        remove_tree(folder)
 
 
 def _check_words(reduction: str, codec: str) -> None:

@@ -50,8 +50,8 @@ def wanted(
     **others: object,
 ) -> Wanted | None:
     """None where gradients are to be recomputed; RecordError for words that mean nothing, and for arguments that do not go together."""
-    kind, _, number = str(gradients).partition(":")
-    if kind not in ("recompute", "store") or (number and (kind, number.isdecimal()) != ("store", True)):
+    kind, colon, number = str(gradients).partition(":")
+    if kind not in ("recompute", "store") or (colon and (kind, number.isdecimal()) != ("store", True)):
         raise RecordError(
             "unknown way to have example gradients",
             expected="'recompute', 'store', or 'store:STEPS' with the number of steps to come",

@@ -48,12 +48,14 @@ def first_damaged(run: "Run") -> int | None:
     """The first step whose gradients are not what was recorded; None where there is none."""
     if run.manifest.gradients is None:
         return None
-    for step, (count, crc) in enumerate(zip(*run.gradient_checksums(), strict=True)):
+    for start in range(0, run.steps, run.manifest.block):
+        step = start
         try:
-            sound = checksum(run, step, int(count)) == int(crc)
+            for count, crc in zip(*run.gradient_checksums(start, min(start + run.manifest.block, run.steps)), strict=True):
+                if checksum(run, step, int(count)) != int(crc):
+                    return step
+                step += 1
         except StoreError:
-            sound = False
-        if not sound:
             return step
     return None
 

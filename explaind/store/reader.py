@@ -318,9 +318,9 @@ class Run:
         with reading("a chunk cannot be read", self.path / "gradient"):
             return rows_of(self._array("gradient"), step, start, stop, self.path / "gradient")
 
-    def gradient_checksums(self) -> tuple[np.ndarray, np.ndarray]:
-        """How many gradients of examples each step has, and their crc32: int64 and uint32 [step]."""
-        steps = slice(0, self.steps)
+    def gradient_checksums(self, start: int = 0, stop: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """How many gradients of examples steps [start, stop) have, by default all, and their crc32: int64 and uint32 [step]."""
+        steps = slice(start, self.steps if stop is None else stop)
         return (self._read("part", steps) >= 0).sum(1), self._read("checksum_gradient", steps)
 
     def _slots(self, rows: slice) -> list[np.ndarray]:
@@ -385,17 +385,17 @@ class Run:
     def damage(self) -> list[str]:
         """Where stored bytes are not what was recorded, in words; empty when every checksum holds."""
         self._kept.clear()
-        return [*damage(self), *self._forgotten()]
+        behind = self.forgotten()
+        older = f"{behind} steps stand behind those that the commit marker tells of, and there is no log: the marker is an older one"
+        return [*damage(self), *([older] if behind else [])]
 
-    def _forgotten(self) -> list[str]:
-        """What stands behind the committed steps is vouched for by the log of whoever wrote it, and goes when that one closes the run."""
+    def forgotten(self) -> int:
+        """Steps behind the committed ones that nobody vouches for: whoever writes them has a log, and takes them away when it ends."""
         log = log_of(self.path, self.attributes)  # at a URL that of another machine is not known
         if log is None or self.path.is_file() or has_log(log):
-            return []
+            return 0
         behind = self._array("checksum_step").shape[0] - self._read_commit()["steps"]  # which may be another one by now
-        if behind <= 0 or has_log(log):
-            return []
-        return [f"{behind} steps stand behind those that the commit marker tells of, and there is no log: the marker is an older one"]
+        return 0 if has_log(log) else max(0, behind)
 
 
 def _words(state: np.ndarray | None) -> np.ndarray | None:

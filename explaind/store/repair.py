@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass
 
 from explaind.errors import StoreError
+from explaind.store.damage import damage
 from explaind.store.location import Location, Where
 from explaind.store.reader import Run, open_run
 from explaind.store.thin import going_on
@@ -19,7 +20,7 @@ class Repair:
     regained: int
     """Steps that were taken from the log."""
     lost: int
-    """Steps that were cut off, from the first fault on."""
+    """Steps that were cut off, from the first fault on, or behind a commit marker that is an older one."""
 
 
 def repair(where: Where, spool: str | os.PathLike[str] | None = None) -> Repair:
@@ -32,14 +33,15 @@ def repair(where: Where, spool: str | os.PathLike[str] | None = None) -> Repair:
     if path.is_file():
         raise StoreError("a run in a zip is only read", where=path, do="explaind import it first")
     before, sound = run.steps, run.sound()
-    if sound == 0 and run.first(0).damage():
+    behind = run.forgotten()
+    if sound == 0 and damage(run.first(0)):
         raise StoreError("not even the first state of the run is sound", where=path, do="restore the run from a copy")
     logged = run.logged_behind(sound)
-    if sound == before and not logged:
+    if sound == before and not logged and not behind:
         return Repair(before, before, 0, 0)
     writer = going_on(path, run.manifest, run.first(sound).begun(sound), logged)
     writer.close(complete=False)
-    return Repair(before, sound + len(logged), len(logged), max(0, before - sound - len(logged)))
+    return Repair(before, sound + len(logged), len(logged), max(0, before - sound - len(logged)) + behind)
 
 
 def recovered(path: Location) -> Run:

@@ -192,7 +192,8 @@ def check_version(path: Location, kind: str, found: object) -> None:
     if found == want:
         return
     older = type(found) is int and found < want
-    again = f"explaind upgrade {path}" if kind == "run" else "decompose again"
+    folder = isinstance(path, Path) and not path.is_file()
+    again = "decompose again" if kind == "ledger" else f"explaind upgrade {path}" if folder else "upgrade a copy of it in a folder"
     do = again if older else "update explaind"
     raise StoreError(f"{'an older' if older else 'unknown'} schema version of a {kind}", where=path, expected=want, got=found, do=do)
 

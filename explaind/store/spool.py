@@ -68,8 +68,8 @@ def logged(place: Location, attributes: Mapping[str, Any]) -> list[Record]:
     return [] if log is None else tail.records(log)
 
 
-def commit(place: Location, marker: str, before: str | None) -> None:
-    """Replace the marker of a run; StoreError where one at a URL is not what this writer put there last, if it has."""
+def check_own(place: Location, before: str | None) -> None:
+    """StoreError where the marker of a run at a URL is not what this writer put there last, if it has."""
     if isinstance(place, Remote) and before is not None:
         try:
             same = (place / MARKER).read_bytes() == before.encode()
@@ -77,6 +77,11 @@ def commit(place: Location, marker: str, before: str | None) -> None:
             same = False
         if not same:
             raise StoreError("somebody else is writing this run", where=place, do="let one of you record to another URL")
+
+
+def commit(place: Location, marker: str, before: str | None) -> None:
+    """Replace the marker of a run; StoreError where it is not this writer's own."""
+    check_own(place, before)
     schema.replace_file(place / MARKER, marker)
 
 

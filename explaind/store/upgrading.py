@@ -42,12 +42,15 @@ def upgrade(path: Location) -> Upgraded:
 
     StoreError where it cannot be read, is being recorded, is in one file, or is of a schema that is not known.
     """
+    if isinstance(path, Path) and path.is_dir():
+        check_idle(path)
+    before = version = _version(path)
+    if version not in STEPS:
+        return Upgraded(before, before, open_run(path).steps)
     if not isinstance(path, Path):
         raise StoreError("a run at a URL is not upgraded", where=path, do="upgrade a copy of it in a folder, and put that there")
     if path.is_file():
         raise StoreError("a run in one file is not upgraded", where=path, do="import it with the explaind that wrote it, then upgrade it")
-    check_idle(path)
-    before = version = _version(path)
     while version in STEPS:
         with reading("the run cannot be upgraded", path):
             manifest = STEPS[version](path)
@@ -57,12 +60,12 @@ def upgrade(path: Location) -> Upgraded:
     return Upgraded(before, version, run.steps)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Location) -> dict[str, Any]:
     with reading("the run's attributes are damaged", path / "zarr.json"):
         return dict(json.loads(schema.read_file(path, "zarr.json")))
 
 
-def _version(path: Path) -> int:
+def _version(path: Location) -> int:
     if schema.kind_of(path) != "run":
         raise StoreError("only runs are upgraded", where=path, got=schema.kind_of(path), do="decompose again")
     found = _read(path)["attributes"]["explaind"].get("schema")
@@ -83,9 +86,12 @@ def _from_2(path: Path) -> Manifest:
     commit = json.loads(schema.read_file(path, "commit.json"))
     steps, complete, modes = commit["steps"], commit["complete"], [tuple(mode) for mode in commit["modes"]]
     group = zarr.open_group(path, mode="r+", zarr_format=3)
-    for name in (name for name in ("gap", "precision") if not (path / name / "zarr.json").exists()):
+    for name in ("gap", "precision"):
         column = columns(manifest)[name]  # zeros, which are its fill
-        schema.extend(schema.create_column(group, column, rows_of_chunk(column, manifest)), steps, column.shape)
+        if not (path / name / "zarr.json").exists():
+            schema.create_column(group, column, rows_of_chunk(column, manifest))
+        array = schema.growing(path)[name]
+        schema.extend(array, max(array.shape[0], steps), column.shape)
     constants = sorted((path / "constant").glob("*/zarr.json"))
     values = {file.parent.name: _values(group, f"constant/{file.parent.name}", manifest, path) for file in constants}
     prints = _values(group, "fingerprint", manifest, path) if (path / "fingerprint").exists() else None

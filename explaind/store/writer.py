@@ -5,6 +5,7 @@ training holds it up, a span later; nothing is lost or changes its order.
 """
 
 import json
+import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from explaind.store.checksums import constants_checksum, crc32, step_checksum, t
 from explaind.store.layout import columns, rows, rows_of_chunk
 from explaind.store.location import Location
 from explaind.store.manifest import Manifest
+from explaind.store.remote import Remote
 from explaind.store.row import StepRow, Vector, between
 from explaind.store.span import ANCHORED, Entry, Span, light, write_vectors
 from explaind.store.tail import Place, Record
@@ -87,6 +89,8 @@ class RunWriter:
         self.path, self.manifest, self.steps, self.closed = path, manifest, steps, False
         self._anchors, self._modes = anchors, modes
         self._marked: str | None = None
+        # At a URL nothing else tells the markers of two writers of the same training apart.
+        self._signed = {"writer": secrets.token_hex(8)} if isinstance(path, Remote) else {}
         self._number = steps // manifest.span
         self._writing: Future[None] | None = None
         self._thread = ThreadPoolExecutor(1, "explaind-writer")
@@ -237,6 +241,7 @@ class RunWriter:
 
     def _write(self, span: Span, end: bool = False, complete: bool = False) -> None:
         """Make chunks of a span, and commit it; end: with the parameters that its last step led to."""
+        spool.check_own(self.path, self._marked)  # what somebody else committed is not to be overwritten
         for name, values in span.values(self._columns).items():
             schema.append(self._columns[name], values, span.start)
         if end and "gradient" in self._columns:
@@ -257,12 +262,12 @@ class RunWriter:
         return span.start + len(states) - 1
 
     def _mark(self, steps: int, complete: bool, modes: Iterable[tuple[bool, ...]]) -> None:
-        marker = marker_of(steps, complete, modes, self._sums)
+        marker = marker_of(steps, complete, modes, self._sums, **self._signed)
         spool.commit(self.path, marker, self._marked)
         self._marked = marker
 
 
-def marker_of(steps: int, complete: bool, modes: Iterable[tuple[bool, ...]], sums: Mapping[str, int]) -> str:
+def marker_of(steps: int, complete: bool, modes: Iterable[tuple[bool, ...]], sums: Mapping[str, int], **more: str) -> str:
     """What says that so many steps of a run are whole on disk."""
-    told = {"steps": steps, "complete": complete, "modes": list(modes), "checksums": sums}
+    told = {"steps": steps, "complete": complete, "modes": list(modes), "checksums": sums, **more}
     return json.dumps({**told, "crc": text_checksum(told)})
