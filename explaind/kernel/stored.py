@@ -38,8 +38,8 @@ class StoredProducts(Products):
     def _chosen(self, theta: Tensor, part: Part, a: Tensor) -> Route:
         return ()
 
-    def _sums_first(self, part: Part, a: Tensor, groups: int) -> bool:
-        return 2 * groups <= len(part.ids)
+    def _crowded(self, part: Part, a: Tensor, groups: np.ndarray, members: np.ndarray) -> np.ndarray:
+        return groups if 2 * len(groups) <= len(part.ids) else groups[:0]
 
     def _of_groups(
         self, theta: Tensor, part: Part, a: Tensor, entries: np.ndarray, groups: np.ndarray, total: Tensor | None
