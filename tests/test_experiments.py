@@ -5,11 +5,14 @@ import importlib.util
 import json
 import subprocess
 import sys
+from math import nan
 from pathlib import Path
 
 import pytest
 
 import explaind
+from explaind.analysis.speedup import speedup
+from explaind.analysis.table import tabulated
 from explaind.errors import RequestError
 
 FOLDER = Path(__file__).parents[1] / "experiments"
@@ -153,7 +156,8 @@ def of_sums(folder, found):
         assert abs(rows - ledger["final"]).max() <= 1e-4  # float32
 
 
-def test_the_transplant_study_runs_from_end_to_end_and_in_shares(tmp_path, capsys):
+def test_the_transplant_study_runs_from_end_to_end_and_in_shares(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER / "transplant"))
     study = loaded("transplant")
 
     def made(*options):
@@ -176,7 +180,8 @@ def test_the_transplant_study_runs_from_end_to_end_and_in_shares(tmp_path, capsy
         assert set(table["kind"]) == {"transplant", "random", "shuffled", "whole"}
         assert found["swap"][side]["kl"][-1] == 0.0  # the last donor is the host
         assert (tmp_path / "figures" / f"{side}.png").exists()
-    assert "middle layers kept" in capsys.readouterr().out
+    assert "middle layers kept" in (printed := capsys.readouterr().out)
+    assert (tmp_path / "tables" / "middle.md").read_text() in printed
     few = made("--last").patients("outer")  # controls of each donor at the last one alone
     assert [(p.kind, p.donor) for p in few if p.seed == 0] == [
         ("transplant", 20),
@@ -188,6 +193,38 @@ def test_the_transplant_study_runs_from_end_to_end_and_in_shares(tmp_path, capsy
     ]
     with pytest.raises(RequestError, match="no memorisation phase"):
         made("--last", "--kinds", "transplant", "memorised").patients("outer")
+
+
+def test_the_cells_of_the_transplant_study_say_what_did_not_arrive(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER / "transplant"))
+    cells = importlib.import_module("cells")
+    steps = {
+        ("transplant", 10): [30, 50, nan],
+        ("transplant", 20): [10, 20, 40],
+        ("random", 10): [nan, 100, nan],
+        ("random", 20): [nan, 100, nan],
+    }
+    rows = [
+        {
+            "kind": kind,
+            "donor": donor,
+            "seed": seed,
+            "steps": found,
+            "taken": 200 if found != found else found,
+            "still": 60,
+            "val_accuracy": 0.5,
+        }
+        for (kind, donor), mine in steps.items()
+        for seed, found in enumerate(mine)
+    ]
+    table = tabulated("transplants", "", "", rows)
+    accuracies = {10: (0.2, 0.0), 20: (0.9, 0.1)}
+    first, second = cells.donors("outer", table, speedup(table), accuracies).splitlines()[2:]
+    # Seed by seed at least 200 / 30, just 100 / 50, and in the third neither arrived.
+    assert first == "| 10 | 0.20 / 0.00 | 50 [30, –] | ≥ 2.0 (0.0 … ∞) |"
+    assert second == "| 20 | 0.90 / 0.10 | 20 [10, 40] | ≥ 5.0 (5.0 … ∞) |"
+    assert cells.apart(table).splitlines()[2:] == ["| random |  | – [100, –] | 0.50, 0.50, 0.50 |"]
+    assert cells.together("outer", table, accuracies).splitlines()[2:] == ["| random | 3 of 3 | 0 of 3 |"]
 
 
 def test_an_optimizer_of_ones_own_is_explained(tmp_path, monkeypatch, capsys):

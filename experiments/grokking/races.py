@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from telling import markdown
 from torch import nn
 from torch.utils.data import default_collate
 
 from explaind.analysis.curves import evaluated
+from explaind.analysis.table import markdown
 from explaind.config import Config, read
 from explaind.store import schema
 from explaind.tasks import Task, load

@@ -6,17 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from explaind.analysis.table import Table
+from explaind.analysis.table import Table, markdown
 from explaind.kernel.groups import REST
 
 
 def middle(values: Sequence[float], digits: int) -> str:
     """Median [least, most]."""
     return f"{np.median(values):.{digits}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows))
 
 
 def kept(folder: Path, name: str, text: str) -> str:

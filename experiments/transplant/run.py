@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import cells
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -80,8 +81,20 @@ class Study:
             (self.out / "figures").mkdir(exist_ok=True)
             _figure(side, summed, table).savefig(self.out / "figures" / f"{side}.png", dpi=120)
             _print(side, summed, factors)
+            self._told(side, table, factors)
         (self.out / "results.json").write_text(json.dumps(self.found, indent=1))
         print(self.out / "results.json")
+
+    def _told(self, side: str, table: Table, factors: Table) -> None:
+        """The tables of the README: printed, and kept as Markdown."""
+        accuracies = dict[int, tuple[float, float]]()
+        for donor in self.donors:
+            found = self.bench.measured(self.run.theta(donor))
+            accuracies[donor] = found["train_accuracy"], found["val_accuracy"]
+        told = (cells.donors(side, table, factors, accuracies), cells.apart(table), cells.together(side, table, accuracies))
+        text = "\n\n".join(told)
+        (self.out / "tables" / f"{side}.md").write_text(text + "\n")
+        print(text, flush=True)
 
 
 def _figure(side: str, summed: Table, table: Table) -> Figure:

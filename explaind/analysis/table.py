@@ -88,6 +88,11 @@ def stacked(tables: Sequence[Table], **labels: Sequence[Any]) -> Table:
     return Table(first.name, first.formula, first.source, columns)
 
 
+def markdown(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table as Markdown, as the READMEs of the studies have them."""
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows))
+
+
 def _places(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The distinct values in the order in which they first come, and where each value stands among them."""
     names, first, inverse = np.unique(values, return_index=True, return_inverse=True)
