@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from explaind.kernel import contracting
 from explaind.kernel.contracting import used
 from tests.cases import normal
 from tests.closeness import algebra
@@ -33,6 +34,24 @@ def test_products_are_those_of_the_whole_matrices(name, route, finest):
     a = with_idle_neurons(asked.layout)
     want = asked.slow(a)
     algebra(asked.products(finest, route, a), want if finest == "layer" else want.sum(0, keepdim=True))
+
+
+@pytest.mark.parametrize("idle", [True, False])
+@pytest.mark.parametrize("name", TAKEN_APART)
+def test_blocks_of_gradients_add_up(name, idle, monkeypatch):
+    """Of a few rows of a gradient, and of a few examples, at once."""
+    for limit, value in {"BLOCK": 30, "DEEP": 2, "LINE": 2}.items():
+        monkeypatch.setattr(contracting, limit, value)
+    asked = Asked(name)
+    a = with_idle_neurons(asked.layout) if idle else normal(ROWS, asked.layout.params, seed=4)
+    algebra(asked.products("layer", "materialise", a), asked.slow(a))
+
+
+def test_rows_of_results_begin_at_whole_lines():
+    made = contracting.in_lines(torch.ones(1), 3, 5, 21)
+    assert made.shape == (3, 5, 21)
+    assert made.stride() == (5 * 32, 32, 1)
+    assert not made.any()
 
 
 def parts(found):
