@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.func import jvp
 
 from explaind.errors import RequestError
-from explaind.kernel.contracting import GATHERED, Contraction, Way
+from explaind.kernel.contracting import GATHERED, Contraction, Way, in_lines
 from explaind.kernel.factored import Rearranged
 from explaind.kernel.gradients import (
     CHUNK_BYTES,
@@ -278,7 +278,7 @@ class Products:
         if self.finest == "param":
             return torch.einsum("rp,ep->pre", a, gradients)
         if self.finest == "layer":
-            into = a.new_zeros(len(self.layout.groups), len(a), len(gradients))
+            into = in_lines(a, len(self.layout.groups), len(a), len(gradients))
             for group, cut in zip(self.layout.group, self.layout.slices, strict=True):
                 into[group].addmm_(a[:, cut], gradients[:, cut].T)
             return into

@@ -64,6 +64,8 @@ class Snapshot:
 
 def _add(into: Tensor, coefficient: Coefficient, rows: Tensor) -> Tensor:
     """into += coefficient · rows, without a number on its way to the device."""
+    if isinstance(coefficient, float) and coefficient == 0.0:
+        return into
     return into.addcmul_(coefficient, rows) if isinstance(coefficient, Tensor) else into.add_(rows, alpha=coefficient)
 
 
