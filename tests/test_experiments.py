@@ -29,8 +29,11 @@ def test_the_strongest_examples_of_a_digit_are_of_its_class(tmp_path):
     assert found["closure_max"] <= 1e-10
 
 
+FEW = ["--task.train_examples", "400", "--task.val_examples", "150", "--task.hidden", "32"]
+
+
 def test_flipped_labels_stand_out(tmp_path):
-    found = loaded("digits").flipped_labels(tmp_path / "run", seed=0, overrides=["--train.steps", "120"])
+    found = loaded("digits").flipped_labels(tmp_path / "run", seed=0, overrides=["--train.steps", "100", *FEW])
     assert found["raises_mean_held_out_loss"] >= 0.6
     assert found["lowers_own_loss"] >= 0.9
     assert found["training_loss"] >= 0.9
@@ -206,14 +209,13 @@ def test_killed_recordings_are_sound_and_go_on(tmp_path, monkeypatch, capsys):
 
 
 def test_killed_decompositions_go_on(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["run.py", "--what", "decompose", "--kills", "1", "--out", str(tmp_path / "store")])
+    monkeypatch.setattr(sys, "argv", ["run.py", "--what", "decompose", "--kills", "1", "--small", "--out", str(tmp_path / "store")])
     study = loaded("store")
     for module, name in ((study.recording, "TOGETHER"), (study.parts, "SECONDS"), (study.parts, "PATIENCE")):
         monkeypatch.setattr(module, name, getattr(module, name))  # put back afterwards
-    monkeypatch.setattr(study, "DECOMPOSED", 48)
     study.main()
     out = capsys.readouterr().out
-    assert "of 192: 0 corrupt" in out
+    assert "of 64: 0 corrupt" in out
     assert "1 ledgers bitwise the undisturbed one" in out
 
 

@@ -1,6 +1,6 @@
 """Is a recording, or a decomposition, that is killed ever corrupt, and what is lost?
 
-python experiments/store/run.py [--what record|decompose] [--kills 50] [--out runs/store]
+python experiments/store/run.py [--what record|decompose] [--kills 50] [--small] [--out runs/store]
 
 A training is recorded in a process of its own and killed with SIGKILL at a random moment. Its record is checked, resumed from
 the training's own checkpoint, run to the end, and compared bitwise with one that was not interrupted. Or a decomposition of some of
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,19 @@ from explaind.ledger import parts
 from explaind.record import recorder as recording
 
 STEPS = 400
-DECOMPOSED, QUERIES, MEMORY = 48, 12, 1_000_000
-"""Steps, queries, and bytes for some of them."""
+MEMORY = 1_000_000
+"""Bytes, for three queries at a time."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a decomposition."""
+
+    steps: int = 48
+    queries: int = 12
+
+
+SMALL = Size(32, 6)
 
 
 def data():
@@ -84,9 +96,9 @@ def kill_one(path: Path, rng: random.Random) -> int:
     return int(lines[-1]) if lines else 0
 
 
-def decomposed(run: Path, save: Path | None, progress: Callable[[int, int], None] | None = None) -> explaind.Ledger:
+def decomposed(size: Size, run: Path, save: Path | None, progress: Callable[[int, int], None] | None = None) -> explaind.Ledger:
     """Of some steps of a recording, in blocks of three queries."""
-    some, queries = explaind.open(run).first(DECOMPOSED), torch.randn(QUERIES, 20, generator=torch.Generator().manual_seed(2))
+    some, queries = explaind.open(run).first(size.steps), torch.randn(size.queries, 20, generator=torch.Generator().manual_seed(2))
     return explaind.decompose(
         some,
         Loop(run).model,
@@ -101,17 +113,18 @@ def decomposed(run: Path, save: Path | None, progress: Callable[[int, int], None
     )
 
 
-def decompose_child(run: Path, save: Path) -> None:
+def decompose_child(size: Size, run: Path, save: Path) -> None:
     """Tells of every step that it has swept."""
     print(0, flush=True)
-    decomposed(run, save, lambda done, total: print(done, flush=True))
+    decomposed(size, run, save, lambda done, total: print(done, flush=True))
 
 
-def kill_decompose(run: Path, save: Path, rng: random.Random, total: int) -> int:
+def kill_decompose(size: Size, run: Path, save: Path, rng: random.Random, total: int) -> int:
     """Steps that were swept when the child was killed: at a random one, and then a random part of one."""
     told, after = save.with_suffix(".told"), rng.randint(0, total)
     with told.open("w") as out:
-        child = subprocess.Popen([sys.executable, __file__, "--child", str(run), "--save", str(save)], stdout=out)
+        small = ["--small"] if size == SMALL else []
+        child = subprocess.Popen([sys.executable, __file__, "--child", str(run), "--save", str(save), *small], stdout=out)
         while len(told.read_text().splitlines()) <= after and child.poll() is None:
             time.sleep(0.001)
         time.sleep(rng.uniform(0.0, 0.02))
@@ -128,21 +141,21 @@ def alike(one: explaind.Ledger, other: explaind.Ledger) -> bool:
     return same and all(mine[name].tobytes() == theirs[name].tobytes() for mine, theirs in (arrays, checks) for name in mine)
 
 
-def decompositions(out: Path, kills: int) -> dict[str, Any]:
+def decompositions(out: Path, kills: int, size: Size) -> dict[str, Any]:
     """Each is killed once, looked at, and asked for again."""
     Loop(out / "whole").run()
-    want, rng, ticks = decomposed(out / "whole", None), random.Random(1), list[int]()
-    decomposed(out / "whole", out / "undisturbed", lambda done, total: ticks.append(total))
+    rng, ticks = random.Random(1), list[int]()
+    want = decomposed(size, out / "whole", None, lambda done, total: ticks.append(total))
     found: dict[str, Any] = {"kills": kills, "at": [], "of": ticks[-1], "corrupt": 0, "kept_work": 0, "finished": 0, "bitwise": 0}
     for index in range(kills):
         save = out / f"ledger-{index}"
-        at = kill_decompose(out / "whole", save, rng, ticks[-1])
+        at = kill_decompose(size, out / "whole", save, rng, ticks[-1])
         found["at"].append(at)
         whole = (save / "commit.json").exists()
         found["finished"] += whole
         found["corrupt"] += (whole and not alike(explaind.open_ledger(save), want)) or (save.exists() and not whole)
         found["kept_work"] += any((out / f".{save.name}.parts").glob("block-*"))
-        ledger = explaind.open_ledger(save) if whole else decomposed(out / "whole", save)
+        ledger = explaind.open_ledger(save) if whole else decomposed(size, out / "whole", save)
         found["bitwise"] += alike(ledger, want) and alike(explaind.open_ledger(save), want)
         found["corrupt"] += bool(list(out.glob(f".{save.name}.*"))) and not whole  # nothing is left beside it
         shutil.rmtree(save)
@@ -176,17 +189,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--what", choices=("record", "decompose"), default="record")
     parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--small", action="store_true", help="decompose fewer steps and queries, for a try")
     parser.add_argument("--out", type=Path, default=Path("runs/store"))
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--save", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     recording.TOGETHER = 1  # a commit every sixteen steps, of which there are many while a child lives
     parts.SECONDS = parts.PATIENCE = 0.0  # and a block on its way is saved between any two segments
+    size = SMALL if given.small else Size()
     if given.child:
-        return decompose_child(given.child, given.save) if given.save else Loop(given.child).run(tell=True)
+        return decompose_child(size, given.child, given.save) if given.save else Loop(given.child).run(tell=True)
     shutil.rmtree(given.out, ignore_errors=True)
     given.out.mkdir(parents=True)
-    found = (recordings if given.what == "record" else decompositions)(given.out, given.kills)
+    found = recordings(given.out, given.kills) if given.what == "record" else decompositions(given.out, given.kills, size)
     (given.out / "results.json").write_text(json.dumps(found, indent=1))
     at = f"{min(found['at'])} … {max(found['at'])}"
     if given.what == "record":
