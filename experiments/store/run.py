@@ -30,20 +30,24 @@ import explaind
 from explaind.ledger import parts
 from explaind.record import recorder as recording
 
-STEPS = 400
 MEMORY = 1_000_000
 """Bytes, for three queries at a time."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """Of a decomposition."""
+    """Steps of a recording and the seconds within which it is killed; steps and queries of a decomposition."""
 
+    recorded: int = 400
+    seconds: float = 1.5
     steps: int = 48
     queries: int = 12
 
+    def options(self) -> list[str]:
+        return ["--small"] if self == SMALL else []
 
-SMALL = Size(32, 6)
+
+SMALL = Size(160, 0.6, 32, 6)
 
 
 def data():
@@ -54,9 +58,9 @@ def data():
 class Loop:
     """A small training whose batches depend on the step alone, with a checkpoint every seven steps."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, size: Size) -> None:
         torch.manual_seed(0)
-        self.path, self.file, self.data = path, path.with_suffix(".pt"), data()
+        self.steps, self.path, self.file, self.data = size.recorded, path, path.with_suffix(".pt"), data()
         self.model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 4))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
 
@@ -68,7 +72,7 @@ class Loop:
 
     def run(self, tell: bool = False) -> None:
         with explaind.record(self.optimizer, self.model, self.path, data=self.data, resume=True) as recorder:
-            while recorder.steps < STEPS:
+            while recorder.steps < self.steps:
                 ids = (torch.arange(16) + 5 * recorder.steps) % len(self.data)
                 recorder.examples(ids)
                 self.optimizer.zero_grad()
@@ -82,14 +86,14 @@ class Loop:
                     self.file.with_suffix(".new").replace(self.file)
 
 
-def kill_one(path: Path, rng: random.Random) -> int:
+def kill_one(size: Size, path: Path, rng: random.Random) -> int:
     """Steps that the child had told of when it was killed."""
     told = path.with_suffix(".told")
     with told.open("w") as out:
-        child = subprocess.Popen([sys.executable, __file__, "--child", str(path)], stdout=out)
+        child = subprocess.Popen([sys.executable, __file__, "--child", str(path), *size.options()], stdout=out)
         while not told.stat().st_size and child.poll() is None:
             time.sleep(0.001)
-        time.sleep(rng.uniform(0.0, 1.5))
+        time.sleep(rng.uniform(0.0, size.seconds))
         child.send_signal(signal.SIGKILL)
         child.wait()
     lines = told.read_text().splitlines()
@@ -101,7 +105,7 @@ def decomposed(size: Size, run: Path, save: Path | None, progress: Callable[[int
     some, queries = explaind.open(run).first(size.steps), torch.randn(size.queries, 20, generator=torch.Generator().manual_seed(2))
     return explaind.decompose(
         some,
-        Loop(run).model,
+        Loop(run, size).model,
         data=data(),
         losses=lambda model, batch: F.cross_entropy(model(batch[0]), batch[1], reduction="none"),
         queries=queries,
@@ -123,8 +127,7 @@ def kill_decompose(size: Size, run: Path, save: Path, rng: random.Random, total:
     """Steps that were swept when the child was killed: at a random one, and then a random part of one."""
     told, after = save.with_suffix(".told"), rng.randint(0, total)
     with told.open("w") as out:
-        small = ["--small"] if size == SMALL else []
-        child = subprocess.Popen([sys.executable, __file__, "--child", str(run), "--save", str(save), *small], stdout=out)
+        child = subprocess.Popen([sys.executable, __file__, "--child", str(run), "--save", str(save), *size.options()], stdout=out)
         while len(told.read_text().splitlines()) <= after and child.poll() is None:
             time.sleep(0.001)
         time.sleep(rng.uniform(0.0, 0.02))
@@ -143,7 +146,7 @@ def alike(one: explaind.Ledger, other: explaind.Ledger) -> bool:
 
 def decompositions(out: Path, kills: int, size: Size) -> dict[str, Any]:
     """Each is killed once, looked at, and asked for again."""
-    Loop(out / "whole").run()
+    Loop(out / "whole", size).run()
     rng, ticks = random.Random(1), list[int]()
     want = decomposed(size, out / "whole", None, lambda done, total: ticks.append(total))
     found: dict[str, Any] = {"kills": kills, "at": [], "of": ticks[-1], "corrupt": 0, "kept_work": 0, "finished": 0, "bitwise": 0}
@@ -162,25 +165,25 @@ def decompositions(out: Path, kills: int, size: Size) -> dict[str, Any]:
     return found
 
 
-def recordings(out: Path, kills: int) -> dict[str, Any]:
+def recordings(out: Path, kills: int, size: Size) -> dict[str, Any]:
     """Each is killed once, checked, and run to its end."""
-    Loop(out / "whole").run()
-    want, rng = explaind.open(out / "whole").states(0, STEPS + 1), random.Random(0)
+    Loop(out / "whole", size).run()
+    want, rng = explaind.open(out / "whole").states(0, size.recorded + 1), random.Random(0)
     found: dict[str, Any] = {"kills": kills, "corrupt": 0, "phantom": 0, "lost": [], "at": [], "resumed_bitwise": 0}
     for index in range(kills):
         path = out / f"run-{index}"
-        told = kill_one(path, rng)
+        told = kill_one(size, path, rng)
         run = explaind.open(path)
         held = run.steps + run.logged
         found["at"].append(told)
         found["corrupt"] += bool(run.damage()) or not np.array_equal(run.states(0, run.steps + 1), want[: run.steps + 1])
         found["phantom"] += held > told + 1  # a step may be written before it is told of
         found["lost"].append(max(0, told - held))
-        loop = Loop(path)
+        loop = Loop(path, size)
         loop.load()
         loop.run()
         run = explaind.open(path)
-        found["resumed_bitwise"] += run.steps == STEPS and not run.damage() and np.array_equal(run.states(0, STEPS + 1), want)
+        found["resumed_bitwise"] += run.steps == size.recorded and not run.damage() and np.array_equal(run.states(0, run.steps + 1), want)
         shutil.rmtree(path)
     return found
 
@@ -189,7 +192,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--what", choices=("record", "decompose"), default="record")
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--small", action="store_true", help="decompose fewer steps and queries, for a try")
+    parser.add_argument("--small", action="store_true", help="fewer steps and queries, for a try")
     parser.add_argument("--out", type=Path, default=Path("runs/store"))
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--save", type=Path, help=argparse.SUPPRESS)
@@ -198,10 +201,10 @@ def main() -> None:
     parts.SECONDS = parts.PATIENCE = 0.0  # and a block on its way is saved between any two segments
     size = SMALL if given.small else Size()
     if given.child:
-        return decompose_child(size, given.child, given.save) if given.save else Loop(given.child).run(tell=True)
+        return decompose_child(size, given.child, given.save) if given.save else Loop(given.child, size).run(tell=True)
     shutil.rmtree(given.out, ignore_errors=True)
     given.out.mkdir(parents=True)
-    found = recordings(given.out, given.kills) if given.what == "record" else decompositions(given.out, given.kills, size)
+    found = (recordings if given.what == "record" else decompositions)(given.out, given.kills, size)
     (given.out / "results.json").write_text(json.dumps(found, indent=1))
     at = f"{min(found['at'])} … {max(found['at'])}"
     if given.what == "record":
