@@ -259,13 +259,13 @@ def test_memory_holds_a_few_chunks_and_never_an_array(kind, tmp_path):
         return path
 
     def peak(act, *arguments):
-        gc.collect()
         tracemalloc.start()
         act(*arguments)
         most = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return most
 
+    gc.collect()
     chunk, peaks = 8 * block * params, []
     for steps in (16, 32, 128):  # the first also imports what is needed for it
         run, out, back = written(steps), tmp_path / f"out{steps}.{kind}", tmp_path / f"back{steps}"
