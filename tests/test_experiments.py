@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import runpy
 import subprocess
 import sys
 from math import nan
@@ -13,6 +14,7 @@ import pytest
 import explaind
 from explaind.analysis.speedup import speedup
 from explaind.analysis.table import tabulated
+from explaind.cli import main
 from explaind.errors import RequestError
 
 FOLDER = Path(__file__).parents[1] / "experiments"
@@ -33,7 +35,9 @@ def test_the_strongest_examples_of_a_digit_are_of_its_class(tmp_path):
 
 
 def test_flipped_labels_stand_out(tmp_path):
-    found = loaded("digits").flipped_labels(tmp_path / "run", seed=0, overrides=["--train.steps", "120"])
+    found = loaded("digits").flipped_labels(
+        tmp_path / "run", seed=0, overrides=["--train.steps", "60", "--task.val_examples", "200", "--task.hidden", "32"]
+    )
     assert found["raises_mean_held_out_loss"] >= 0.6
     assert found["lowers_own_loss"] >= 0.9
     assert found["training_loss"] >= 0.9
@@ -43,6 +47,14 @@ def test_flipped_labels_stand_out(tmp_path):
 def bench(tmp_path, monkeypatch):
     """The benchmark on a small prime, without processes of its own."""
     study = loaded("benchmark")
+    start = subprocess.run
+
+    def here(command, **options):
+        if command[1:3] != ["-m", "explaind.cli"]:
+            return start(command, **options)
+        return main(command[3:]) == 0 or pytest.fail(str(command))
+
+    monkeypatch.setattr(study.subprocess, "run", here)
     monkeypatch.setattr(study, "FIRST", 3)
     monkeypatch.setattr(study.Bench, "worker", lambda self, name, *arguments: study.WORKERS[name](*json.loads(json.dumps(arguments))))
     parser = study.options()
@@ -79,9 +91,13 @@ def test_the_benchmark_follows_a_whole_training_and_the_split_between_layers(ben
 
 
 @pytest.mark.parametrize("name", ["benchmark", "digits", "pruning"])
-def test_every_study_is_a_command_with_a_readme(name):
-    done = subprocess.run([sys.executable, FOLDER / name / "run.py", "--help"], capture_output=True, text=True, check=True)
-    assert "usage" in done.stdout
+def test_every_study_is_a_command_with_a_readme(name, monkeypatch, capsys):
+    script = FOLDER / name / "run.py"
+    monkeypatch.setattr(sys, "argv", [str(script), "--help"])
+    monkeypatch.syspath_prepend(str(script.parent))  # as Python does
+    with pytest.raises(SystemExit, match=r"^0$"):
+        runpy.run_path(str(script), run_name="__main__")
+    assert "usage" in capsys.readouterr().out
     assert f"experiments/{name}/run.py" in (FOLDER / name / "README.md").read_text()
 
 
@@ -235,7 +251,7 @@ def test_an_optimizer_of_ones_own_is_explained(tmp_path, monkeypatch, capsys):
 
 
 def test_killed_recordings_are_sound_and_go_on(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["run.py", "--kills", "2", "--out", str(tmp_path / "store")])
+    monkeypatch.setattr(sys, "argv", ["run.py", "--kills", "2", "--small", "--out", str(tmp_path / "store")])
     study = loaded("store")
     monkeypatch.setattr(study.recording, "TOGETHER", study.recording.TOGETHER)  # put back afterwards
     study.main()
@@ -243,14 +259,13 @@ def test_killed_recordings_are_sound_and_go_on(tmp_path, monkeypatch, capsys):
 
 
 def test_killed_decompositions_go_on(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["run.py", "--what", "decompose", "--kills", "1", "--out", str(tmp_path / "store")])
+    monkeypatch.setattr(sys, "argv", ["run.py", "--what", "decompose", "--kills", "1", "--small", "--out", str(tmp_path / "store")])
     study = loaded("store")
     for module, name in ((study.recording, "TOGETHER"), (study.parts, "SECONDS"), (study.parts, "PATIENCE")):
         monkeypatch.setattr(module, name, getattr(module, name))  # put back afterwards
-    monkeypatch.setattr(study, "DECOMPOSED", 48)
     study.main()
     out = capsys.readouterr().out
-    assert "of 192: 0 corrupt" in out
+    assert "of 64: 0 corrupt" in out
     assert "1 ledgers bitwise the undisturbed one" in out
 
 

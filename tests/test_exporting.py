@@ -243,7 +243,7 @@ def test_what_is_interrupted_leaves_nothing_and_harms_nothing(kind, tmp_path):
 
 @every_kind
 def test_memory_holds_a_few_chunks_and_never_an_array(kind, tmp_path):
-    params, block = 16_000, 8
+    params, block = 16_000, 4
 
     def written(steps):
         told = manifest(block, "float64")
@@ -259,19 +259,19 @@ def test_memory_holds_a_few_chunks_and_never_an_array(kind, tmp_path):
         return path
 
     def peak(act, *arguments):
-        gc.collect()
         tracemalloc.start()
         act(*arguments)
         most = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return most
 
+    gc.collect()
     chunk, peaks = 8 * block * params, []
-    for steps in (32, 64, 256):  # the first also imports what is needed for it
+    for steps in (16, 32, 128):  # the first also imports what is needed for it
         run, out, back = written(steps), tmp_path / f"out{steps}.{kind}", tmp_path / f"back{steps}"
         peaks.append((peak(export_run, run, out), peak(import_run, out, back)))
         check_same(run, back)
     for short, long in zip(*peaks[1:], strict=True):
-        # How many chunks are on their way at once is up to threads; all that 192 more steps come with are 24 more.
+        # How many chunks are on their way at once is up to threads; all that 96 more steps come with are 24 more.
         assert max(short, long) < 16 * chunk
         assert long - short < 6 * chunk

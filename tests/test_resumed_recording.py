@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,24 @@ class Loop:
         return self
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The uninterrupted recording with an optimizer, made once."""
+
+    @cache
+    def made(name="adamw"):
+        with pytest.MonkeyPatch.context() as patch:
+            cases.shorten_blocks(patch)
+            return Loop(tmp_path_factory.mktemp("whole") / "run", name).record(LENGTH)
+
+    return made
+
+
+@cache
+def ledger_of(path):
+    return cases.decomposed(explaind.open(path), cases.Problem("loop"))
+
+
 def check_same(got, want):
     assert (got.steps, got.complete, got.damage()) == (want.steps, want.complete, [])
     assert got.identity == want.identity
@@ -76,22 +95,20 @@ def check_same(got, want):
         for name in ("batch", "part", "weight", "hyper", "age", "preconditioner"):
             if getattr(theirs, name) is not None:
                 same(getattr(mine, name), getattr(theirs, name), name)
-    ledgers = [cases.decomposed(run, cases.Problem("loop")) for run in (got, want)]
-    for row in ledgers[1].rows:
-        same(ledgers[0][row], ledgers[1][row], row)
+    ledger, wanted = cases.decomposed(got, cases.Problem("loop")), ledger_of(want.path)
+    for row in wanted.rows:
+        same(ledger[row], wanted[row], row)
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd momentum", "sgd", "adagrad"])
 @pytest.mark.parametrize("at", range(1, LENGTH, 2))
-def test_a_recording_goes_on_where_it_was_closed(at, name, tmp_path):
-    want = Loop(tmp_path / "whole", name).record(LENGTH)
+def test_a_recording_goes_on_where_it_was_closed(at, name, tmp_path, whole):
     Loop(tmp_path / "run", name).record(at)
-    check_same(Loop(tmp_path / "run", name).load(at).record(LENGTH, resume=True), want)
+    check_same(Loop(tmp_path / "run", name).load(at).record(LENGTH, resume=True), whole(name))
 
 
 @pytest.mark.parametrize(("reached", "at"), [(10, 4), (10, 3), (9, 9), (8, 1), (5, 2)])
-def test_a_checkpoint_older_than_the_record_forgets_the_steps_behind_it(reached, at, tmp_path):
-    want = Loop(tmp_path / "whole").record(LENGTH)
+def test_a_checkpoint_older_than_the_record_forgets_the_steps_behind_it(reached, at, tmp_path, whole):
     Loop(tmp_path / "run").record(reached)
     loop = Loop(tmp_path / "run").load(at)
     with explaind.record(loop.optimizer, loop.model, loop.path, data=cases.DATA, resume=True) as recorder:
@@ -99,42 +116,75 @@ def test_a_checkpoint_older_than_the_record_forgets_the_steps_behind_it(reached,
         assert explaind.open(loop.path).steps == at
         while recorder.steps < LENGTH:
             loop.step(recorder)
-    check_same(explaind.open(loop.path), want)
+    check_same(explaind.open(loop.path), whole())
 
 
-def test_resuming_a_run_that_is_not_there_begins_it(tmp_path):
-    check_same(Loop(tmp_path / "run").record(LENGTH, resume=True), Loop(tmp_path / "whole").record(LENGTH))
+def test_resuming_a_run_that_is_not_there_begins_it(tmp_path, whole):
+    check_same(Loop(tmp_path / "run").record(LENGTH, resume=True), whole())
 
 
-KILLED = """
-import sys, pytest
+NURSERY = """
+import os, sys, pytest
 from tests import cases, test_resumed_recording as t
 from pathlib import Path
 cases.shorten_blocks(pytest.MonkeyPatch())
-loop = t.Loop(Path(sys.argv[1]))
-def step(recorder, plain=loop.step):
-    plain(recorder)
-    print(recorder.steps, flush=True)
-loop.step = step
-loop.record(1000)
+for line in sys.stdin:
+    path, out, until, *resume = line.split()
+    if (child := os.fork()) == 0:
+        os.dup2(os.open(out, os.O_WRONLY), 1)
+        loop = t.Loop(Path(path))
+        def step(recorder, plain=loop.step):
+            plain(recorder)
+            print(recorder.steps, flush=True)
+        loop.step = step
+        try:
+            loop.record(int(until), resume=bool(resume))
+            print("recorded", flush=True)
+        except Exception as error:
+            print(type(error).__name__, error, flush=True)
+        os._exit(0)
+    print(child, flush=True)
 """
 
 
-def killed(path, after):
-    """A recording that was killed when it had said that so many steps were done, or a few more."""
-    root = Path(__file__).parents[1]
-    child = subprocess.Popen([sys.executable, "-c", KILLED, str(path)], cwd=root, stdout=subprocess.PIPE, text=True)
-    for line in child.stdout:
-        if int(line) == after:
-            break
-    os.kill(child.pid, signal.SIGKILL)
-    child.wait()
-    child.stdout.close()
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """path, steps, … -> a process that records there, and a file with what it says; all come from one that has imported torch already."""
+    folder, root = tmp_path_factory.mktemp("said"), Path(__file__).parents[1]
+    command = [sys.executable, "-c", NURSERY]
+    with subprocess.Popen(command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as nursery:
+
+        def started(path, until, *words):
+            out = folder / f"{len(list(folder.iterdir()))}"
+            os.mkfifo(out)
+            print(path, out, until, *words, file=nursery.stdin, flush=True)
+            return int(nursery.stdout.readline()), out.open()
+
+        yield started
+        nursery.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def killed(start, tmp_path_factory):
+    """A copy of a recording that was killed when it had said that so many steps were done, or a few more."""
+
+    @cache
+    def once(after):
+        folder = tmp_path_factory.mktemp("killed")
+        child, said = start(folder / "run", 1000)
+        with said:
+            while int(said.readline()) < after:
+                pass
+            os.kill(child, signal.SIGKILL)
+            said.read()  # to its end
+        return folder
+
+    return lambda folder, after: shutil.copytree(once(after), folder, dirs_exist_ok=True)
 
 
 @pytest.mark.parametrize("after", [1, 6, 7, 10])
-def test_a_training_that_was_killed_and_resumed_is_the_uninterrupted_one(after, tmp_path):
-    killed(tmp_path / "run", after)
+def test_a_training_that_was_killed_and_resumed_is_the_uninterrupted_one(after, tmp_path, killed):
+    killed(tmp_path, after)
     run = explaind.open(tmp_path / "run")
     assert run.damage() == []
     assert run.steps + run.logged >= after  # not a step is lost
@@ -143,8 +193,8 @@ def test_a_training_that_was_killed_and_resumed_is_the_uninterrupted_one(after, 
     check_same(loop.record(length, resume=True), Loop(tmp_path / "whole").record(length))
 
 
-def test_repair_takes_up_what_was_logged(tmp_path, capsys):
-    killed(tmp_path / "run", 7)
+def test_repair_takes_up_what_was_logged(tmp_path, capsys, killed):
+    killed(tmp_path, 7)
     before = explaind.open(tmp_path / "run")
     steps, logged = before.steps, before.logged
     assert logged >= 2
@@ -161,8 +211,8 @@ def test_repair_takes_up_what_was_logged(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("cut", [1, 10, 400, 700])
-def test_a_log_that_is_cut_off_anywhere_gives_the_whole_steps_before_it(cut, tmp_path):
-    killed(tmp_path / "run", 7)
+def test_a_log_that_is_cut_off_anywhere_gives_the_whole_steps_before_it(cut, tmp_path, killed):
+    killed(tmp_path, 7)
     run = explaind.open(tmp_path / "run")
     have, log = run.logged, run.path / "tail.log"
     log.write_bytes(log.read_bytes()[:-cut])
@@ -172,8 +222,8 @@ def test_a_log_that_is_cut_off_anywhere_gives_the_whole_steps_before_it(cut, tmp
     assert explaind.open(run.path).damage() == []
 
 
-def test_no_change_of_a_byte_of_the_log_gives_a_wrong_step(tmp_path):
-    killed(tmp_path / "run", 7)
+def test_no_change_of_a_byte_of_the_log_gives_a_wrong_step(tmp_path, killed):
+    killed(tmp_path, 7)
     run = explaind.open(tmp_path / "run")
     log, want = run.path / "tail.log", {record.step: record.theta for record in records(run.path)}
     text, rng = log.read_bytes(), np.random.default_rng(0)
@@ -216,48 +266,33 @@ def test_info_says_what_is_left_of_a_run_with_a_chunk_that_cannot_be_read(name, 
     assert (after.steps, after.damage()) == (left, [])
 
 
-RECORDER = """
-import sys, time
-import torch
-from tests import cases, test_resumed_recording as t
-from pathlib import Path
-import pytest
-cases.shorten_blocks(pytest.MonkeyPatch())
-loop = t.Loop(Path(sys.argv[1]))
-try:
-    loop.record(int(sys.argv[2]), resume=len(sys.argv) > 3)
-    print("recorded")
-except Exception as error:
-    print(type(error).__name__, error)
-"""
-
-
-def recorder(path, *words):
-    command = [sys.executable, "-c", RECORDER, str(path), *words]
-    return subprocess.Popen(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True)
-
-
-def test_of_two_processes_on_one_path_one_records_and_one_is_refused(tmp_path):
+def test_of_two_processes_on_one_path_one_records_and_one_is_refused(tmp_path, start):
     """And one that wants to go on with what another is recording; a reader meanwhile sees whole prefixes of the record."""
     want = Loop(tmp_path / "whole").record(80)
-    racing = [recorder(tmp_path / "run", "80") for _ in range(2)]
+    racing = [start(tmp_path / "run", 80)[1] for _ in range(2)]
     while not (tmp_path / "run" / "commit.json").exists():
         time.sleep(0.001)
-    late, seen = recorder(tmp_path / "run", "80", "resume"), list[int]()
-    while any(process.poll() is None for process in racing):
+    late, seen, complete = start(tmp_path / "run", 80, "resume")[1], list[int](), False
+    while not complete:
         run = explaind.open(tmp_path / "run")
         assert run.damage() == []
         same(run.states(0, run.steps + 1), want.states(0, run.steps + 1))
         seen.append(run.steps)
-    said = sorted(process.communicate()[0].strip() for process in racing)
+        complete = run.complete
+    said = sorted(last_line(file) for file in racing)
     assert said[1] == "recorded"
     assert said[0].startswith("StoreError there is something here already")
     assert seen == sorted(seen)
     assert len(set(seen)) > 1
-    told = late.communicate()[0]
-    assert "this run is being recorded" in told or told.strip() == "recorded"  # where it came when the other was through
+    told = last_line(late)
+    assert "this run is being recorded" in told or told == "recorded"  # where it came when the other was through
     run = explaind.open(tmp_path / "run")
     assert (run.identity, run.complete, run.damage()) == (want.identity, True, [])
+
+
+def last_line(file):
+    with file:
+        return file.read().splitlines()[-1]
 
 
 def test_a_second_recorder_on_one_path_is_refused(tmp_path):
@@ -337,8 +372,8 @@ def test_what_cannot_go_on_is_refused_and_the_run_stays(fault, message, tmp_path
         same(after.states(0, 6), states)
 
 
-def test_a_fresh_model_resumes_at_the_beginning(tmp_path):
+def test_a_fresh_model_resumes_at_the_beginning(tmp_path, whole):
     """Its parameters are the run's first state: the training begins anew, as it would without a checkpoint."""
     Loop(tmp_path / "run").record(5)
-    check_same(without_a_checkpoint(tmp_path / "run"), Loop(tmp_path / "whole").record(LENGTH))
+    check_same(without_a_checkpoint(tmp_path / "run"), whole())
     assert np.isfinite(explaind.open(tmp_path / "run").states(0, 1)).all()

@@ -293,7 +293,7 @@ class Bench:
 
     def layers(self) -> None:
         """Error of the split between layers, against a quadrature of very many nodes."""
-        steps, reference = ((1, 3), 200) if self.given.small else ((5, 100, 500), 2000)
+        steps, reference = ((1, 3), 60) if self.given.small else ((5, 100, 500), 2000)
         path = self.recorded("layers", steps[-1] + 2)
         recipes = ["secant:1", "secant:2", "secant:4", "secant:8", "midpoint:100", "gauss:8"]
         row = self.worker("layers", path, steps, recipes, reference, 2 if self.given.small else 8)

@@ -1,6 +1,6 @@
 """Is a recording, or a decomposition, that is killed ever corrupt, and what is lost?
 
-python experiments/store/run.py [--what record|decompose] [--kills 50] [--out runs/store]
+python experiments/store/run.py [--what record|decompose] [--kills 50] [--small] [--out runs/store]
 
 A training is recorded in a process of its own and killed with SIGKILL at a random moment. Its record is checked, resumed from
 the training's own checkpoint, run to the end, and compared bitwise with one that was not interrupted. Or a decomposition of some of
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,24 @@ import explaind
 from explaind.ledger import parts
 from explaind.record import recorder as recording
 
-STEPS = 400
-DECOMPOSED, QUERIES, MEMORY = 48, 12, 1_000_000
-"""Steps, queries, and bytes for some of them."""
+MEMORY = 1_000_000
+"""Bytes, for three queries at a time."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """Steps of a recording and the seconds within which it is killed; steps and queries of a decomposition."""
+
+    recorded: int = 400
+    seconds: float = 1.5
+    steps: int = 48
+    queries: int = 12
+
+    def options(self) -> list[str]:
+        return ["--small"] if self == SMALL else []
+
+
+SMALL = Size(160, 0.6, 32, 6)
 
 
 def data():
@@ -42,9 +58,9 @@ def data():
 class Loop:
     """A small training whose batches depend on the step alone, with a checkpoint every seven steps."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, size: Size) -> None:
         torch.manual_seed(0)
-        self.path, self.file, self.data = path, path.with_suffix(".pt"), data()
+        self.steps, self.path, self.file, self.data = size.recorded, path, path.with_suffix(".pt"), data()
         self.model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 4))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
 
@@ -56,7 +72,7 @@ class Loop:
 
     def run(self, tell: bool = False) -> None:
         with explaind.record(self.optimizer, self.model, self.path, data=self.data, resume=True) as recorder:
-            while recorder.steps < STEPS:
+            while recorder.steps < self.steps:
                 ids = (torch.arange(16) + 5 * recorder.steps) % len(self.data)
                 recorder.examples(ids)
                 self.optimizer.zero_grad()
@@ -70,26 +86,26 @@ class Loop:
                     self.file.with_suffix(".new").replace(self.file)
 
 
-def kill_one(path: Path, rng: random.Random) -> int:
+def kill_one(size: Size, path: Path, rng: random.Random) -> int:
     """Steps that the child had told of when it was killed."""
     told = path.with_suffix(".told")
     with told.open("w") as out:
-        child = subprocess.Popen([sys.executable, __file__, "--child", str(path)], stdout=out)
+        child = subprocess.Popen([sys.executable, __file__, "--child", str(path), *size.options()], stdout=out)
         while not told.stat().st_size and child.poll() is None:
             time.sleep(0.001)
-        time.sleep(rng.uniform(0.0, 1.5))
+        time.sleep(rng.uniform(0.0, size.seconds))
         child.send_signal(signal.SIGKILL)
         child.wait()
     lines = told.read_text().splitlines()
     return int(lines[-1]) if lines else 0
 
 
-def decomposed(run: Path, save: Path | None, progress: Callable[[int, int], None] | None = None) -> explaind.Ledger:
+def decomposed(size: Size, run: Path, save: Path | None, progress: Callable[[int, int], None] | None = None) -> explaind.Ledger:
     """Of some steps of a recording, in blocks of three queries."""
-    some, queries = explaind.open(run).first(DECOMPOSED), torch.randn(QUERIES, 20, generator=torch.Generator().manual_seed(2))
+    some, queries = explaind.open(run).first(size.steps), torch.randn(size.queries, 20, generator=torch.Generator().manual_seed(2))
     return explaind.decompose(
         some,
-        Loop(run).model,
+        Loop(run, size).model,
         data=data(),
         losses=lambda model, batch: F.cross_entropy(model(batch[0]), batch[1], reduction="none"),
         queries=queries,
@@ -101,17 +117,17 @@ def decomposed(run: Path, save: Path | None, progress: Callable[[int, int], None
     )
 
 
-def decompose_child(run: Path, save: Path) -> None:
+def decompose_child(size: Size, run: Path, save: Path) -> None:
     """Tells of every step that it has swept."""
     print(0, flush=True)
-    decomposed(run, save, lambda done, total: print(done, flush=True))
+    decomposed(size, run, save, lambda done, total: print(done, flush=True))
 
 
-def kill_decompose(run: Path, save: Path, rng: random.Random, total: int) -> int:
+def kill_decompose(size: Size, run: Path, save: Path, rng: random.Random, total: int) -> int:
     """Steps that were swept when the child was killed: at a random one, and then a random part of one."""
     told, after = save.with_suffix(".told"), rng.randint(0, total)
     with told.open("w") as out:
-        child = subprocess.Popen([sys.executable, __file__, "--child", str(run), "--save", str(save)], stdout=out)
+        child = subprocess.Popen([sys.executable, __file__, "--child", str(run), "--save", str(save), *size.options()], stdout=out)
         while len(told.read_text().splitlines()) <= after and child.poll() is None:
             time.sleep(0.001)
         time.sleep(rng.uniform(0.0, 0.02))
@@ -128,46 +144,46 @@ def alike(one: explaind.Ledger, other: explaind.Ledger) -> bool:
     return same and all(mine[name].tobytes() == theirs[name].tobytes() for mine, theirs in (arrays, checks) for name in mine)
 
 
-def decompositions(out: Path, kills: int) -> dict[str, Any]:
+def decompositions(out: Path, kills: int, size: Size) -> dict[str, Any]:
     """Each is killed once, looked at, and asked for again."""
-    Loop(out / "whole").run()
-    want, rng, ticks = decomposed(out / "whole", None), random.Random(1), list[int]()
-    decomposed(out / "whole", out / "undisturbed", lambda done, total: ticks.append(total))
+    Loop(out / "whole", size).run()
+    rng, ticks = random.Random(1), list[int]()
+    want = decomposed(size, out / "whole", None, lambda done, total: ticks.append(total))
     found: dict[str, Any] = {"kills": kills, "at": [], "of": ticks[-1], "corrupt": 0, "kept_work": 0, "finished": 0, "bitwise": 0}
     for index in range(kills):
         save = out / f"ledger-{index}"
-        at = kill_decompose(out / "whole", save, rng, ticks[-1])
+        at = kill_decompose(size, out / "whole", save, rng, ticks[-1])
         found["at"].append(at)
         whole = (save / "commit.json").exists()
         found["finished"] += whole
         found["corrupt"] += (whole and not alike(explaind.open_ledger(save), want)) or (save.exists() and not whole)
         found["kept_work"] += any((out / f".{save.name}.parts").glob("block-*"))
-        ledger = explaind.open_ledger(save) if whole else decomposed(out / "whole", save)
+        ledger = explaind.open_ledger(save) if whole else decomposed(size, out / "whole", save)
         found["bitwise"] += alike(ledger, want) and alike(explaind.open_ledger(save), want)
         found["corrupt"] += bool(list(out.glob(f".{save.name}.*"))) and not whole  # nothing is left beside it
         shutil.rmtree(save)
     return found
 
 
-def recordings(out: Path, kills: int) -> dict[str, Any]:
+def recordings(out: Path, kills: int, size: Size) -> dict[str, Any]:
     """Each is killed once, checked, and run to its end."""
-    Loop(out / "whole").run()
-    want, rng = explaind.open(out / "whole").states(0, STEPS + 1), random.Random(0)
+    Loop(out / "whole", size).run()
+    want, rng = explaind.open(out / "whole").states(0, size.recorded + 1), random.Random(0)
     found: dict[str, Any] = {"kills": kills, "corrupt": 0, "phantom": 0, "lost": [], "at": [], "resumed_bitwise": 0}
     for index in range(kills):
         path = out / f"run-{index}"
-        told = kill_one(path, rng)
+        told = kill_one(size, path, rng)
         run = explaind.open(path)
         held = run.steps + run.logged
         found["at"].append(told)
         found["corrupt"] += bool(run.damage()) or not np.array_equal(run.states(0, run.steps + 1), want[: run.steps + 1])
         found["phantom"] += held > told + 1  # a step may be written before it is told of
         found["lost"].append(max(0, told - held))
-        loop = Loop(path)
+        loop = Loop(path, size)
         loop.load()
         loop.run()
         run = explaind.open(path)
-        found["resumed_bitwise"] += run.steps == STEPS and not run.damage() and np.array_equal(run.states(0, STEPS + 1), want)
+        found["resumed_bitwise"] += run.steps == size.recorded and not run.damage() and np.array_equal(run.states(0, run.steps + 1), want)
         shutil.rmtree(path)
     return found
 
@@ -176,17 +192,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--what", choices=("record", "decompose"), default="record")
     parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--small", action="store_true", help="fewer steps and queries, for a try")
     parser.add_argument("--out", type=Path, default=Path("runs/store"))
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--save", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     recording.TOGETHER = 1  # a commit every sixteen steps, of which there are many while a child lives
     parts.SECONDS = parts.PATIENCE = 0.0  # and a block on its way is saved between any two segments
+    size = SMALL if given.small else Size()
     if given.child:
-        return decompose_child(given.child, given.save) if given.save else Loop(given.child).run(tell=True)
+        return decompose_child(size, given.child, given.save) if given.save else Loop(given.child, size).run(tell=True)
     shutil.rmtree(given.out, ignore_errors=True)
     given.out.mkdir(parents=True)
-    found = (recordings if given.what == "record" else decompositions)(given.out, given.kills)
+    found = (recordings if given.what == "record" else decompositions)(given.out, given.kills, size)
     (given.out / "results.json").write_text(json.dumps(found, indent=1))
     at = f"{min(found['at'])} … {max(found['at'])}"
     if given.what == "record":

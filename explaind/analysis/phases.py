@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import numpy as np
-import ruptures
 
 from explaind.analysis.table import Table
 from explaind.errors import RequestError
@@ -21,6 +20,8 @@ def change_points(signal: np.ndarray, phases: int | None = None) -> list[int]:
     if rows < 2 * SHORTEST or not np.ptp(signal, axis=0).any():
         return []
     most = min(rows // SHORTEST, 12 if phases is None else phases)
+    import ruptures  # brings all of scipy, which every start of the command line would wait for
+
     found = ruptures.Dynp(model="l2", min_size=SHORTEST, jump=1).fit(signal)
     if phases is not None:
         return [] if most < 2 else [int(b) for b in found.predict(n_bkps=most - 1)[:-1]]

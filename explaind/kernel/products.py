@@ -11,7 +11,7 @@ row of a table are known to the backward pass alone).
 """
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, cast
@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.func import jvp
 
 from explaind.errors import RequestError
 from explaind.kernel.contracting import GATHERED, Contraction, Way, in_lines
@@ -40,7 +39,7 @@ from explaind.kernel.gradients import (
 from explaind.kernel.layout import Layout
 from explaind.kernel.machine import ORDINARY, Machine
 from explaind.kernel.points import Function, Point
-from explaind.kernel.whole import Kind, each_row, of_batch, some_of, weighted
+from explaind.kernel.whole import Kind, both_ways_alike, derivatives, each_row, of_batch, some_of, weighted
 from explaind.replay.steps import Drawn, Part
 
 Finest = Literal["none", "layer", "param"]
@@ -139,24 +138,29 @@ class Products:
         found: np.ndarray = groups[(members > 1) & (together < alone * members / examples)]
         return found
 
+    def _at_once(self, a: Tensor) -> int:
+        """How many gradients are held at a time."""
+        return max(1, self.chunk // (self.layout.params * a.element_size() * (len(a) if self.finest == "param" else 1)))
+
     def _of_groups(
         self, theta: Tensor, part: Part, a: Tensor, entries: np.ndarray, groups: np.ndarray, total: Tensor | None
     ) -> Iterator[tuple[Tensor, Float[Tensor, "fine row group"]]]:
-        width = self.layout.params * a.element_size() * (len(a) if self.finest == "param" else 1)
-        at_once = max(1, self.chunk // width)
-        for start in range(0, len(groups), at_once):
-            some = groups[start : start + at_once]
+        for some in np.split(groups, range(self._at_once(a), len(groups), self._at_once(a))):
             gradients = a.new_zeros(len(some), self.layout.params)
-            places = [torch.from_numpy(np.flatnonzero(entries == group)).to(a.device, non_blocking=True) for group in some]
-            if self._separable:
-                for into, of_group in zip(gradients, (Part(take(part.batch, p), part.ids, part.weights[p]) for p in places), strict=True):
-                    gradient(partial(weighted, self.losses, of_group), self.layout, theta, into)
-            else:
-                weights = (torch.zeros_like(part.weights).index_copy_(0, p, part.weights[p]) for p in places)
-                combinations(partial(of_batch, self.losses, part), self.layout, theta, weights, gradients)
+            self._sum_groups(theta, part, some[:, None] == entries, gradients)
             if total is not None:
                 total += gradients.sum(0)
             yield torch.from_numpy(some).to(a.device, non_blocking=True), self._contract(gradients, a)
+
+    def _sum_groups(self, theta: Tensor, part: Part, belongs: np.ndarray, into: Float[Tensor, "group param"]) -> None:
+        """Add every group's weighted sum of gradients. belongs: bool [group, example]"""
+        places = [torch.from_numpy(np.flatnonzero(row)).to(into.device, non_blocking=True) for row in belongs]
+        if self._separable:
+            for row, of_group in zip(into, (Part(take(part.batch, p), part.ids, part.weights[p]) for p in places), strict=True):
+                gradient(partial(weighted, self.losses, of_group), self.layout, theta, row)
+        else:
+            weights = (torch.zeros_like(part.weights).index_copy_(0, p, part.weights[p]) for p in places)
+            combinations(partial(of_batch, self.losses, part), self.layout, theta, weights, into)
 
     def prepare(self, theta: Tensor, part: Part, mode: Mode = ()) -> None:
         """Find out, once a mode, what kind of function the losses are; a part of one example cannot tell."""
@@ -178,15 +182,7 @@ class Products:
     def _forward(self, theta: Tensor, part: Part) -> bool:
         """Whether the forward derivative of the losses is the one that the backward pass takes; found out once a kind."""
         if self._kind.forward is None:
-            tangent = torch.randn(1, len(theta), generator=torch.Generator().manual_seed(0)).to(theta)
-            whole = torch.zeros_like(theta)
-            gradient(partial(weighted, self.losses, part), self.layout, theta, whole)
-            try:
-                found = each_row(self._along(theta, part), self.layout.split(tangent)).to(theta) @ part.weights
-            except (RuntimeError, NotImplementedError):
-                found = torch.full_like(whole[:1], torch.nan)
-            scale = (tangent[0] * whole).abs().sum()
-            self._kind.forward = bool((found - tangent @ whole).abs().max() <= (1e-9 if theta.dtype == torch.float64 else 1e-4) * scale)
+            self._kind.forward = both_ways_alike(self.losses, self.layout, theta, part)
         return self._kind.forward
 
     def _chosen(self, theta: Tensor, part: Part, a: Tensor) -> Route:
@@ -261,10 +257,8 @@ class Products:
                 yield span, self._apart(factors, a, ways, used)
 
     def _materialise(self, theta: Tensor, part: Part, a: Tensor, total: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-        count = len(part.ids)
         assert self._kind.gradients is not None
-        width = self.layout.params * a.element_size() * (len(a) if self.finest == "param" else 1)
-        rows = max(1, min(count, self.chunk // width))
+        count, rows = len(part.ids), min(len(part.ids), self._at_once(a))
         gradients = a.new_empty(rows, self.layout.params)  # fresh memory for every chunk would cost more than the sums
         for start in range(0, count, rows):
             span = slice(start, min(start + rows, count))
@@ -284,29 +278,17 @@ class Products:
             return into
         return (a @ gradients.T)[None]
 
-    def _along(self, theta: Tensor, part: Part) -> Callable[[Mapping[str, Tensor]], Tensor]:
-        """tangent -> the derivative of every loss of the part along it."""
-        parameters = self.layout.split(theta)
-
-        def along(tangent: Mapping[str, Tensor]) -> Tensor:
-            moving = {name: parameters[name] for name in tangent}
-            with torch.no_grad():
-                return jvp(lambda p: self.losses({**parameters, **p}, part.batch), (moving,), (dict(tangent),))[1]
-
-        return along
-
     def _jvp(self, theta: Tensor, part: Part, a: Tensor, total: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
         if total is not None:
             gradient(partial(weighted, self.losses, part), self.layout, theta, total)
-        along, tangents = self._along(theta, part), self.layout.split(a)
+        along, tangents = derivatives(self.losses, part, self.layout.split(theta)), self.layout.split(a)
         groups: list[dict[str, Tensor]] = [{} for _ in self.layout.groups] if self.finest == "layer" else [{}]
         for name, group in zip(self.layout.names, self.layout.group, strict=True):
             groups[group if self.finest == "layer" else 0][name] = tangents[name]
         yield slice(0, len(part.ids)), torch.stack([each_row(along, group) for group in groups])
 
     def _backward(self, theta: Tensor, part: Part, a: Tensor, total: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-        count = len(part.ids)
-        at_once = max(1, self.chunk // (self.layout.params * a.element_size() * (len(a) if self.finest == "param" else 1)))
+        count, at_once = len(part.ids), self._at_once(a)
         for start in range(0, count, at_once):
             span = slice(start, min(start + at_once, count))
             gradients = a.new_zeros(span.stop - start, self.layout.params)

@@ -41,29 +41,19 @@ class StoredProducts(Products):
     def _crowded(self, part: Part, a: Tensor, groups: np.ndarray, members: np.ndarray) -> np.ndarray:
         return groups if 2 * len(groups) <= len(part.ids) else groups[:0]
 
-    def _of_groups(
-        self, theta: Tensor, part: Part, a: Tensor, entries: np.ndarray, groups: np.ndarray, total: Tensor | None
-    ) -> Iterator[tuple[Tensor, Float[Tensor, "fine row group"]]]:
-        width = self.layout.params * a.element_size() * (len(a) if self.finest == "param" else 1)
-        at_once = max(1, self.chunk // width)
-        for start in range(0, len(groups), at_once):
-            some = groups[start : start + at_once]
-            belongs = torch.from_numpy(some[:, None] == entries).to(a) * part.weights  # [group, example]
-            gradients = a.new_zeros(len(some), self.layout.params)
-            for span, stored in self._pieces(part, a):
-                gradients.addmm_(belongs[:, span], stored)
-            if total is not None:
-                total += gradients.sum(0)
-            yield torch.from_numpy(some).to(a.device), self._contract(gradients, a)
+    def _sum_groups(self, theta: Tensor, part: Part, belongs: np.ndarray, into: Float[Tensor, "group param"]) -> None:
+        weights = torch.from_numpy(belongs).to(into) * part.weights  # [group, example]
+        for span, stored in self._pieces(part, theta, self.chunk):
+            into.addmm_(weights[:, span], stored)
 
     def _materialise(self, theta: Tensor, part: Part, a: Tensor, total: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-        for span, stored in self._pieces(part, a):
+        for span, stored in self._pieces(part, theta, self.chunk // (len(a) if self.finest == "param" else 1)):
             if total is not None:
                 total.addmv_(stored.T, part.weights[span])
             yield span, self._contract(stored, a)
 
-    def _pieces(self, part: Part, a: Tensor) -> Iterator[tuple[slice, Float[Tensor, "example param"]]]:
+    def _pieces(self, part: Part, theta: Tensor, most: int) -> Iterator[tuple[slice, Float[Tensor, "example param"]]]:
+        """Stored gradients of at most so many bytes at a time."""
         assert isinstance(part.batch, Logged)
-        wide = self.chunk // (len(a) if self.finest == "param" else 1)
-        for span in some_at_a_time(part.batch.examples, a[0], wide):
+        for span in some_at_a_time(part.batch.examples, theta, most):
             yield span, part.batch.read(span)

@@ -1,6 +1,6 @@
 """A batch as a whole: its gradient, and what kind of function its losses are."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.func import jvp
 
 from explaind.kernel.contracting import Contraction
 from explaind.kernel.gradients import CHUNK_BYTES, RowGradients, gradient, take
@@ -46,10 +47,34 @@ def some_of(part: Part, examples: slice) -> Part:
     return Part(take(part.batch, examples), part.ids[examples], part.weights[examples])
 
 
+def derivatives(losses: Function, part: Part, parameters: Mapping[str, Tensor]) -> Callable[[Mapping[str, Tensor]], Tensor]:
+    """tangent -> the derivative of every loss of the part along it."""
+
+    def along(tangent: Mapping[str, Tensor]) -> Tensor:
+        moving = {name: parameters[name] for name in tangent}
+        with torch.no_grad():
+            return jvp(lambda p: losses({**parameters, **p}, part.batch), (moving,), (dict(tangent),))[1]
+
+    return along
+
+
 def each_row(along: Any, tangents: Mapping[str, Tensor]) -> Tensor:
     """along(tangent) for each row of the tangents: [row, example]. One after another, so that every operation of torch will do."""
     rows = len(next(iter(tangents.values())))
     return torch.stack([along({name: t[r] for name, t in tangents.items()}) for r in range(rows)])
+
+
+def both_ways_alike(losses: Function, layout: Layout, theta: Float[Tensor, " param"], part: Part) -> bool:
+    """Whether the forward derivative of the losses is the one that the backward pass takes, along a tangent at random."""
+    tangent = torch.randn(1, len(theta), generator=torch.Generator().manual_seed(0)).to(theta)
+    whole = torch.zeros_like(theta)
+    gradient(partial(weighted, losses, part), layout, theta, whole)
+    try:
+        found = each_row(derivatives(losses, part, layout.split(theta)), layout.split(tangent)).to(theta) @ part.weights
+    except (RuntimeError, NotImplementedError):
+        return False
+    scale = (tangent[0] * whole).abs().sum()
+    return bool((found - tangent @ whole).abs().max() <= (1e-9 if theta.dtype == torch.float64 else 1e-4) * scale)
 
 
 @dataclass(eq=False)
