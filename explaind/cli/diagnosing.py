@@ -1,6 +1,7 @@
 """Verbs that say what will happen before hours are spent: doctor, plan."""
 
 import tempfile
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,10 @@ def diagnose(path: str, /, *overrides: Overrides, json: Json = False) -> int:
         disk = size_of(place) - size_of(place / "ledgers")
         facts = {"of": str(place), **_facts(diagnosed(recorded, settings.decompose)), "disk": disk}
     else:
+        begin = time.perf_counter()
         settings = read(place, overrides)
         check_asked(settings)
-        facts = {"of": str(place), **_tried(settings)}
+        facts = {"of": str(place), **_tried(settings, time.perf_counter() - begin)}
     task = load(settings.task.name, settings.task.options)
     facts |= {"measures": list(task.measures()), "measure": measure_named(task, settings.decompose.measure)[0]}
     printed(facts, json, doctor_lines)
@@ -51,9 +53,10 @@ def plan(config: Path, /, *overrides: Overrides, json: Json = False) -> int:
     state every so many steps, and with the gradients of all examples stored; where these are more than train.gradient_budget it says
     how many. Exit status 1 where the training or the decomposition would be refused.
     """
+    begin = time.perf_counter()
     settings = read(config, overrides)
     check_asked(settings)
-    found, ways = choices(settings)
+    found, ways = choices(settings, time.perf_counter() - begin)
     facts = {"of": str(config), "ok": found.ok, "steps": settings.train.steps, "refused": found.refused}
     printed({**facts, "choices": [asdict(way) for way in ways]}, json, plan_lines)
     return FINE if found.ok else FAILED
@@ -67,18 +70,18 @@ def recommended(run: Run, asked: Decompose) -> Decompose:
     return replace(asked, **found.recommended)
 
 
-def _tried(settings: Config) -> dict[str, Any]:
-    """Record a few steps of a configuration, and diagnose them."""
+def _tried(settings: Config, before: float) -> dict[str, Any]:
+    """Record a few steps of a configuration, and diagnose them; before: seconds that went into reading the data already."""
     steps = settings.train.steps
     with tempfile.TemporaryDirectory() as folder:
         try:
             trial = tried(settings, Path(folder) / "run")
         except ExplaindError as error:
             return _facts(Diagnosis([str(error)], steps=steps))
+        trial = replace(trial, start=before + trial.start)
         found = diagnosed(trial.run, settings.decompose, steps)
-        found = replace(
-            found, seconds=None if found.seconds is None else trial.start + found.seconds
-        )  # another process reads the data, too
+        if found.seconds is not None:  # by a process that reads the data, too
+            found = replace(found, seconds=trial.start + found.seconds)
         found.refused.extend(over_budget(trial.run, settings) if settings.train.gradients == "store" else [])
         return {**_facts(found), "disk": trial.disk(steps), "record_seconds": trial.seconds(steps)}
 

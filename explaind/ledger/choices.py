@@ -46,16 +46,17 @@ class Choice:
     decompose_memory: int | None = None
 
 
-def choices(settings: Config) -> tuple[Diagnosis, list[Choice]]:
+def choices(settings: Config, before: float = 0.0) -> tuple[Diagnosis, list[Choice]]:
     """Estimates from a few steps that are recorded in each way; and what the doctor says of the record that is asked for.
 
+    before  seconds that the process has spent on reading the data already
     Raises what ``train`` does, such as ConfigError for settings that make no sense.
     """
     steps, asked, storing = settings.train.steps, _spacing(settings), settings.train.gradients == "store"
     with TemporaryDirectory() as folder:
         full = {codec: tried(_recorded(settings, 0, codec), Path(folder) / codec) for codec in CHOICES}
         first = full[CHOICES[0]]
-        once = first.start  # what a process does once, the first of these trials has done for all
+        once = before + first.start  # what a process does once, the first of these trials has done for all
         thin, refused = None, ""
         try:
             thin = tried(_recorded(settings, max(1, TRIAL // 2), CHOICES[0]), Path(folder) / "thin")
@@ -71,7 +72,7 @@ def choices(settings: Config) -> tuple[Diagnosis, list[Choice]]:
         for every in spacings(steps, asked):
             one = Choice(every, "any", "", not storing and asked == every, refused)
             out.append(one if thin is None else _thin(one, replace(thin, start=once, memory=memory), first, found, steps))
-        own, told = _storing(settings, first, Path(folder) / "gradients")
+        own, told = _storing(settings, first, once, Path(folder) / "gradients")
         return own if storing else found, [*out, told]
 
 
@@ -108,8 +109,9 @@ def _thin(one: Choice, trial: Trial, full: Trial, found: Diagnosis, steps: int) 
     )
 
 
-def _storing(settings: Config, full: Trial, path: Path) -> tuple[Diagnosis, Choice]:
-    """A record of every step with the gradients of its examples; full: one without them, which says how many there will be."""
+def _storing(settings: Config, full: Trial, once: float, path: Path) -> tuple[Diagnosis, Choice]:
+    """A record of every step with the gradients of its examples; full: one without them, which says how many there will be;
+    once: seconds of what a process does once."""
     train = settings.train
     asked = train.gradients == "store"
     one = Choice(_spacing(settings) if asked else 0, train.codec, train.gradient_dtype or full.run.manifest.dtype, asked)
@@ -119,7 +121,7 @@ def _storing(settings: Config, full: Trial, path: Path) -> tuple[Diagnosis, Choi
         try:
             trial = tried(_recorded(settings, one.thin, train.codec, "store"), path, few)
             found = diagnosed(trial.run, settings.decompose, train.steps)
-            return found, _told(one, replace(trial, start=full.start), found, train.steps)
+            return found, _told(one, replace(trial, start=once), found, train.steps)
         except ExplaindError as error:
             refused = [str(error)]
     return Diagnosis(refused, steps=train.steps), replace(one, refused=refused[0])
