@@ -116,6 +116,15 @@ def test_a_run_at_a_url_is_the_run_in_a_folder(url, whole, monkeypatch):
         cases.decomposed(run, save=f"{url}/run/ledgers/one")
 
 
+def test_stored_gradients_at_a_url_are_those_in_a_folder(url, tmp_path, monkeypatch):
+    cases.shorten_blocks(monkeypatch)
+    run, local = (recorded(place, gradients="store") for place in (f"{url}/run", tmp_path / "local"))
+    assert (run.identity, run.damage(), run.manifest.gradients) == (local.identity, [], "float64")
+    got, want = (cases.decomposed(of, data=None, losses=None) for of in (run, local))
+    for name, row in want.rows.items():
+        same(got.rows[name].values, row.values, name)
+
+
 def test_a_run_at_a_url_goes_into_a_file_and_back(whole, tmp_path, monkeypatch):
     url = "memory://bucket"
     cases.shorten_blocks(monkeypatch)

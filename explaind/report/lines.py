@@ -86,9 +86,10 @@ def pruning_lines(facts: dict[str, Any]) -> list[str]:
 
 def info_lines(facts: dict[str, Any]) -> list[str]:
     """What a run is."""
-    config = facts["config"] or {}
+    config, damaged = facts["config"] or {}, facts["sound"] < facts["steps"]
+    counted = f" recorded, {facts['sound']} of them sound; examples and gradients are counted in these" if damaged else ""
     lines = [
-        f"run {facts['path']}: {facts['steps']} steps" + ("" if facts["complete"] else " (cut off)"),
+        f"run {facts['path']}: {facts['steps']} steps{counted}" + ("" if facts["complete"] else " (cut off)"),
         f"  model       {facts['model']}, {facts['parameters']} parameters in {len(facts['layers'])} layers",
         f"  optimizer   {facts['optimizer']}, {facts['reduction']} loss, {facts['examples']} examples, seed {facts['seed']}",
         f"  made with   {', '.join(f'{name} {version}' for name, version in facts['versions'].items())} on {facts['device']}",
@@ -98,10 +99,11 @@ def info_lines(facts: dict[str, Any]) -> list[str]:
     if facts["gradients"]:
         of = facts["gradients"]
         lines.append(f"  gradients   {of['count']} of single examples, {of['dtype']}, {of['bytes'] / 2**20:.1f} MiB before compression")
-    if facts["sound"] < facts["steps"]:
-        lines.append(f"  DAMAGED     {facts['sound']} steps are sound: explaind verify says what is not, explaind repair cuts the rest off")
+    if damaged:
+        of = f"{facts['sound']} steps are sound of the {facts['steps']} recorded"
+        lines.append(f"  DAMAGED     {of}: explaind verify says what is not, explaind repair cuts the rest off")
     if facts["logged"]:
-        lines.append(f"  log         {facts['logged']} more steps: explaind repair takes them up")
+        lines.append(f"  log         {facts['logged']} more steps behind the {facts['steps']} recorded: explaind repair takes them up")
     lines += [f"  task        {json.dumps(config['task'])}"] if "task" in config else []
     return lines + [f"  ledger      {path}" for path in facts["ledgers"]]
 
