@@ -103,7 +103,7 @@ def info_lines(facts: dict[str, Any]) -> list[str]:
         of = f"{facts['sound']} steps are sound of the {facts['steps']} recorded"
         lines.append(f"  DAMAGED     {of}: explaind verify says what is not, explaind repair cuts the rest off")
     if facts["logged"]:
-        lines.append(f"  log         {facts['logged']} more steps behind the {facts['steps']} recorded: explaind repair takes them up")
+        lines.append(f"  log         {facts['logged']} more steps: explaind repair takes them up")
     lines += [f"  task        {json.dumps(config['task'])}"] if "task" in config else []
     return lines + [f"  ledger      {path}" for path in facts["ledgers"]]
 
