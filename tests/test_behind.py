@@ -182,6 +182,23 @@ def test_any_write_may_fail(tmp_path, whole, capsys):
     assert len(told) == k > 40, "every write of the recording has failed once"
 
 
+@pytest.mark.parametrize("options", [{}, {"resume": True}], ids=["new", "gone on with"])
+def test_a_log_that_cannot_be_opened_is_one_line(options, tmp_path, monkeypatch, whole):
+    """As where a file system has no inode left."""
+    if options:
+        shutil.copytree(whole.path, tmp_path / "run")
+
+    def full(path, *args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    model = cases.PLAIN.model()
+    optimizer = CASE.make(cases.trainable(model))
+    monkeypatch.setattr(tail, "FileIO", full)
+    with pytest.raises(StoreError, match="cannot write: No space left on device") as error:
+        explaind.record(optimizer, model, tmp_path / "run", data=cases.DATA, **options)
+    assert "\n" not in str(error.value)
+
+
 def test_any_write_of_a_decomposition_may_fail(tmp_path, whole):
     """The ledger is not there then; what was saved on the way is whole, and is gone on with to the undisturbed ledger."""
     asked, told, folder = {"keep": ("query", "output", "layer")}, list[str](), tmp_path / ".val.parts"

@@ -133,8 +133,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/full"))
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    recording.BLOCK_BYTES, recording.TOGETHER = BLOCK * 2 * PARAMS * 4, 1
     if given.inside:
+        recording.BLOCK_BYTES, recording.TOGETHER = BLOCK * 2 * PARAMS * 4, 1
         return inside(given.kinds, given.every, given.out)
     shutil.rmtree(given.out, ignore_errors=True)
     command = ["unshare", "-rm", sys.executable, __file__, "--inside", *sys.argv[1:]]
