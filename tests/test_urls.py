@@ -368,6 +368,12 @@ def test_the_command_line_takes_urls(tmp_path, capsys):
     assert main(["verify", f"{url}/ledgers/one"]) in (0, 1)
     assert {place.name for place in location_of(url).iterdir()} >= {"analysis", "report", "ledgers", "theta"}
     assert location_of(f"{url}/report/one/training.png").read_bytes().startswith(b"\x89PNG")
+    location_of("memory://b/small.toml").write_bytes(Path("tests/small.toml").read_bytes())
+    assert main(["record", "memory://b/small.toml", "--out", "memory://b/from", *small]) == 0
+    assert explaind.open("memory://b/from").identity == explaind.open(url).identity
+    assert main(["plan", (Path.cwd() / "tests" / "none.toml").as_uri()]) == 2
+    assert main(["plan", "memory://b/none.toml"]) == 2
+    assert capsys.readouterr().err.count("cannot read the configuration") == 2
     assert main(["export", url, "s3://bucket/out.zip"]) == 2
     assert "an exported file stands on this machine (s3://bucket/out.zip)" in capsys.readouterr().err
 

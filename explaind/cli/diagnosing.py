@@ -46,7 +46,7 @@ def diagnose(path: str, /, *overrides: Overrides, json: Json = False) -> int:
 
 
 @app.command
-def plan(config: Path, /, *overrides: Overrides, json: Json = False) -> int:
+def plan(config: str, /, *overrides: Overrides, json: Json = False) -> int:
     """Say what each way to record a CONFIG will take, from a few steps that are recorded: plan CONFIG [--table.key value …].
 
     Disk, memory and time of recording, and of the decomposition that it asks for, with every state stored in either codec, thin with a
@@ -54,10 +54,10 @@ def plan(config: Path, /, *overrides: Overrides, json: Json = False) -> int:
     how many. Exit status 1 where the training or the decomposition would be refused.
     """
     begin = time.perf_counter()
-    settings = read(config, overrides)
+    settings = read(location_of(config), overrides)
     check_asked(settings)
     found, ways = choices(settings, time.perf_counter() - begin)
-    facts = {"of": str(config), "ok": found.ok, "steps": settings.train.steps, "refused": found.refused}
+    facts = {"of": config, "ok": found.ok, "steps": settings.train.steps, "refused": found.refused}
     printed({**facts, "choices": [asdict(way) for way in ways]}, json, plan_lines)
     return FINE if found.ok else FAILED
 
