@@ -372,8 +372,9 @@ def test_the_command_line_takes_urls(tmp_path, capsys):
     assert main(["record", "memory://b/small.toml", "--out", "memory://b/from", *small]) == 0
     assert explaind.open("memory://b/from").identity == explaind.open(url).identity
     assert main(["plan", (Path.cwd() / "tests" / "none.toml").as_uri()]) == 2
-    assert main(["plan", "memory://b/none.toml"]) == 2
-    assert capsys.readouterr().err.count("cannot read the configuration") == 2
+    for verb in ("plan", "doctor"):
+        assert main([verb, "memory://b/none.toml"]) == 2
+    assert capsys.readouterr().err.count("cannot read the configuration") == 3
     assert main(["export", url, "s3://bucket/out.zip"]) == 2
     assert "an exported file stands on this machine (s3://bucket/out.zip)" in capsys.readouterr().err
 

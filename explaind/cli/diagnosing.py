@@ -27,7 +27,7 @@ def diagnose(path: str, /, *overrides: Overrides, json: Json = False) -> int:
     time; and the settings that it recommends, which `explaind run --auto` follows. Exit status 1 where something would be refused.
     """
     place = location_of(path)
-    if not isinstance(place, Path) or place.is_dir() or place.suffix == ".zip" or not place.exists():
+    if not (place.is_file() and place.suffix != ".zip" if isinstance(place, Path) else place.name.endswith(".toml")):
         if overrides:
             raise RequestError("a run was recorded with its configuration", got=" ".join(overrides), do="give no settings with a RUN")
         recorded = open_run(place)
