@@ -118,10 +118,17 @@ class Config:
         return plain
 
 
-def read(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
+class Text(typing.Protocol):
+    """A file somewhere."""
+
+    def read_text(self) -> str: ...
+
+
+def read(path: str | os.PathLike[str] | Text, overrides: Sequence[str] = ()) -> Config:
     """A TOML file with overrides such as ("--train.steps", "500") put over it."""
+    file: Text = Path(path) if isinstance(path, str | os.PathLike) else path
     try:
-        table = tomllib.loads(Path(path).read_text())
+        table = tomllib.loads(file.read_text())
     except OSError as error:
         raise ConfigError("cannot read the configuration", where=path, got=error.strerror, do="check the path") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

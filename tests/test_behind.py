@@ -1,6 +1,7 @@
 """Writing behind the training: slow, short and failing writes; what is on disk afterwards, and what the training is told."""
 
 import errno
+import io
 import itertools
 import os
 import shutil
@@ -18,7 +19,7 @@ import explaind
 from explaind.cli import main
 from explaind.errors import StoreError
 from explaind.record import recorder as recording
-from explaind.store import tail
+from explaind.store import location, tail
 from explaind.store.reader import open_run
 from explaind.store.repair import repair
 from explaind.store.sealed import read_sealed
@@ -113,6 +114,37 @@ def test_a_file_that_takes_less_than_it_is_given_is_written_on(tmp_path, monkeyp
     assert recorded(tmp_path / "run").identity == whole.identity
 
 
+class Short(io.FileIO):
+    """A file that takes 50 bytes at a time; how many it has been given less than all of."""
+
+    cut = 0
+
+    def write(self, text):
+        Short.cut += len(memoryview(text).cast("B")) > 50
+        return super().write(memoryview(text).cast("B")[:50])
+
+
+def short(path, mode="r", buffering=-1, *args, **options):
+    if "w" not in mode or "b" not in mode:
+        return io.open(path, mode, buffering, *args, **options)  # noqa: UP020
+    return Short(path, mode.replace("b", "")) if buffering == 0 else io.BufferedWriter(Short(path, mode.replace("b", "")))
+
+
+def test_chunks_and_the_marker_too(tmp_path, monkeypatch, whole):
+    """Which go through the file objects of Python, that write on."""
+    cases.shorten_blocks(monkeypatch)
+    monkeypatch.setattr(location, "open", short, raising=False)
+    monkeypatch.setattr(local.Path, "open", short)
+    Short.cut = 0
+    run = recorded(tmp_path / "run")
+    monkeypatch.undo()
+    assert Short.cut > 100
+    assert (run.identity, run.damage()) == (whole.identity, [])
+    for file in ("commit.json", "zarr.json", *(f"theta/c/{i}/0" for i in range(3))):
+        assert (run.path / file).stat().st_size > 50
+        assert (run.path / file).read_bytes() == (whole.path / file).read_bytes(), file
+
+
 def test_any_write_may_fail(tmp_path, whole, capsys):
     told = list[str]()
     for k in itertools.count():
@@ -148,6 +180,23 @@ def test_any_write_may_fail(tmp_path, whole, capsys):
         same(run.states(0, have + 1), whole.states(0, have + 1))
     capsys.readouterr()
     assert len(told) == k > 40, "every write of the recording has failed once"
+
+
+@pytest.mark.parametrize("options", [{}, {"resume": True}], ids=["new", "gone on with"])
+def test_a_log_that_cannot_be_opened_is_one_line(options, tmp_path, monkeypatch, whole):
+    """As where a file system has no inode left."""
+    if options:
+        shutil.copytree(whole.path, tmp_path / "run")
+
+    def full(path, *args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    model = cases.PLAIN.model()
+    optimizer = CASE.make(cases.trainable(model))
+    monkeypatch.setattr(tail, "FileIO", full)
+    with pytest.raises(StoreError, match="cannot write: No space left on device") as error:
+        explaind.record(optimizer, model, tmp_path / "run", data=cases.DATA, **options)
+    assert "\n" not in str(error.value)
 
 
 def test_any_write_of_a_decomposition_may_fail(tmp_path, whole):

@@ -110,6 +110,29 @@ def test_what_cannot_be_explained_is_refused_with_the_reason(name, tmp_path):
     assert not found.recommended
 
 
+def test_stored_gradients_need_neither_data_nor_losses(tmp_path):
+    run = cases.recorded(tmp_path / "run", gradients="store", data=cases.DATA)
+    asked = {"queries": cases.QUERIES, "measure": cases.measure, "keep": ("query", "example", "layer")}
+    found = explaind.doctor(run, cases.PLAIN.model(), **asked)
+    assert found.ok, found.refused
+    assert set(found.layers.values()) == {"stored"}
+    assert found.replay_error < 1e-6
+    assert found.seconds > 0
+    assert any("without data and losses" in words for words in found.warnings)
+    whole = explaind.doctor(run, cases.PLAIN.model(), data=cases.DATA, losses=cases.losses, **asked)
+    assert (whole.ok, whole.warnings, whole.layers, whole.ledger) == (True, [], found.layers, found.ledger)
+    assert not explaind.doctor(run, cases.PLAIN.model(), products="ghost", **asked).ok
+    wrong = explaind.doctor(run, cases.PLAIN.model(), data=OTHER_LABELS, **asked)
+    assert any("not the data of the training" in words for words in wrong.refused)
+
+
+def test_data_and_losses_that_are_needed_are_asked_for(tmp_path):
+    run = cases.recorded(tmp_path / "run")
+    found = explaind.doctor(run, cases.PLAIN.model(), queries=cases.QUERIES, measure=cases.measure)
+    assert len(found.refused) == 1
+    assert "data and losses of the training are needed" in found.refused[0]
+
+
 def test_steps_that_are_lived_again_beforehand_are_counted_in(tmp_path, monkeypatch):
     """Clipped steps are replayed before they are credited, rounded ones in both precisions: an estimate from few steps must know."""
     passes, own = [], doctor._passes

@@ -1,5 +1,9 @@
 """A training loop that goes wrong while it is recorded: one line is raised at once, and the steps before it stay."""
 
+import importlib.util
+import json
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +15,7 @@ import explaind
 from explaind.errors import RecordError
 from tests import cases
 from tests.closeness import same
+from tests.test_cli import mounts
 
 
 class Counting(nn.Module):
@@ -197,3 +202,21 @@ def test_a_closed_recorder_refuses_examples(tmp_path):
     with pytest.raises(RecordError, match=r"is over.*closed"):
         recorder.examples([0])
     assert explaind.open(tmp_path / "run").complete
+
+
+@pytest.mark.skipif(mounts() is not None, reason=f"cannot mount a small tmpfs: {mounts()}")
+def test_a_full_disk_is_told_and_what_was_committed_is_sound(tmp_path, monkeypatch):
+    """On real file systems, larger by 32 pages or inodes each time; at every size: experiments/store/full.py."""
+    file = Path(__file__).parents[1] / "experiments" / "store" / "full.py"
+    study = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("full", file))
+    spec.loader.exec_module(study)
+    monkeypatch.setattr(sys, "argv", ["full.py", "--every", "32", "--kinds", "plain", "--out", str(tmp_path / "full")])
+    with pytest.raises(SystemExit) as done:
+        study.main()
+    rows = json.loads((tmp_path / "full" / "full.json").read_text())
+    assert [row["limit"] for row in rows] == ["size", "nr_inodes"]
+    for row in rows:
+        assert (row["faults"], row["whole"]) == ([], True)
+        assert row["refused"] > row["opened"] > 0, "some were full before the first commit, and some behind it"
+        assert row["steps"][-1] > row["steps"][0] == 0
+    assert not done.value.code

@@ -246,7 +246,8 @@ def test_repair_cuts_a_damaged_run_off_before_the_fault(state, tmp_path, capsys)
         return
     assert main(["info", str(run.path)]) == 0
     assert f"{LENGTH} steps" in (told := capsys.readouterr().out)
-    assert f"DAMAGED     {state - 1} steps are sound" in told
+    assert f"{LENGTH} steps recorded, {state - 1} of them sound; examples and gradients are counted in these\n" in told
+    assert f"DAMAGED     {state - 1} steps are sound of the {LENGTH} recorded" in told
     assert repair(run.path) == Repair(LENGTH, state - 1, 0, LENGTH - state + 1)
     after = explaind.open(run.path)
     assert (after.steps, after.complete, after.damage()) == (state - 1, False, [])

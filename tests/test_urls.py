@@ -116,6 +116,15 @@ def test_a_run_at_a_url_is_the_run_in_a_folder(url, whole, monkeypatch):
         cases.decomposed(run, save=f"{url}/run/ledgers/one")
 
 
+def test_stored_gradients_at_a_url_are_those_in_a_folder(url, tmp_path, monkeypatch):
+    cases.shorten_blocks(monkeypatch)
+    run, local = (recorded(place, gradients="store") for place in (f"{url}/run", tmp_path / "local"))
+    assert (run.identity, run.damage(), run.manifest.gradients) == (local.identity, [], "float64")
+    got, want = (cases.decomposed(of, data=None, losses=None) for of in (run, local))
+    for name, row in want.rows.items():
+        same(got.rows[name].values, row.values, name)
+
+
 def test_a_run_at_a_url_goes_into_a_file_and_back(whole, tmp_path, monkeypatch):
     url = "memory://bucket"
     cases.shorten_blocks(monkeypatch)
@@ -359,6 +368,13 @@ def test_the_command_line_takes_urls(tmp_path, capsys):
     assert main(["verify", f"{url}/ledgers/one"]) in (0, 1)
     assert {place.name for place in location_of(url).iterdir()} >= {"analysis", "report", "ledgers", "theta"}
     assert location_of(f"{url}/report/one/training.png").read_bytes().startswith(b"\x89PNG")
+    location_of("memory://b/small.toml").write_bytes(Path("tests/small.toml").read_bytes())
+    assert main(["record", "memory://b/small.toml", "--out", "memory://b/from", *small]) == 0
+    assert explaind.open("memory://b/from").identity == explaind.open(url).identity
+    assert main(["plan", (Path.cwd() / "tests" / "none.toml").as_uri()]) == 2
+    for verb in ("plan", "doctor"):
+        assert main([verb, "memory://b/none.toml"]) == 2
+    assert capsys.readouterr().err.count("cannot read the configuration") == 3
     assert main(["export", url, "s3://bucket/out.zip"]) == 2
     assert "an exported file stands on this machine (s3://bucket/out.zip)" in capsys.readouterr().err
 

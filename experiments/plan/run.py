@@ -1,7 +1,8 @@
 """Does what `explaind plan` says beforehand happen? Disk, time and memory of every way to record, and of decomposing what was recorded.
 
-python experiments/plan/run.py [--out runs/plan] [--only NAME] [--small]
+python experiments/plan/run.py [--out runs/plan] [--only NAME] [--small] [--busy]
 
+--busy takes the time of the processor for that of the clock on both sides, which others on the machine do not change.
 The plan, every recording and every decomposition are made in processes of their own, so that peak memory is each one's own.
 """
 
@@ -26,6 +27,10 @@ TRAININGS = {
     "MOD-113": ("mod113", ["--train.steps", "1000", "--decompose.queries", "val:0:1", "--decompose.measure", "target_log_probability"]),
 }
 SMALL = {"digits": ("digits", ["--train.steps", "40", "--task.hidden", "8", "--decompose.queries", "val:0:2"])}
+HEAD = (
+    "| training | state every | codec | gradients | disk | record | memory of it | ledger | decompose | memory of it "
+    "| bytes of theta + moments, of all |"
+)
 WHAT = ("disk", "record_seconds", "record_memory", "ledger", "decompose_seconds", "decompose_memory")
 
 
@@ -37,22 +42,24 @@ def timed(words: list[str]) -> dict[str, float]:
     return {"seconds": time.perf_counter() - begin, "memory": peak()}
 
 
-def apart(words: list[str]) -> dict[str, float]:
-    """The same in a process of its own."""
-    done = subprocess.run([sys.executable, __file__, "--child", *words], check=True, capture_output=True, text=True)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+def apart(words: list[str], busy: bool) -> tuple[str, dict[str, float]]:
+    """The same in a process of its own; with what it printed."""
+    command = [sys.executable, __file__, "--child", *(["--busy"] if busy else []), *words]
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.rstrip()
+    facts, _, found = printed.rpartition("\n")
+    return facts, json.loads(found)
 
 
-def happened(config: str, overrides: list[str], way: dict[str, Any], run: Path) -> dict[str, float]:
+def happened(config: str, overrides: list[str], way: dict[str, Any], run: Path, busy: bool) -> dict[str, float]:
     """What one way to record took, and what it takes to decompose."""
     shutil.rmtree(run, ignore_errors=True)
     codec = [] if way["codec"] == "any" else ["--train.codec", way["codec"]]
-    record = apart(["record", config, *overrides, "--train.thin", str(way["thin"]), *codec, "--out", str(run)])
+    gradients = ["--train.gradients", "store" if way["gradients"] else "recompute"]
+    _, record = apart(["record", config, *overrides, "--train.thin", str(way["thin"]), *codec, *gradients, "--out", str(run)], busy)
     recorded = open_run(run)
     disk, numbers = size_of(run), recorded.steps * recorded.manifest.params
     each = {f"bytes of {name}": size_of(run / name) / numbers for name in ("theta", "preconditioner")}
-    decompose = apart(["decompose", str(run), "--name", "plan"])
+    _, decompose = apart(["decompose", str(run), "--name", "plan"], busy)
     return {
         "disk": disk,
         "record_seconds": record["seconds"],
@@ -65,14 +72,17 @@ def happened(config: str, overrides: list[str], way: dict[str, Any], run: Path) 
     }
 
 
-def study(name: str, trainings: dict[str, tuple[str, list[str]]], out: Path) -> list[dict[str, Any]]:
+def study(name: str, trainings: dict[str, tuple[str, list[str]]], out: Path, busy: bool) -> list[dict[str, Any]]:
     """Said beside done, by way of recording."""
     file, overrides = trainings[name]
     config = str(CONFIGS / f"{file}.toml")
-    done = subprocess.run([sys.executable, "-m", "explaind.cli", "plan", config, *overrides, "--json"], check=True, capture_output=True)
+    said, _ = apart(["plan", config, *overrides, "--json"], busy)
     rows = []
-    for way in json.loads(done.stdout)["choices"]:
-        found = happened(config, overrides, way, out / name)
+    for way in json.loads(said)["choices"]:
+        if way["refused"]:
+            print(f"{name}, gradients stored: {way['refused']}" if way["gradients"] else f"{name}, thin: {way['refused']}")
+            continue
+        found = happened(config, overrides, way, out / name, busy)
         ratios = {what: way[what] / found[what] for what in WHAT}
         rows.append({"training": name, "said": way, "done": found, "ratio": ratios})
         print(line(rows[-1]), flush=True)
@@ -89,24 +99,28 @@ def line(row: dict[str, Any]) -> str:
     def seconds(what: str) -> str:
         return f"{done[what]:.1f} s ({ratio[what]:.2f})"
 
-    first = f"| {row['training']} | {way['thin'] or 'every step'} | {way['codec']} | {mib('disk')} | {seconds('record_seconds')} "
-    second = f"| {mib('record_memory')} | {mib('ledger')} | {seconds('decompose_seconds')} | {mib('decompose_memory')} "
-    return first + second + f"| {done['bytes of theta']:.2f} + {done['bytes of preconditioner']:.2f}, {done['bytes']:.2f} |"
+    first = f"| {row['training']} | {way['thin'] or 'every step'} | {way['codec']} | {way['gradients'] or '–'} | {mib('disk')} "
+    second = f"| {seconds('record_seconds')} | {mib('record_memory')} | {mib('ledger')} "
+    third = f"| {seconds('decompose_seconds')} | {mib('decompose_memory')} "
+    return first + second + third + f"| {done['bytes of theta']:.2f} + {done['bytes of preconditioner']:.2f}, {done['bytes']:.2f} |"
 
 
 def main() -> None:
+    if "--busy" in sys.argv:
+        time.perf_counter = time.process_time
     if sys.argv[1:2] == ["--child"]:
-        return print(json.dumps(timed(sys.argv[2:])))
+        return print(json.dumps(timed([word for word in sys.argv[2:] if word != "--busy"])))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/plan"))
     parser.add_argument("--only", choices=TRAININGS)
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--busy", action="store_true", help="time of the processor, for a machine with other work")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     trainings = SMALL if given.small else TRAININGS
-    print("| training | state every | codec | disk | record | memory | ledger | decompose | memory | bytes of theta + moments, of all |")
-    print("|---" * 10 + "|")
-    rows = [row for name in trainings if given.only in (None, name) for row in study(name, trainings, given.out)]
+    print(HEAD)
+    print("|---" * 11 + "|")
+    rows = [row for name in trainings if given.only in (None, name) for row in study(name, trainings, given.out, given.busy)]
     (given.out / "plan.json").write_text(json.dumps(rows, indent=1))
 
 

@@ -1,6 +1,7 @@
 """Verbs that say what will happen before hours are spent: doctor, plan."""
 
 import tempfile
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def diagnose(path: str, /, *overrides: Overrides, json: Json = False) -> int:
     time; and the settings that it recommends, which `explaind run --auto` follows. Exit status 1 where something would be refused.
     """
     place = location_of(path)
-    if not isinstance(place, Path) or place.is_dir() or place.suffix == ".zip" or not place.exists():
+    if not (place.is_file() and place.suffix != ".zip" if isinstance(place, Path) else place.name.endswith(".toml")):
         if overrides:
             raise RequestError("a run was recorded with its configuration", got=" ".join(overrides), do="give no settings with a RUN")
         recorded = open_run(place)
@@ -34,9 +35,10 @@ def diagnose(path: str, /, *overrides: Overrides, json: Json = False) -> int:
         disk = size_of(place) - size_of(place / "ledgers")
         facts = {"of": str(place), **_facts(diagnosed(recorded, settings.decompose)), "disk": disk}
     else:
+        begin = time.perf_counter()
         settings = read(place, overrides)
         check_asked(settings)
-        facts = {"of": str(place), **_tried(settings)}
+        facts = {"of": str(place), **_tried(settings, time.perf_counter() - begin)}
     task = load(settings.task.name, settings.task.options)
     facts |= {"measures": list(task.measures()), "measure": measure_named(task, settings.decompose.measure)[0]}
     printed(facts, json, doctor_lines)
@@ -44,16 +46,18 @@ def diagnose(path: str, /, *overrides: Overrides, json: Json = False) -> int:
 
 
 @app.command
-def plan(config: Path, /, *overrides: Overrides, json: Json = False) -> int:
+def plan(config: str, /, *overrides: Overrides, json: Json = False) -> int:
     """Say what each way to record a CONFIG will take, from a few steps that are recorded: plan CONFIG [--table.key value …].
 
-    Disk, memory and time of recording, and of the decomposition that it asks for, with every state stored in either codec, and thin
-    with a state every so many steps. Exit status 1 where the training or the decomposition would be refused.
+    Disk, memory and time of recording, and of the decomposition that it asks for, with every state stored in either codec, thin with a
+    state every so many steps, and with the gradients of all examples stored; where these are more than train.gradient_budget it says
+    how many. Exit status 1 where the training or the decomposition would be refused.
     """
-    settings = read(config, overrides)
+    begin = time.perf_counter()
+    settings = read(location_of(config), overrides)
     check_asked(settings)
-    found, ways = choices(settings)
-    facts = {"of": str(config), "ok": found.ok, "steps": settings.train.steps, "refused": found.refused}
+    found, ways = choices(settings, time.perf_counter() - begin)
+    facts = {"of": config, "ok": found.ok, "steps": settings.train.steps, "refused": found.refused}
     printed({**facts, "choices": [asdict(way) for way in ways]}, json, plan_lines)
     return FINE if found.ok else FAILED
 
@@ -66,16 +70,19 @@ def recommended(run: Run, asked: Decompose) -> Decompose:
     return replace(asked, **found.recommended)
 
 
-def _tried(settings: Config) -> dict[str, Any]:
-    """Record a few steps of a configuration, and diagnose them."""
+def _tried(settings: Config, before: float) -> dict[str, Any]:
+    """Record a few steps of a configuration, and diagnose them; before: seconds that went into reading the data already."""
     steps = settings.train.steps
     with tempfile.TemporaryDirectory() as folder:
         try:
             trial = tried(settings, Path(folder) / "run")
         except ExplaindError as error:
             return _facts(Diagnosis([str(error)], steps=steps))
+        trial = replace(trial, start=before + trial.start)
         found = diagnosed(trial.run, settings.decompose, steps)
-        found.refused.extend(over_budget(trial.run, settings))
+        if found.seconds is not None:  # by a process that reads the data, too
+            found = replace(found, seconds=trial.start + found.seconds)
+        found.refused.extend(over_budget(trial.run, settings) if settings.train.gradients == "store" else [])
         return {**_facts(found), "disk": trial.disk(steps), "record_seconds": trial.seconds(steps)}
 
 

@@ -28,7 +28,7 @@ from explaind.tasks.training import train
 
 @app.command
 def run(
-    config: Path,
+    config: str,
     /,
     *overrides: Overrides,
     out: str | None = None,
@@ -38,8 +38,8 @@ def run(
     json: Json = False,
 ) -> int:
     """Record, decompose, verify, analyse and report: CONFIG [--out RUN] [--auto] [--table.key value …]."""
-    settings = read(config, overrides)
-    folder = location_of(out or Path("runs") / config.stem, spool)
+    settings = read(location_of(config), overrides)
+    folder = location_of(out or Path("runs") / Path(config).stem, spool)
     check_asked(settings)
     _record(settings, folder, overwrite)
     recorded = open_run(folder)
@@ -55,11 +55,11 @@ def run(
 
 @app.command
 def record(
-    config: Path, /, *overrides: Overrides, out: str | None = None, overwrite: Overwrite = False, spool: Spool = None, json: Json = False
+    config: str, /, *overrides: Overrides, out: str | None = None, overwrite: Overwrite = False, spool: Spool = None, json: Json = False
 ) -> int:
     """Train as CONFIG says and record every step: CONFIG --out RUN [--table.key value …]."""
-    settings = read(config, overrides)
-    folder = location_of(out or Path("runs") / config.stem, spool)
+    settings = read(location_of(config), overrides)
+    folder = location_of(out or Path("runs") / Path(config).stem, spool)
     _record(settings, folder, overwrite)
     printed(
         {**run_facts(open_run(folder)), "path": str(folder)},

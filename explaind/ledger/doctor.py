@@ -1,7 +1,7 @@
 """What will happen, said before hours are spent: a few steps of the run are replayed and decomposed, timed, and counted up."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -20,9 +20,10 @@ from explaind.kernel.secant import NoSecant, Secant
 from explaind.ledger.decompose import decompose
 from explaind.ledger.ledger import Ledger
 from explaind.ledger.plan import chunk_bytes
-from explaind.ledger.sources import STORED, is_stored
+from explaind.ledger.sources import STORED, is_stored, needed
 from explaind.ledger.trial import peak
 from explaind.ledger.verify_run import replay
+from explaind.ledger.verify_stored import of_updates
 from explaind.record.device import placed
 from explaind.replay.batches import Readable, changed_examples, count, moved
 from explaind.replay.functional import Functional, Readout, fitted
@@ -79,8 +80,8 @@ def doctor(
     run: Run,
     model: nn.Module,
     *,
-    data: Readable,
-    losses: Readout,
+    data: Readable | None = None,
+    losses: Readout | None = None,
     queries: Any,
     measure: Readout,
     steps: int | None = None,
@@ -88,7 +89,8 @@ def doctor(
 ) -> Diagnosis:
     """Try a few steps and say what a whole decomposition will be like; nothing is raised for what cannot be explained.
 
-    run, model, data, losses, queries, measure, asked  as for ``explaind.decompose``
+    run, model, data, losses, queries, measure, asked  as for ``explaind.decompose``, which needs neither data nor losses where the run
+                                                       stores the gradients of its examples
     steps                                              of the whole training, where the run holds only its beginning
     """
     whole = run.steps if steps is None else steps
@@ -98,10 +100,10 @@ def doctor(
     refused, warnings = list[str](), list[str]()
     device, dtype = placed(asked.get("device", "cpu")), asked.get("dtype", torch.float64)
     try:
-        refused += changed_examples(trial, data, trial.examples)
-        begin = time.perf_counter()
-        errors, words, _ = replay(trial, model, data, losses, device, None, asked.get("collate"))
-        replayed = (time.perf_counter() - begin) / max(1, trial.steps)
+        given = None if is_stored(run, asked.get("products", "auto")) else needed(run, data, losses)
+        lived = _replaying(trial, model, given or (data, losses), device, asked)
+        refused += [] if data is None else changed_examples(trial, data, trial.examples)
+        errors, words = lived()
         refused += words
         found["replay_error"] = float(np.nanmax(errors, initial=0.0))
         with differentiable():
@@ -109,33 +111,51 @@ def doctor(
         found |= known
         warnings += doubts
         if not refused:
-            found |= _tried(
-                trial, model, whole, replayed, {"data": data, "losses": losses, "queries": queries, "measure": measure, **asked}
-            )
+            found |= _tried(trial, model, whole, lived, {"data": data, "losses": losses, "queries": queries, "measure": measure, **asked})
             found["recommended"] = _recommended(trial, model, queries, measure, device, dtype, found)
     except ExplaindError as error:
         refused.append(str(error))
     return Diagnosis(refused, warnings, **found)
 
 
+def _replaying(
+    run: Run, model: nn.Module, given: tuple[Readable | None, Readout | None], device: torch.device, asked: Mapping[str, Any]
+) -> Callable[[], tuple[np.ndarray, list[str]]]:
+    """Living the trial again: from data and losses, or without them from the gradients that are stored."""
+    data, losses = given
+    if data is None or losses is None:
+        return lambda: of_updates(run)
+    return lambda: replay(run, model, data, losses, device, None, asked.get("collate"))[:2]
+
+
 def _known(
-    run: Run, model: nn.Module, data: Readable, losses: Readout, device: torch.device, dtype: torch.dtype, asked: Mapping[str, Any]
+    run: Run,
+    model: nn.Module,
+    data: Readable | None,
+    losses: Readout | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    asked: Mapping[str, Any],
 ) -> tuple[dict[str, Any], list[str]]:
     """How every layer is covered, and whether examples are coupled or random; with what is worth a warning."""
-    layout = Layout(run.manifest.layers)
-    training = Functional(fitted(model, run.manifest.layers, run.constants), losses, device, dtype, any(layout.moving))
-    steps = trajectory(run, model, losses, data, asked.get("collate"), device, dtype)
-    step = max(steps.segment(0).steps, key=lambda s: max(len(part.ids) for part in s.parts))
-    part = max(step.parts, key=lambda p: len(p.ids))
-    training.set_mode(step.mode)
-    route = asked.get("products", "auto")
-    if is_stored(run, route):
-        covered = dict.fromkeys(layout.names, STORED)
+    layout, doubts = Layout(run.manifest.layers), list[str]()
+    covered, coupled, drawn = (
+        dict.fromkeys(layout.names, STORED),
+        False,
+        any(row.random is not None for row in run.block(0, run.steps).rows),
+    )
+    if data is None or losses is None:
+        doubts.append("without data and losses it is not known whether examples of a batch depend on each other")
     else:
-        covered = Products(training, layout, "layer", route, machine=machine(device, dtype)).covered(step.theta, part, 1, step.mode)
-    drawn = any(isinstance(p.batch, Drawn) for s in steps.segment(0).steps for p in s.parts)
-    coupled = _coupled(training, layout, step)
-    doubts = []
+        training = Functional(fitted(model, run.manifest.layers, run.constants), losses, device, dtype, any(layout.moving))
+        steps = trajectory(run, model, losses, data, asked.get("collate"), device, dtype)
+        step = max(steps.segment(0).steps, key=lambda s: max(len(part.ids) for part in s.parts))
+        part = max(step.parts, key=lambda p: len(p.ids))
+        training.set_mode(step.mode)
+        route = asked.get("products", "auto")
+        if not is_stored(run, route):
+            covered = Products(training, layout, "layer", route, machine=machine(device, dtype)).covered(step.theta, part, 1, step.mode)
+        coupled = _coupled(training, layout, step)
     if coupled:
         doubts.append(
             "examples of a batch depend on each other (BatchNorm in train mode, a contrastive loss): each is credited within its batch"
@@ -158,14 +178,15 @@ def _coupled(training: Functional, layout: Layout, step: Step) -> bool:
     return bool((whole[:half] - some).abs().max() > max(SAME, 64 * torch.finfo(whole.dtype).eps) * (1 + whole.abs().max()))
 
 
-def _tried(run: Run, model: nn.Module, steps: int, replayed: float, asked: dict[str, Any]) -> dict[str, Any]:
-    """Decompose the trial as asked, timed: what the whole will take. replayed: seconds of a step that is lived again."""
+def _tried(run: Run, model: nn.Module, steps: int, lived: Callable[[], object], asked: dict[str, Any]) -> dict[str, Any]:
+    """Decompose the trial as asked, timed: what the whole will take. lived: lives its steps again."""
     ticks = [(0, time.perf_counter())]
     ledger = decompose(run, model, progress=lambda done, total: ticks.append((done, time.perf_counter())), **asked)
     blocks = max(1, ticks[-1][0] // run.steps)
     pauses = np.diff([at for _, at in ticks])
     per_step = float(np.median(pauses[1:])) if len(pauses) > 1 else float(pauses[0])
-    beforehand = replayed * _passes(ledger, run, asked)  # of all steps of a segment, before the first one is credited
+    passes = _passes(ledger, run, asked)  # of all steps of a segment, before the first one is credited
+    beforehand = passes * _seconds(lived) / max(1, run.steps) if passes else 0.0
     start = max(0.0, float(pauses[0]) - per_step - run.steps * beforehand)
     verdict = ledger.verify()
     tried, whole = (_size(ledger, run, n, asked) for n in (run.steps, steps))
@@ -176,6 +197,12 @@ def _tried(run: Run, model: nn.Module, steps: int, replayed: float, asked: dict[
         "ledger": whole,
         "blocks": blocks,
     }
+
+
+def _seconds(lived: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    lived()
+    return time.perf_counter() - begin
 
 
 def _passes(ledger: Ledger, run: Run, asked: Mapping[str, Any]) -> int:

@@ -86,9 +86,10 @@ def pruning_lines(facts: dict[str, Any]) -> list[str]:
 
 def info_lines(facts: dict[str, Any]) -> list[str]:
     """What a run is."""
-    config = facts["config"] or {}
+    config, damaged = facts["config"] or {}, facts["sound"] < facts["steps"]
+    counted = f" recorded, {facts['sound']} of them sound; examples and gradients are counted in these" if damaged else ""
     lines = [
-        f"run {facts['path']}: {facts['steps']} steps" + ("" if facts["complete"] else " (cut off)"),
+        f"run {facts['path']}: {facts['steps']} steps{counted}" + ("" if facts["complete"] else " (cut off)"),
         f"  model       {facts['model']}, {facts['parameters']} parameters in {len(facts['layers'])} layers",
         f"  optimizer   {facts['optimizer']}, {facts['reduction']} loss, {facts['examples']} examples, seed {facts['seed']}",
         f"  made with   {', '.join(f'{name} {version}' for name, version in facts['versions'].items())} on {facts['device']}",
@@ -98,8 +99,9 @@ def info_lines(facts: dict[str, Any]) -> list[str]:
     if facts["gradients"]:
         of = facts["gradients"]
         lines.append(f"  gradients   {of['count']} of single examples, {of['dtype']}, {of['bytes'] / 2**20:.1f} MiB before compression")
-    if facts["sound"] < facts["steps"]:
-        lines.append(f"  DAMAGED     {facts['sound']} steps are sound: explaind verify says what is not, explaind repair cuts the rest off")
+    if damaged:
+        of = f"{facts['sound']} steps are sound of the {facts['steps']} recorded"
+        lines.append(f"  DAMAGED     {of}: explaind verify says what is not, explaind repair cuts the rest off")
     if facts["logged"]:
         lines.append(f"  log         {facts['logged']} more steps: explaind repair takes them up")
     lines += [f"  task        {json.dumps(config['task'])}"] if "task" in config else []
@@ -158,18 +160,20 @@ def _needs(facts: dict[str, Any]) -> str:
 
 def plan_lines(facts: dict[str, Any]) -> list[str]:
     """What every way to record takes, as a table."""
-    head = f"{'thickness':<14} {'codec':<9} {'disk':>9} {'record':>9} {'memory':>9} {'ledger':>9} {'decompose':>10} {'memory':>9}"
+    amounts = " ".join(f"{name:>9}" for name in ("disk", "record", "memory", "ledger"))
+    head = f"{'thickness':<17} {'codec':<9} {'gradients':<10} {amounts} {'decompose':>10} {'memory':>9}"
     lines = [f"{facts['of']}: {facts['steps']} steps, estimated from a few", *(f"  REFUSED: {reason}" for reason in facts["refused"])]
     lines.append(f"  {head}")
     for way in facts["choices"]:
         name = f"every {way['thin']} steps" if way["thin"] else "every step"
-        first = f"  {name + (' *' if way['asked'] else ''):<14} {way['codec']:<9}"
+        first = f"  {name + (' *' if way['asked'] else ''):<17} {way['codec']:<9} {way['gradients'] or '–':<10}"
         if way["refused"]:
             lines.append(f"{first} refused: {way['refused']}")
             continue
         record = f"{_amount(way['disk'])} {_clock(way['record_seconds'])} {_amount(way['record_memory'])}"
         lines.append(f"{first} {record} {_amount(way['ledger'])} {_clock(way['decompose_seconds']):>10} {_amount(way['decompose_memory'])}")
-    return [*lines, "  * as the configuration says; thin records live the steps between again; the ledger is uncompressed"]
+    lines.append("  * as the configuration says; thin records live the steps between again; the ledger is uncompressed")
+    return [*lines, "  gradients of examples are made again for a decomposition, or stored in that dtype"]
 
 
 def _amount(size: float | None) -> str:

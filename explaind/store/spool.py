@@ -29,7 +29,7 @@ NAME = "recording"
 def begin(place: Location, attributes: Mapping[str, Any]) -> tuple[zarr.Group, Tail]:
     """The group of a new run and its log; StoreError where something is there already, or somebody is recording."""
     if isinstance(place, Path):
-        return schema.create_group(place, "run", attributes), Tail(place)
+        return schema.create_group(place, "run", attributes), _beside(place)
     schema.check_new(place)
     recording = secrets.token_hex(16)
     log = _held(place, recording)
@@ -42,7 +42,7 @@ def begin(place: Location, attributes: Mapping[str, Any]) -> tuple[zarr.Group, T
 
 def go_on(place: Location) -> Tail:
     """The log of a run that is gone on with; StoreError where somebody is recording it."""
-    return Tail(place) if isinstance(place, Path) else _held(place, _named(schema.open_group(place, "run").attrs))
+    return _beside(place) if isinstance(place, Path) else _held(place, _named(schema.open_group(place, "run").attrs))
 
 
 def let_go(place: Location, log: Tail, remove: bool) -> None:
@@ -96,6 +96,13 @@ def forget(place: Location, attributes: Mapping[str, Any]) -> None:
     if log is not None:
         for name in NAMES:
             (log / name).unlink(missing_ok=True)
+
+
+def _beside(place: Path) -> Tail:
+    try:
+        return Tail(place)
+    except OSError as error:
+        raise schema.unwritable(place, error) from error
 
 
 def _held(place: Remote, recording: str) -> Tail:
