@@ -111,7 +111,7 @@ class Recorder:
         for module in (self._watched.model, *(self._watched.model.children() if wrapped else ())):
             self._hooks.append(module.register_forward_pre_hook(self._forward))
         if self._storing is not None:
-            self._storing.begin(self._incoming, stored_examples(path) if resume else 0)
+            self._storing.begin(self._incoming, stored_examples(path) if resume else 0, self._windows.to_come)
 
     @property
     def steps(self) -> int:
@@ -360,7 +360,7 @@ def record(
     asked = {"thin": thin, "gradient_filter": gradient_filter}
     folder, ranks = location_of(path, spool), ranks_of(model) if isinstance(model, nn.Module) else ALONE
     compiled = hasattr(model, "_orig_mod")
-    stored = wanted(gradients, gradient_dtype, gradient_budget, losses, steps, compiled, processes=ranks.size > 1, **asked)
+    stored = wanted(gradients, gradient_dtype, gradient_budget, losses, compiled, processes=ranks.size > 1, **asked)
     optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
     return Recorder(
         [unwrapped_optimizer(o) for o in optimizers],
