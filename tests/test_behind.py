@@ -5,6 +5,7 @@ import io
 import itertools
 import os
 import shutil
+import stat
 import threading
 import time
 import tracemalloc
@@ -19,7 +20,7 @@ import explaind
 from explaind.cli import main
 from explaind.errors import StoreError
 from explaind.record import recorder as recording
-from explaind.store import location, tail
+from explaind.store import durable, growing, location, tail
 from explaind.store.reader import open_run
 from explaind.store.repair import repair
 from explaind.store.sealed import read_sealed
@@ -49,7 +50,7 @@ def whole(tmp_path_factory):
 
 def on_write(patch, act):
     """Call act(bytes to write) before every write to disk: of a log, a chunk, metadata or the marker."""
-    log, chunk, sync = tail.FileIO.write, local._put, os.fsync
+    log, chunk, sync, own = tail.FileIO.write, local._put, os.fsync, durable.write_file
 
     class Watched(tail.FileIO):
         def write(self, text):
@@ -60,12 +61,19 @@ def on_write(patch, act):
         return chunk(path, value, *args, **options)
 
     def fsync(file):
-        act(b"")
+        if not stat.S_ISDIR(os.fstat(file).st_mode):
+            act(b"")
         sync(file)
+
+    def write(path, text):
+        act(b"")
+        own(path, text)
 
     patch.setattr(tail, "FileIO", Watched)
     patch.setattr(local, "_put", put)
     patch.setattr(os, "fsync", fsync)
+    for module in (growing, location):
+        patch.setattr(module, "write_file", write)
 
 
 def test_a_span_is_written_by_a_thread_of_its_own_while_the_training_goes_on(tmp_path, monkeypatch):

@@ -84,6 +84,108 @@ def test_a_real_grad_scaler_is_followed(tmp_path):
     closes(cases.decomposed(run))
 
 
+FUSED = {
+    "AdamW": lambda params: torch.optim.AdamW(params, lr=0.03, fused=True),
+    "Adam": lambda params: torch.optim.Adam(params, lr=0.03, weight_decay=0.1, fused=True),
+    "SGD": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, fused=True),
+    "Adagrad": lambda params: torch.optim.Adagrad(params, lr=0.1, fused=True),
+}
+
+
+def scaled_training(model, optimizer, recorder, lost=(), before_step=lambda scaler: None):
+    """A GradScaler hands a fused optimizer scaled gradients, and calls its step also where they overflowed."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=1000.0, growth_interval=2)
+    for i, ids in enumerate(BATCHES):
+        if recorder is not None:
+            recorder.examples(ids)
+        optimizer.zero_grad()
+        x, y = cases.DATA[torch.tensor(ids)]
+        scaler.scale(cases.losses(model, (x, y)).mean() * (torch.inf if i in lost else 1.0)).backward()
+        before_step(scaler)
+        scaler.step(optimizer)
+        scaler.update()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("lost", [(), (2,), (1, 3)], ids=str)
+@pytest.mark.parametrize("name", FUSED)
+def test_a_step_that_a_fused_optimizer_skips_is_none(name, lost, tmp_path):
+    model, optimizer, recorder = begun(tmp_path / "run", make=FUSED[name])
+    with recorder:
+        got = scaled_training(model, optimizer, recorder, lost)
+    model = cases.Problem("loop", cases.mlp).model()
+    want = scaled_training(model, FUSED[name](list(model.parameters())), None, lost)
+    for one, other in zip(got, want, strict=True):
+        same(one, other)
+    run = explaind.open(tmp_path / "run")
+    assert [row.batch.tolist() for row in run.block(0, run.steps).rows] == [ids for i, ids in enumerate(BATCHES) if i not in lost]
+    closes(cases.decomposed(run))
+
+
+def test_scaled_gradients_may_be_clipped_in_front_of_a_fused_optimizer(tmp_path):
+    model, optimizer, recorder = begun(tmp_path / "run", make=FUSED["AdamW"])
+    with recorder:
+        scaled_training(model, optimizer, recorder, (1,), lambda s: nn.utils.clip_grad_norm_(model.parameters(), 0.3 * s.get_scale()))
+    run = explaind.open(tmp_path / "run")
+    assert all(row.consumed[:, 0].max() <= 0.3 for row in run.block(0, run.steps).rows)
+    closes(cases.decomposed(run), arithmetic=1e-5)  # torch's norm, and 1e-6 that it adds
+
+
+def test_scaled_gradients_may_be_filtered_in_front_of_a_fused_optimizer(tmp_path):
+    model = cases.Problem("loop", cases.mlp).model()
+    optimizer, told = FUSED["SGD"](model.parameters()), explaind.GrokfastEMA(0.9, 2.0)
+    remembered = {}
+
+    def grokfast(scaler):
+        for name, p in model.named_parameters():
+            remembered[name] = 0.9 * remembered[name] + 0.1 * p.grad if name in remembered else p.grad.clone()
+            p.grad.add_(2.0 * remembered[name])
+
+    with explaind.record(optimizer, model, tmp_path / "run", gradient_filter=told) as recorder:
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        for ids in BATCHES:
+            optimizer.zero_grad()
+            backward(model, recorder, ids, scale=1024.0)
+            scaler.scale(torch.ones(()))  # which makes it begin
+            grokfast(scaler)
+            scaler.step(optimizer)
+            scaler.update()
+    closes(cases.decomposed(explaind.open(tmp_path / "run")))
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("fused", [False, True])
+def test_of_two_optimizers_one_may_skip_its_step(lost, fused, tmp_path):
+    """Its parameters stay where they are; the other's step is a step."""
+
+    def trained(path):
+        model = cases.Problem("loop", cases.mlp).model()
+        pairs = [torch.optim.AdamW(module.parameters(), lr=0.03, fused=fused) for module in (model[0], model[2])]
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        recorder = None if path is None else explaind.record(pairs, model, path)
+        for i, ids in enumerate(BATCHES):
+            if recorder is not None:
+                recorder.examples(ids)
+            model.zero_grad()
+            scaler.scale(cases.losses(model, cases.DATA[torch.tensor(ids)]).mean()).backward()
+            if i == 1:
+                pairs[lost].param_groups[0]["params"][0].grad[0] = torch.inf
+            for optimizer in pairs:
+                scaler.step(optimizer)
+            scaler.update()
+        if recorder is not None:
+            recorder.close()
+        return list(model.parameters())
+
+    for got, want in zip(trained(tmp_path / "run"), trained(None), strict=True):
+        same(got.detach(), want.detach())
+    run = explaind.open(tmp_path / "run")
+    rows = run.block(0, run.steps).rows
+    assert [row.batch.tolist() for row in rows] == list(BATCHES)
+    assert [(row.age < 0).tolist() for row in rows] == [[i == 1 and k // 2 == lost for k in range(4)] for i in range(4)]
+    assert run.damage() == []
+
+
 class Experts(nn.Module):
     """Each example goes through one of two, so that a micro-batch may leave one without a gradient."""
 

@@ -397,6 +397,7 @@ def test_closures_and_windows(tmp_path):
         ({"gradient_dtype": torch.bfloat16}, "expected float16 or float32 or float64"),
         ({"gradients": True}, "unknown way"),
         ({"gradients": "store:many"}, "unknown way"),
+        ({"gradients": "recompute", "gradient_dtype": "float16"}, "gradient_dtype is of gradients that are stored.*give gradients='store'"),
     ],
 )
 def test_arguments_that_do_not_go_together(options, match, tmp_path):
@@ -617,3 +618,22 @@ def test_what_is_sound_before_a_damaged_chunk_stays(array, tmp_path, monkeypatch
     assert 0 < sound < run.steps
     assert repair(run.path).after == sound
     assert explaind.open(run.path).damage() == []
+
+
+@pytest.mark.parametrize("asked", [{"gradients": "store:100"}, {"gradients": "store", "steps": [(0, 102)]}], ids=["told", "windows"])
+def test_the_budget_of_a_run_that_goes_on_is_held_against_all_steps_to_come(asked, tmp_path):
+    """Before the first of them, with what the run has of those before."""
+    model, one = mlp(), 122 * 4
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for options in ({"gradients": "store", "steps": asked.get("steps")}, {**asked, "resume": True, "gradient_budget": 299 * one}):
+        with explaind.record(optimizer, model, tmp_path / "run", **options) as recorder:
+            wanted = pytest.raises(RecordError, match=r"budget.* = 100 steps × 3 examples × .* 2.86 KiB are written")
+            for _ in range(2):
+                with wanted if "resume" in options else nullcontext():
+                    recorder.examples([0, 1, 2])
+                    optimizer.zero_grad()
+                    losses(model, DATA[:3]).mean().backward()
+                    optimizer.step()
+                if "resume" in options:
+                    break
+    assert explaind.open(tmp_path / "run").steps == 2

@@ -31,9 +31,8 @@ def scale_of(watched: Watched, total: Tensor, untouched: bool) -> float:
 
     untouched: whether torch knows of nothing that changed them.
     """
-    told = [float(scale) for scale in watched.scales]
-    if told:  # a fused optimizer undoes it itself
-        return 1.0 / told[0]
+    if watched.scale != 1.0:  # a fused optimizer undoes it itself
+        return 1.0 / watched.scale
     size = float(total.double().square().sum())
     factor = float(total.double() @ watched.gradient().double()) / size if size else 1.0
     if not 0.0 < factor < 1.0 - EXACT:
@@ -60,8 +59,7 @@ class Rounding:
 
 def check_sum(watched: Watched, gradients: Tensor, weights: Tensor, rounding: Rounding, untouched: bool, step: int) -> None:
     """RecordError where the sum is another one, at the first layer; gradients: as they are stored [slot, param]."""
-    scale = next((1.0 / float(s) for s in watched.scales), 1.0)
-    consumed, total = watched.gradient() * scale, weights @ gradients
+    consumed, total = watched.gradient(), weights @ gradients
     cuts = [slice(layer.offset, layer.offset + layer.size) for layer in watched.layers]
     size = torch.cat([weights.abs() @ gradients[:, own].abs() for own in cuts])
     if not torch.isfinite(size).all():

@@ -18,7 +18,7 @@ class Groups:
         self._options = max(len(rule.options) for rule in rules)
         self._held: list[list[int]] | None = None
         self._places, self._strangers = np.zeros(0, np.int64), list[Tensor]()
-        self._read, self._hyper = b"", np.zeros(0)
+        self._read, self._hyper = list[tuple[float, ...]](), np.zeros(0)
 
     def all(self) -> list[dict[str, Any]]:
         """As they stand."""
@@ -26,7 +26,7 @@ class Groups:
 
     def places(self) -> np.ndarray:
         """Which of them each parameter is in, −1 for none: int64 [layer]."""
-        held = [[id(p) for p in group["params"]] for group in self.all()]
+        held = [list(map(id, group["params"])) for group in self.all()]
         if held != self._held:  # what is held here keeps its id, strangers included
             place = {own: k for k, ids in enumerate(held) for own in ids}
             recorded = {id(p) for p in self._params}
@@ -45,13 +45,10 @@ class Groups:
         The same array as long as they say the same; nobody may write into it.
         """
         before, places = self._places, self.places()
-        table, k = np.full((len(self.all()) + 1, self._options), np.nan), 0  # the last row is for those in no group
-        for rule, optimizer in zip(self._rules, self._optimizers, strict=True):
-            for group in optimizer.param_groups:
-                values = rule.read(group)
-                table[k, : len(values)] = values
-                k += 1
-        now = table.tobytes()
+        now = [rule.read(g) for rule, optimizer in zip(self._rules, self._optimizers, strict=True) for g in optimizer.param_groups]
         if now != self._read or places is not before:
+            table = np.full((len(now) + 1, self._options), np.nan)  # the last row is for those in no group
+            for row, values in zip(table, now, strict=False):
+                row[: len(values)] = values
             self._read, self._hyper = now, table[places]
         return self._hyper

@@ -93,14 +93,16 @@ class Incoming:
 
     def _grown(self, index: int):  # type: ignore[no-untyped-def]
         def hook(param: Tensor) -> None:
-            assert param.grad is not None
-            now, left = _mark(param.grad), self._left[index]
+            grad, left = param.grad, self._left[index]
+            assert grad is not None
+            now = grad._cdata, grad._version
             if left is None or now != (left[0], left[1] + 1):
                 self._begun[index] += 1
             self._left[index] = now
             for batch in self.pending:
                 if not batch.over:
-                    self.drew(batch)
+                    if batch.drew is None:
+                        self.drew(batch)
                     batch.reached[index] = self._begun[index]
 
         return hook

@@ -111,7 +111,7 @@ class Recorder:
         for module in (self._watched.model, *(self._watched.model.children() if wrapped else ())):
             self._hooks.append(module.register_forward_pre_hook(self._forward))
         if self._storing is not None:
-            self._storing.begin(self._incoming, stored_examples(path) if resume else 0)
+            self._storing.begin(self._incoming, stored_examples(path) if resume else 0, self._windows.to_come)
 
     @property
     def steps(self) -> int:
@@ -170,19 +170,19 @@ class Recorder:
 
     def _hooked(self, index: int, optimizer: torch.optim.Optimizer) -> list[RemovableHandle]:
         def before(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._before(index, args[1] if len(args) > 1 else kwargs.get("closure"))
+            self._before(index, optimizer, args[1] if len(args) > 1 else kwargs.get("closure"))
 
         def after(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._after(index, optimizer)
 
         return [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
 
-    def _before(self, index: int, closure: Any) -> None:
+    def _before(self, index: int, optimizer: torch.optim.Optimizer, closure: Any) -> None:
         self._refuse_if_over()
         try:
             if self._update is not None and index in self._update.stepped:
                 self._finish()
-            if not self._windows.recorded:
+            if not self._windows.recorded or _skips(optimizer):
                 return
             if self._update is None:
                 behind = self._windows.passed > 0
@@ -195,32 +195,32 @@ class Recorder:
             if self._storing is not None:
                 self._storing.closure = closure is not None
             if closure is None:  # with one, the gradient is made during the step
-                self._gather(self._update)
+                self._gather(self._update, index)
         except RecordError as error:
             raise self._fail(error) from None
 
     def _after(self, index: int, optimizer: torch.optim.Optimizer) -> None:
         update = self._update
-        if update is None:
-            if not bool(getattr(optimizer, "found_inf", None)):
-                self._windows.stepped(index)
+        if _skips(optimizer):
             return
-        if bool(getattr(optimizer, "found_inf", None)):  # a fused optimizer that GradScaler told to skip the step
-            self._update = None
+        if update is None:
+            self._windows.stepped(index)
             return
         try:
-            self._gather(update)
+            self._gather(update, index)
             update.step(index)
         except RecordError as error:
             raise self._fail(error) from None
         if len(update.stepped) == len(self._watched.rules):
             self._finish()
 
-    def _gather(self, update: Update) -> None:
-        """Whose gradient the step consumes, once for all its optimizers."""
+    def _gather(self, update: Update, index: int) -> None:
+        """Whose gradient the step consumes, once for all its optimizers; index: of the one at hand, whose gradients are looked at."""
+        if index not in update.checked:
+            self._watched.check_gradients(index, self.steps)
+            update.checked.add(index)
         if update.taken:
             return
-        self._watched.check_gradients(self.steps)
         taken = self._incoming.taken()
         update.taken, update.drew = self._ranks.gathered(taken, [self._incoming.drew(batch) for batch in taken], self.steps)
         if not update.taken:
@@ -360,7 +360,7 @@ def record(
     asked = {"thin": thin, "gradient_filter": gradient_filter}
     folder, ranks = location_of(path, spool), ranks_of(model) if isinstance(model, nn.Module) else ALONE
     compiled = hasattr(model, "_orig_mod")
-    stored = wanted(gradients, gradient_dtype, gradient_budget, losses, steps, compiled, processes=ranks.size > 1, **asked)
+    stored = wanted(gradients, gradient_dtype, gradient_budget, losses, compiled, processes=ranks.size > 1, **asked)
     optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
     return Recorder(
         [unwrapped_optimizer(o) for o in optimizers],
@@ -381,6 +381,11 @@ def record(
         stored,
         overwrite,
     )
+
+
+def _skips(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a GradScaler has told a fused optimizer that gradients overflowed: its step is called, and does nothing."""
+    return bool(getattr(optimizer, "found_inf", None))
 
 
 def _make_way(folder: Location) -> None:

@@ -34,7 +34,7 @@ class Wanted:
     dtype: str | None
     budget: int
     steps: int | None
-    """To come, where that is known."""
+    """To come, where it was told."""
     losses: Losses | None
     compiled: bool
     """Whether the model is, so that hooks on it may not be called."""
@@ -45,7 +45,6 @@ def wanted(
     dtype: str | torch.dtype | None,
     budget: str | int,
     losses: Losses | None,
-    steps: Sequence[tuple[int, int]] | None,
     compiled: bool = False,
     **others: object,
 ) -> Wanted | None:
@@ -59,6 +58,8 @@ def wanted(
             do="choose one of these",
         )
     if kind == "recompute":
+        if dtype is not None:
+            raise RecordError("gradient_dtype is of gradients that are stored", got=f"gradients={gradients!r}", do="give gradients='store'")
         return None
     for name, what in REFUSED.items():
         if others.get(name):
@@ -68,8 +69,7 @@ def wanted(
         raise RecordError(
             "example gradients cannot be stored in this dtype", expected=" or ".join(FLOATS), got=kept, do="choose one that zarr has"
         )
-    known = int(number) if number else None if steps is None else sum(stop - start for start, stop in steps)
-    return Wanted(kept, bytes_of(budget, "gradient_budget"), known, losses, compiled)
+    return Wanted(kept, bytes_of(budget, "gradient_budget"), int(number) if number else None, losses, compiled)
 
 
 REFUSED = {
@@ -105,8 +105,9 @@ class Storing:
         self.closure = False
         """Whether the step at hand makes its gradient itself."""
 
-    def begin(self, incoming: Incoming, examples: int) -> None:
-        """Watch the model; examples: whose gradients the run has already."""
+    def begin(self, incoming: Incoming, examples: int, steps: int | None) -> None:
+        """Watch the model; examples: whose gradients the run has already; steps: to come, where windows of them are recorded."""
+        self._to_come = self._asked.steps if self._asked.steps is not None else steps
         self._written = examples * self._watched.params_count * self._kind.itemsize
         self._incoming = incoming
 
@@ -136,7 +137,8 @@ class Storing:
         """A micro-batch of so many examples is about to come; RecordError where its gradients, or those of all steps, are too many."""
         example = self._watched.params_count * self._kind.itemsize
         known = self._written + example * sum(len(batch.ids) for batch in self._incoming.pending)
-        steps = 1 if known else self._asked.steps or 1
+        # The first batch stands for all steps to come, whatever a run that goes on has of those before.
+        steps, self._to_come = self._to_come or 1, None
         need = known + steps * count * example
         if need <= self._asked.budget:
             return

@@ -28,6 +28,8 @@ class Update:
         self._hyper, self._owned = watched.hyper(), False
         self._scalars = watched.no_scalars()
         self._active = np.full(len(watched.layers), -1, dtype=np.int32)
+        self.checked: set[int] = set()
+        """Optimizers whose gradients were looked at."""
         self.stepped: set[int] = set()
         self.taken: list[MicroBatch] = []
         self.drew: list[bool] = []

@@ -116,15 +116,15 @@ class Watched:
         return sum(layer.size for layer in self.layers)
 
     @property
-    def scales(self) -> list[Tensor]:
-        """What a GradScaler left the gradients multiplied by, where an optimizer undoes that itself."""
-        found = [getattr(optimizer, "grad_scale", None) for optimizer in self._optimizers]
-        return [scale for scale in found if scale is not None]
+    def scale(self) -> float:
+        """What a GradScaler left the gradients multiplied by, for a fused optimizer to undo while it steps; 1 where there is no such."""
+        found = (getattr(optimizer, "grad_scale", None) for optimizer in self._optimizers)
+        return next((float(scale) for scale in found if scale is not None), 1.0)
 
     def gradient(self) -> Tensor:
-        """The gradients as they stand, zeros where there is none: [param], on the device."""
+        """The gradients as the optimizers consume them, zeros where there is none: [param], on the device."""
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._params]
-        return torch.cat([part.detach().reshape(-1).to(self.dtype) for part in parts])
+        return torch.cat([part.detach().reshape(-1).to(self.dtype) for part in parts]).div_(self.scale)
 
     def theta(self) -> Pieces:
         """The parameters [param], as they stand: the next step changes them."""
@@ -220,20 +220,24 @@ class Watched:
                 )
 
     def gradient_sizes(self) -> np.ndarray:
-        """Norm and largest absolute value of every gradient, 0 where there is none: float64 [layer, 2]."""
+        """Norm and largest absolute value of every gradient as it is consumed, 0 where there is none: float64 [layer, 2]."""
         grads = [torch.zeros(1) if p.grad is None else p.grad.detach() for p in self._params]
         pairs = [[torch.linalg.vector_norm(g, ord, dtype=torch.float64) for ord in (2, torch.inf)] for g in grads]
-        return np.array([[float(size) for size in pair] for pair in pairs])
+        return np.array([[float(size) for size in pair] for pair in pairs]) / self.scale
 
-    def check_gradients(self, step: int) -> None:
-        """RecordError when a gradient is not finite (a NaN loss), sparse, or when there is none at all."""
-        grads = [(a.name, p.grad) for a, p in zip(self.layers, self._params, strict=True) if p.grad is not None]
+    def check_gradients(self, optimizer: int, step: int) -> None:
+        """RecordError when a gradient that an optimizer consumes is not finite (a NaN loss) or sparse, or when nothing has any.
+
+        What the others hold is not asked: a GradScaler may yet skip them.
+        """
+        given = [(a, p.grad) for a, p in zip(self.layers, self._params, strict=True) if p.grad is not None]
+        grads = [(a.name, grad) for a, grad in given if a.optimizer == optimizer]
         for name, grad in grads:
             if grad.is_sparse:
                 raise RecordError("a sparse gradient cannot be recorded", where=f"step {step}: {name}", do="use sparse=False")
         if not self._surely_finite([grad for _, grad in grads]):
             self._check_finite(grads, step)
-        if not grads:
+        if not given:
             raise RecordError("no parameter has a gradient", where=f"step {step}", do="call backward() before optimizer.step()")
 
     def _surely_finite(self, grads: list[Tensor]) -> bool:

@@ -19,6 +19,11 @@ class Windows:
         """Whether the step at hand is."""
         return self._spans is None or any(start <= self.number < stop for start, stop in self._spans)
 
+    @property
+    def to_come(self) -> int | None:
+        """How many steps of the windows are yet to be made; None where all steps are recorded."""
+        return None if self._spans is None else sum(max(0, stop - max(start, self.number)) for start, stop in self._spans)
+
     def taken(self) -> None:
         """The step at hand was recorded."""
         self.number, self.passed = self.number + 1, 0

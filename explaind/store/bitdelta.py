@@ -92,7 +92,7 @@ def summed(differences: np.ndarray, order: int) -> np.ndarray:
 
 def packed(values: np.ndarray) -> bytes:
     """A matrix of floats [row, column]."""
-    bits = np.ascontiguousarray(values).view(f"<i{values.itemsize}")
+    bits = values.view(f"<i{values.itemsize}")
     kept, rest = len(bits), bits[-1, -1] if bits.size else bits.dtype.type(0)
     while kept and (bits[kept - 1] == rest).all():
         kept -= 1

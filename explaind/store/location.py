@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from explaind.errors import StoreError
+from explaind.store.durable import sync, write_file
 from explaind.store.remote import Objects, Remote, RemoteError, remote
 
 MARKER = "commit.json"
@@ -74,11 +75,10 @@ def replace_file(place: Location, content: str | bytes) -> None:
     if isinstance(place, Remote):
         return place.write_bytes(whole)
     partial = place.with_name(place.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(whole)
-        file.flush()
-        os.fsync(file.fileno())
+    write_file(partial, whole)
+    sync([partial])
     os.replace(partial, place)
+    sync([place.parent])
 
 
 def names_in(place: Location) -> list[str]:

@@ -235,37 +235,6 @@ def extend(array: zarr.Array, rows: int, shape: tuple[int, ...]) -> None:
         array.resize(grown)
 
 
-def append(array: zarr.Array, rows: np.ndarray, at: int) -> None:
-    """Write rows [at, at + len(rows)), and nothing behind them: whole chunks, but for the last of a run.
-
-    Other dimensions grow as needed; narrower rows are filled up, so that nothing is left of rows that stood there before.
-    """
-    extend(array, at + len(rows), rows.shape[1:])
-    if rows.shape[1:] != array.shape[1:]:
-        wide = [(0, 0), *((0, n - m) for n, m in zip(array.shape[1:], rows.shape[1:], strict=True))]
-        rows = np.pad(rows, wide, constant_values=array.fill_value)
-    array[at : at + len(rows)] = rows
-
-
-def put(array: zarr.Array, row: int, values: np.ndarray, ahead: int) -> None:
-    """Write one row of an array [row, slot, …], which is made longer by `ahead` rows where it is too short.
-
-    Slots behind those of the values are emptied, so that nothing is left of a row that stood there before.
-    """
-    rows = array.shape[0] if row < array.shape[0] else row + ahead
-    extend(array, rows, values.shape)
-    if len(values) < array.shape[1]:
-        array[row, len(values) :] = array.fill_value
-    if len(values):
-        array[row, : len(values)] = values
-
-
-def trim(array: zarr.Array, shape: tuple[int, ...]) -> None:
-    """Cut an array off, or make it larger."""
-    if array.shape != shape:
-        array.resize(shape)
-
-
 def write_array(group: zarr.Group, name: str, values: np.ndarray, dims: tuple[str, ...], chunks: tuple[int, ...] | None = None) -> None:
     """A finished array with named dimensions."""
     array = group.create_array(

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import zarr
 
 from explaind.store import schema
+from explaind.store.growing import Growing, filled
 from explaind.store.row import StepRow
 from explaind.store.tail import Log, Place
 
@@ -114,14 +114,6 @@ class Span:
         return filled(rows, max(1, *map(len, rows)), 0)
 
 
-def filled(rows: Sequence[np.ndarray], wide: int, fill: float) -> np.ndarray:
-    """Vectors of the same dtype, filled up to one width: [row, number]."""
-    found = np.full((len(rows), wide), fill, rows[0].dtype)
-    for own, row in zip(found, rows, strict=True):
-        own[: len(row)] = row
-    return found
-
-
 def light(row: StepRow) -> StepRow:
     """Without what is large."""
     found = object.__new__(StepRow)  # far cheaper than ``replace``, which sets every field anew
@@ -135,30 +127,32 @@ def whole(entry: Entry, log: Log) -> StepRow:
     return replace(entry.row, **large)
 
 
-def write_vectors(array: zarr.Array, at: int, log: Log, places: Sequence[Place | None]) -> None:
+def write_vectors(array: Growing, at: int, log: Log, places: Sequence[Place | None]) -> None:
     """Rows [at, at + len(places)) of an array [row, number] out of the log, and nothing behind them; None: that row stays as it is.
 
-    One chunk after another, or as many as are no larger than one may be, so that no more than that is in memory.
+    One chunk after another, or as many as are no larger than two may be, so that no more than that is in memory.
     """
     known = [place for place in places if place is not None]
     if not known:
         return
     if any(place.dtype != array.dtype for place in known):
         raise TypeError(f"{array.name} holds {array.dtype}, and the log {known[0].dtype}")
-    schema.extend(array, at + len(places), (max(map(length, known)),))
+    array.extend(at + len(places), (max(map(length, known)),))
     long, across = array.chunks
     long *= max(1, schema.CHUNK_VALUES // (long * across))
+    across *= max(1, 2 * schema.CHUNK_VALUES // (long * across))
     for top in range(0, len(places), long):
         some = places[top : top + long]
         for start in range(0, array.shape[1], across):
             stop = min(start + across, array.shape[1])
-            values = np.full((len(some), stop - start), array.fill_value, array.dtype)
+            values = np.full((len(some), stop - start), array.fill, array.dtype)
             for i, place in enumerate(some):
                 if place is None:
-                    values[i] = array[at + top + i, start:stop]
+                    there = array.read(at + top + i, start, stop)
+                    values[i, : len(there)] = there
                 elif start < length(place):
                     log.read_into(values[i, : length(place) - start], place, start)  # which is of the array's dtype
-            array[at + top : at + top + len(some), start:stop] = values
+            array.block(values, at + top, start)
 
 
 def length(place: Place) -> int:

@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from explaind.store import schema
 from explaind.store.location import Location
 from explaind.store.manifest import Manifest
 from explaind.store.row import StepRow, Vector
@@ -60,7 +59,7 @@ class ThinWriter(RunWriter):
     def _write_states(self, span: Span, end: bool) -> int:
         """The parameters that its last step led to."""
         if span.entries:
-            schema.append(self._columns["checksum_theta"], span.checksums(), span.start)
+            self._columns["checksum_theta"].append(span.checksums(), span.start)
             write_vectors(self._columns["theta"], self._anchors, span.log, span.states()[-1:])
         return span.stop
 

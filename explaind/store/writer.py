@@ -10,12 +10,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import zarr
 
 from explaind.store import schema, spool
 from explaind.store.checksums import constants_checksum, crc32, step_checksum, text_checksum, theta_checksum
+from explaind.store.durable import sync_tree
+from explaind.store.growing import Growing, growing, settle
 from explaind.store.layout import columns, rows, rows_of_chunk
 from explaind.store.location import Location
 from explaind.store.manifest import Manifest
@@ -72,7 +75,10 @@ class RunWriter:
                 schema.write_array(group, "fingerprint", fingerprint, ("example",))
             # The first state is written at once, so that a run that is killed in its first span still opens.
             self._write_first(theta)
-            schema.append(self._columns["checksum_theta"], crc[None], 0)
+            self._columns["checksum_theta"].append(crc[None], 0)
+            settle(self._columns.values(), path)
+            if isinstance(path, Path):
+                sync_tree(path)
             self._span = Span(0, self._tail.begin(0, ()), crc, 0)
             self._sums = {"manifest": text_checksum(manifest.to_json()), "constants": constants_checksum(constants, fingerprint)}
             self._mark(0, complete=False, modes=())
@@ -80,10 +86,10 @@ class RunWriter:
     def _write_first(self, theta: Vector) -> None:
         """Its first state, chunk by chunk: it may be large."""
         array = self._columns["theta"]
-        schema.extend(array, 1, theta.shape)
+        array.extend(1, theta.shape)
         for start in range(0, theta.size, array.chunks[1]):
             stop = min(start + array.chunks[1], theta.size)
-            array[:1, start:stop] = between(theta, start, stop)[None]
+            array.block(between(theta, start, stop)[None], 0, start)
 
     def _set(self, path: Location, manifest: Manifest, steps: int, anchors: int, modes: list[tuple[bool, ...]]) -> None:
         self.path, self.manifest, self.steps, self.closed = path, manifest, steps, False
@@ -103,7 +109,8 @@ class RunWriter:
         """
         self = cls.__new__(cls)
         self._set(path, manifest, begun.start, begun.anchors, list(begun.modes))
-        self._columns, self._tail, self._sums = schema.growing(path), spool.go_on(path), dict(begun.sums)
+        self._columns = {name: growing(array, path) for name, array in schema.growing(path).items()}
+        self._tail, self._sums = spool.go_on(path), dict(begun.sums)
         known = [*begun.records, *logged]
         now, later = known[: manifest.span], known[manifest.span :]
         with self._guarded():
@@ -126,10 +133,11 @@ class RunWriter:
         """Steps between two anchors."""
         return self.manifest.block
 
-    def _create(self, group: zarr.Group, momentum: bool, preconditioner: bool, codec: str) -> dict[str, zarr.Array]:
+    def _create(self, group: zarr.Group, momentum: bool, preconditioner: bool, codec: str) -> dict[str, Growing]:
         left = {name for name, kept in (("momentum", momentum), ("preconditioner", preconditioner)) if not kept}
         kept = {name: column for name, column in columns(self.manifest, codec).items() if name not in left}
-        return {name: schema.create_column(group, column, rows_of_chunk(column, self.manifest)) for name, column in kept.items()}
+        made = {name: schema.create_column(group, column, rows_of_chunk(column, self.manifest)) for name, column in kept.items()}
+        return {name: growing(array, self.path) for name, array in made.items()}
 
     @property
     def crc_theta(self) -> np.ndarray:
@@ -155,7 +163,7 @@ class RunWriter:
             return row
         nothing = np.zeros((0, self.manifest.params), self.manifest.gradients)
         values = nothing if row.gradients is None else row.gradients
-        schema.put(self._columns["gradient"], self.steps, values, AHEAD)
+        self._columns["gradient"].put(self.steps, values, AHEAD)
         return replace(row, gradients=None, gradients_crc=np.array([crc32(values)], np.uint32))
 
     def _take(self, record: Record, places: Mapping[str, Place] | None = None) -> None:
@@ -216,7 +224,8 @@ class RunWriter:
     def _trim(self) -> None:
         """Take away what stands behind the steps of a run that was gone on with at an earlier one."""
         for name, array in self._columns.items():
-            schema.extend(array, rows(columns(self.manifest)[name], self.steps, self._anchors), array.shape[1:])
+            array.extend(rows(columns(self.manifest)[name], self.steps, self._anchors), array.shape[1:])
+        settle(self._columns.values(), self.path)
 
     def _release(self, remove: bool) -> None:
         self._thread.shutdown(wait=True)
@@ -243,21 +252,23 @@ class RunWriter:
         """Make chunks of a span, and commit it; end: with the parameters that its last step led to."""
         spool.check_own(self.path, self._marked)  # what somebody else committed is not to be overwritten
         for name, values in span.values(self._columns).items():
-            schema.append(self._columns[name], values, span.start)
+            self._columns[name].append(values, span.start)
         if end and "gradient" in self._columns:
             array = self._columns["gradient"]
-            schema.trim(array, (span.stop, self._columns["batch"].shape[1], array.shape[2]))
+            array.trim((span.stop, self._columns["batch"].shape[1], array.shape[2]))
         anchors = self._anchors
         for name, places in span.vectors():
             at = anchors if name in ANCHORED else span.start
             write_vectors(self._columns[name], at, span.log, places)
             self._anchors = max(self._anchors, at + len(places)) if name in ANCHORED else self._anchors
-        self._mark(self._write_states(span, end), complete, span.modes)
+        steps = self._write_states(span, end)
+        settle(self._columns.values(), self.path)
+        self._mark(steps, complete, span.modes)
 
     def _write_states(self, span: Span, end: bool) -> int:
         """The parameters of a span; how many steps can be used then, whose parameters afterwards are on disk too."""
         states = span.states() if end else span.states()[:-1]
-        schema.append(self._columns["checksum_theta"], span.checksums()[: len(states)], span.start)
+        self._columns["checksum_theta"].append(span.checksums()[: len(states)], span.start)
         write_vectors(self._columns["theta"], span.start, span.log, states)
         return span.start + len(states) - 1
 

@@ -1,0 +1,54 @@
+"""What must be on the disk itself, and not only with the operating system, before something else is written: safe from a power cut."""
+
+import errno
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+AT_ONCE = 8
+"""Files that are synced at a time: a disk that is asked for several makes one journey of it."""
+
+
+def write_file(path: Path, text: bytes) -> None:
+    """OSError where the disk is full, FileNotFoundError where there is no folder for it."""
+    with open(path, "wb", buffering=0) as file:
+        rest = memoryview(text)
+        while len(rest):  # a file may take less than it is given
+            rest = rest[file.write(rest) :]
+
+
+def sync(paths: Iterable[Path]) -> None:
+    """Have the disk write files, and the names that stand in folders. OSError where it does not."""
+    known = list(paths)
+    if len(known) == 1:
+        _sync(known[0])
+        return
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        list(pool.map(_sync, known))
+
+
+def sync_folders(files: Iterable[Path], top: Path) -> None:
+    """Sync the folders that these files stand in, up to the top one."""
+    sync({folder for file in files for folder in file.parents if folder == top or top in folder.parents})
+
+
+def sync_tree(top: Path) -> None:
+    """Sync a new folder with all that is in it, and its own name."""
+    found = list(top.rglob("*"))
+    sync(path for path in found if path.is_file())
+    sync([*(path for path in found if path.is_dir()), top, top.absolute().parent])
+
+
+def _sync(path: Path) -> None:
+    folder = path.is_dir()
+    if folder and os.name == "nt":  # whose folders cannot be opened
+        return
+    number = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not folder:  # some filesystems sync no folders
+            raise
+    finally:
+        os.close(number)

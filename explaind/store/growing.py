@@ -1,0 +1,210 @@
+"""Growing arrays of a run that is being written, and how their chunks come to be safely on disk.
+
+In a folder a chunk is encoded and put right here: zarr does the same through an event loop at several times the price. A chunk, and what
+says how long its array is, first stands beside its place; before a commit all of them are synced to the disk, put in their places, and
+these are synced too (``settle``). So a marker counts nothing that a power cut can take away, and nothing that it counts is ever half
+replaced. At a URL zarr puts whole objects, which are safe at once.
+"""
+
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numcodecs.blosc import Blosc
+from zarr.codecs import BloscCodec, BytesCodec
+
+from explaind.errors import StoreError
+from explaind.store.bitdelta import BitDelta, packed
+from explaind.store.durable import sync, sync_folders, write_file
+from explaind.store.location import Location, replace_file
+
+SHUFFLES = {"noshuffle": 0, "shuffle": 1, "bitshuffle": 2}
+
+
+class Growing:
+    """An array [row, …] that rows are written to; its other dimensions grow as they need to."""
+
+    def __init__(self, array: zarr.Array) -> None:
+        self._array, self.shape = array, tuple(array.shape)
+        self.name, self.chunks, self.dtype, self.fill = array.name, array.chunks, np.dtype(array.dtype), array.fill_value
+
+    def extend(self, rows: int, shape: Sequence[int]) -> None:
+        """Make it so many rows long, and its other dimensions at least as large as `shape`."""
+        self.trim((rows, *(max(old, new) for old, new in zip(self.shape[1:], shape, strict=True))))
+
+    def trim(self, shape: tuple[int, ...]) -> None:
+        """Cut it off, or make it larger."""
+        if shape != self.shape:
+            self._resize(shape)
+
+    def append(self, rows: np.ndarray, at: int) -> None:
+        """Write rows [at, at + len(rows)), and nothing behind them: whole chunks, but for the last of a run.
+
+        Narrower rows are filled up, so that nothing is left of rows that stood there before.
+        """
+        self.extend(at + len(rows), rows.shape[1:])
+        self._write(rows, at)
+
+    def put(self, row: int, values: np.ndarray, ahead: int) -> None:
+        """Write one row [slot, …] at once, in chunks of its own; the array is made longer by `ahead` rows where it is too short.
+
+        Slots behind those of the values are emptied.
+        """
+        self.extend(self.shape[0] if row < self.shape[0] else row + ahead, values.shape)
+        self._write(values[None], row, at_once=True)
+
+    def block(self, values: np.ndarray, at: int, start: int) -> None:
+        """Write columns [start, start + width) of rows [at, at + len(values)): whole chunks across, and nothing behind these rows."""
+        self._write(values, at, start, start + values.shape[1])
+
+    def read(self, row: int, start: int, stop: int) -> np.ndarray:
+        """Numbers [start, stop) of a row that is on disk, as far as they go there."""
+        return np.asarray(self._array[row, start:stop])
+
+    def settle(self) -> list[tuple[Path, Path]]:
+        """Files to be synced, and where they belong then; none where that is not asked for."""
+        return []
+
+    def _resize(self, shape: tuple[int, ...]) -> None:
+        self._array.resize(shape)
+        self.shape = shape
+
+    def _write(self, values: np.ndarray, at: int, start: int = 0, stop: int | None = None, at_once: bool = False) -> None:
+        """Rows from `at` on, [start, stop) along the second dimension; where they are narrower they are filled up."""
+        across = () if values.ndim == 1 else ((self.shape[1] if stop is None else stop) - start, *self.shape[2:])
+        wide = [(0, 0), *((0, n - m) for n, m in zip(across, values.shape[1:], strict=True))]
+        values = values if values.shape[1:] == across else np.pad(values, wide, constant_values=self.fill)
+        self._array[(slice(at, at + len(values)), *([slice(start, stop)] if across else []))] = values
+
+
+class Filed(Growing):
+    """One in a folder."""
+
+    def __init__(self, array: zarr.Array, folder: Path) -> None:
+        """folder: of the array."""
+        super().__init__(array)
+        self._folder, self._encode = folder, _encoder(array)
+        self._told = json.loads((folder / "zarr.json").read_bytes())
+        self._staged = deque[tuple[Path, Path]]()  # which a thread empties while another fills it
+
+    def put(self, row: int, values: np.ndarray, ahead: int) -> None:
+        super().put(row, values, ahead)
+        if list(self.shape) != self._told["shape"]:
+            replace_file(self._folder / "zarr.json", self._metadata())
+
+    def read(self, row: int, start: int, stop: int) -> np.ndarray:
+        return np.asarray(zarr.open_array(self._folder, mode="r")[row, start:stop])  # the array at hand does not know how long it is
+
+    def settle(self) -> list[tuple[Path, Path]]:
+        if list(self.shape) != self._told["shape"]:
+            self._staged.append(_beside(self._folder / "zarr.json", self._metadata()))
+        moves = [self._staged.popleft() for _ in range(len(self._staged))]
+        return list(dict.fromkeys(moves))  # what was written twice is put once
+
+    def _metadata(self) -> bytes:
+        """As zarr writes it."""
+        self._told["shape"] = list(self.shape)
+        return json.dumps(self._told, indent=zarr.config.get("json_indent")).encode()
+
+    def _resize(self, shape: tuple[int, ...]) -> None:
+        if any(new < old for new, old in zip(shape, self.shape, strict=True)):
+            top = self._folder / "c"
+            for file in (path for path in top.rglob("*") if path.is_file()):
+                place = [int(k.removesuffix(".partial")) for k in file.relative_to(top).parts]
+                if any(k * c >= n for k, c, n in zip(place, self.chunks, shape, strict=True)):
+                    file.unlink()
+            self._staged = deque(move for move in self._staged if move[0].exists())
+        self.shape = shape
+
+    def _write(self, values: np.ndarray, at: int, start: int = 0, stop: int | None = None, at_once: bool = False) -> None:
+        above = at % self.chunks[0]
+        if above:  # of a chunk that is only begun, what stands there already
+            there = [self.read(at - above + i, start, self.shape[1] if stop is None else stop) for i in range(above)]
+            at, values = at - above, filled([*there, *values], max(map(len, [*there, *values])), self.fill)
+        ends = (at + len(values), *self.shape[1:]) if stop is None else (at + len(values), stop)
+        starts = (at, start, *(0 for _ in ends[2:]))[: len(ends)]
+        for place in product(*(range(a // c, -(-b // c)) for a, b, c in zip(starts, ends, self.chunks, strict=True))):
+            cut = tuple(slice(k * c - a, (k + 1) * c - a) for k, c, a in zip(place, self.chunks, starts, strict=True))
+            file = self._folder.joinpath("c", *map(str, place))
+            move = self._chunk(file, values[cut])
+            if move is not None and at_once:  # a kill must find it there; it is new, and is synced with its span
+                os.replace(*move)
+                move = file, file
+            if move is not None:
+                self._staged.append(move)
+
+    def _chunk(self, file: Path, values: np.ndarray) -> tuple[Path, Path] | None:
+        """Filled up, and left out where that is all there is, as zarr does; where it stands, and where it belongs."""
+        if values.shape != self.chunks:
+            whole = np.full(self.chunks, self.fill, self.dtype)
+            whole[tuple(map(slice, values.shape))] = values
+            values = whole
+        if not _alike(values, self.fill):
+            return _beside(file, self._encode(np.asarray(values, self.dtype)))
+        move = file.with_name(f"{file.name}.partial"), file
+        for left in move:
+            left.unlink(missing_ok=True)
+        if move in self._staged:
+            self._staged.remove(move)
+        return None
+
+
+def _beside(file: Path, text: bytes) -> tuple[Path, Path]:
+    partial = file.with_name(f"{file.name}.partial")
+    try:
+        write_file(partial, text)
+    except FileNotFoundError:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_file(partial, text)
+    return partial, file
+
+
+def growing(array: zarr.Array, place: Location) -> Growing:
+    """An array of the run at this place, for writing."""
+    return Filed(array, place / str(array.name).lstrip("/")) if isinstance(place, Path) else Growing(array)
+
+
+def settle(arrays: Iterable[Growing], place: Location) -> None:
+    """Make everything that was written to these arrays of a run safe from a power cut. OSError where the disk does not take it."""
+    moves = [move for array in arrays for move in array.settle()]
+    if isinstance(place, Path) and moves:
+        sync(partial for partial, _ in moves)
+        for partial, file in moves:
+            if partial != file:
+                os.replace(partial, file)
+        sync_folders((file for _, file in moves), place)
+
+
+def _alike(values: np.ndarray, fill: Any) -> bool:
+    """Whether all numbers are the fill value; −0 is not 0."""
+    first = values.flat[0]
+    if fill == 0:
+        return not first and not np.ascontiguousarray(values).view(np.uint8).any()
+    return bool((np.isnan(values) if fill != fill else values == fill).all())
+
+
+def _encoder(array: zarr.Array) -> Callable[[np.ndarray], bytes]:
+    """From a whole chunk to its bytes, as the array's codecs do it."""
+    codecs: tuple[Any, ...] = getattr(array.metadata, "codecs", ())
+    dtype = np.dtype(array.dtype).newbyteorder("<")
+    if len(codecs) == 1 and isinstance(codecs[0], BitDelta):
+        return lambda values: packed(values.astype(dtype, copy=False).reshape(len(values), -1))
+    if len(codecs) == 2 and isinstance(codecs[0], BytesCodec) and isinstance(codecs[1], BloscCodec):
+        told = codecs[1]
+        blosc = Blosc(told.cname.value, told.clevel, SHUFFLES[told.shuffle.value], told.blocksize)
+        return lambda values: bytes(blosc.encode(np.ascontiguousarray(values, dtype)))
+    raise StoreError("an array has codecs that no recording writes", where=array.name, got=codecs, do="record to another path")
+
+
+def filled(rows: Sequence[np.ndarray], wide: int, fill: float) -> np.ndarray:
+    """Vectors of the same dtype, filled up to one width: [row, number]."""
+    found = np.full((len(rows), wide), fill, rows[0].dtype)
+    for own, row in zip(found, rows, strict=True):
+        own[: len(row)] = row
+    return found

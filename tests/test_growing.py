@@ -1,0 +1,160 @@
+"""Chunks that a recording encodes and puts by itself: the files that zarr would make, and safe on the disk before a marker counts them."""
+
+import errno
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zarr
+
+import explaind
+from explaind.errors import StoreError
+from explaind.store import location, schema
+from explaind.store.growing import Growing, growing, settle
+from explaind.store.schema import Column
+from tests import cases
+from tests.closeness import same
+
+COLUMNS = (
+    Column("theta", ("state", "param"), "float32", (11,), codec="bitdelta"),
+    Column("momentum", ("anchor", "param"), "float64", (11,)),
+    Column("state", ("anchor", "word"), "uint32", (1,), 0, 4, "apart"),
+    Column("batch", ("step", "slot"), "int64", (1,), -1, 4),
+    Column("consumed", ("step", "layer", "size"), "float64", (3, 2), np.nan),
+    Column("gap", ("step",), "int64", ()),
+    Column("gradient", ("step", "slot", "param"), "float16", (1, 5), 0, 4, "quick"),
+)
+
+
+def written(folder, column, make, write):
+    """The files of an array that is written to in this way, by their names."""
+    group = zarr.create_group(folder, zarr_format=3)
+    array = make(schema.create_column(group, column, 1 if column.name == "gradient" else 4))
+    for _ in write(array):
+        settle([array], folder)
+    settle([array], folder)
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def rows(column, count, wide, seed):
+    found = np.random.default_rng(seed).standard_normal((count, *column.shape)) * 100
+    return np.repeat(found, wide, 1).astype(column.dtype) if column.chunk else found.astype(column.dtype)
+
+
+def spans(column):
+    """As a recording writes them: whole chunks, narrow and wide ones, such as are not filled, and one that is only begun."""
+
+    def write(array):
+        for seed, (at, count, wide) in enumerate([(0, 4, 2), (4, 4, 6), (8, 4, 1), (12, 2, 3)]):
+            values = rows(column, count, wide, seed)
+            array.append(values, at)
+            if at == 8:
+                array.append(np.full_like(values, column.fill), at)
+            yield
+        if column.dims[0] == "anchor":  # behind a gap
+            array.append(rows(column, 3, 2, 9), 14)
+            yield
+        array.append(rows(column, 4, 6, 10), 4)
+        array.append(rows(column, 4, 1, 11), 4)
+
+    return write
+
+
+def puts(column):
+    def write(array):
+        for row, wide in enumerate([3, 5, 0, 9]):
+            array.put(row, rows(column, 1, 1, row)[0].repeat(wide, 0), 2)
+            yield
+        array.trim((3, 9, 5))
+
+    return write
+
+
+@pytest.mark.parametrize("column", COLUMNS, ids=lambda column: column.name)
+def test_the_files_are_those_that_zarr_makes(column, tmp_path):
+    write = puts(column) if column.name == "gradient" else spans(column)
+    (tmp_path / "own").mkdir()
+    got = written(tmp_path / "own", column, lambda array: growing(array, tmp_path / "own"), write)
+    want = written(tmp_path / "zarr", column, Growing, write)
+    assert sorted(got) == sorted(want)
+    assert got == want
+
+
+def test_zeros_of_both_signs_and_nans_are_kept(tmp_path):
+    values = np.array([[0.0] * 11, [-0.0] * 11, [np.nan] * 11, [0.0] * 11], np.float32)
+    written(tmp_path / "run", COLUMNS[0], lambda a: growing(a, tmp_path / "run"), lambda array: [array.append(values, 0)])
+    same(zarr.open_group(tmp_path / "run")["theta"][...], values)
+
+
+def record(path):
+    torch.manual_seed(0)
+    model = cases.PLAIN.model()
+    case = cases.optimizer_named("adamw")
+    optimizer = case.make(cases.trainable(model))
+    with explaind.record(optimizer, model, path, data=cases.DATA) as recorder:
+        cases.train(cases.PLAIN, model, optimizer, case, recorder)
+
+
+@pytest.fixture
+def short_spans(monkeypatch):
+    cases.shorten_blocks(monkeypatch)
+
+
+@pytest.mark.usefixtures("short_spans")
+def test_all_that_a_marker_counts_was_synced_before_it_was_put(tmp_path, monkeypatch):
+    """Whatever bytes stand in the run then, under names that the disk has too."""
+    sync, put, path = os.fsync, os.replace, tmp_path / "run"
+    safe, named, markers = {}, set(), []
+
+    def fsync(number):
+        sync(number)
+        name = Path(f"/proc/self/fd/{number}").resolve()
+        status = os.stat(name)
+        if name.is_dir():
+            named.update((child.name, child.stat().st_ino, name) for child in name.iterdir())
+        else:
+            safe[status.st_ino] = (status.st_size, status.st_mtime_ns)
+
+    def replace(source, target):
+        if Path(target) == path / "commit.json":
+            markers.append(target)
+            for file in path.rglob("*"):
+                if "tail" in file.name or file.name.endswith(".partial") or file == path / "commit.json":
+                    continue
+                status = file.stat()
+                assert (file.name, status.st_ino, file.parent) in named, f"the name of {file} at marker {len(markers)}"
+                assert file.is_dir() or safe.get(status.st_ino) == (status.st_size, status.st_mtime_ns), f"{file} at {len(markers)}"
+        elif Path(target).exists() and Path(target).suffix != ".log":
+            status = os.stat(source)
+            assert safe.get(status.st_ino) == (status.st_size, status.st_mtime_ns), f"{target} was replaced by what is not on the disk"
+        put(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        patch.setattr(location.os, "replace", replace)
+        record(path)
+    assert len(markers) == 4
+    assert explaind.open(path).complete
+
+
+@pytest.mark.usefixtures("short_spans")
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+def test_a_disk_that_does_not_sync_ends_the_recording(code, tmp_path, monkeypatch):
+    """From the second marker on: the training is told in one line, and what was committed before opens."""
+    sync, path = os.fsync, tmp_path / "run"
+
+    def fsync(number):
+        if (path / "theta" / "c" / "0" / "0").exists() and "1" in Path(f"/proc/self/fd/{number}").resolve().parts:
+            raise OSError(code, os.strerror(code))
+        sync(number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        with pytest.raises(StoreError, match=os.strerror(code)) as caught:
+            record(path)
+    assert "\n" not in str(caught.value)
+    run = explaind.open(path)
+    assert (run.complete, run.damage()) == (False, [])
+    assert run.steps >= 2
