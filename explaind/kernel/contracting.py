@@ -33,6 +33,8 @@ FULL = 0.9
 """Matrices with more of their numbers than this in use are multiplied whole: picking would cost as much."""
 TOGETHER = 32
 """Rows of a that leave the same out are multiplied apart from others where there are so many of them on average."""
+SAMPLE = 8
+"""Rows of a that are looked at first: where these leave nothing out, nobody looks at the others."""
 BLOCK = 1 << 22
 """Numbers of gradients that are formed at once: few enough to be multiplied while a cache holds them."""
 DEEP = 16
@@ -180,6 +182,9 @@ class Contraction:
 
 def used(a: Float[Tensor, "row out in"]) -> list[Used]:
     """Runs of rows that leave the same outs and ins out; nothing where that would not pay."""
+    some = a[:: -(-len(a) // SAMPLE)]
+    if some.any(2).all() and some.any(1).all():
+        return []
     outs, ins = _any(a, 2), _any(a, 1)
     same = torch.cat([outs, ins], 1)
     starts = [0, *((same[1:] != same[:-1]).any(1).nonzero()[:, 0] + 1).tolist(), len(a)]
@@ -236,14 +241,15 @@ def _formed(
 ) -> None:
     if ins is not None:
         x = _some(x, 2, ins)
-    width, few = x.shape[2], x.shape[1] <= FEW
-    count = a.shape[1] if outs is None else len(outs)
+    if outs is not None:
+        delta = _some(delta, 2, outs)
+    count, width, few = delta.shape[2], x.shape[2], x.shape[1] <= FEW
     deep = min(count, max(1 if few else DEEP, BLOCK // (len(x) * width)))
     at_once = max(LINE, BLOCK // (deep * width) // LINE * LINE)
     for start in range(0, count, deep):
         end = min(start + deep, count)
-        matrix, d = (a[:, start:end], delta[..., start:end]) if outs is None else (a[:, outs[start:end]], delta[..., outs[start:end]])
-        matrix = (matrix if ins is None else _some(matrix, 2, ins)).flatten(1)
+        matrix = a[:, start:end] if outs is None else a[:, outs[start:end]]
+        matrix, d = (matrix if ins is None else _some(matrix, 2, ins)).flatten(1), delta[..., start:end]
         for where, own, inputs in zip(into.split(at_once, 1), d.split(at_once), x.split(at_once), strict=True):
             gradient = room(a, len(own), end - start, width)
             if few:
