@@ -65,6 +65,12 @@ def test_runs_of_rows_are_told_apart():
     assert parts(used(a)) == [((0, 40), [1, 2], [0, 2]), ((40, 80), [4], [3])]
 
 
+def test_runs_that_differ_little_are_multiplied_together():
+    a = torch.zeros(80, 50, 4)
+    a[:40, :20], a[40:, :21] = 1, 1
+    assert parts(used(a)) == [((0, 80), list(range(21)), [0, 1, 2, 3])]
+
+
 def test_rows_that_all_differ_are_taken_together():
     a = torch.zeros(80, 100, 2)
     a[torch.arange(80), torch.arange(80)] = 1

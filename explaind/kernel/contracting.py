@@ -33,10 +33,14 @@ FULL = 0.9
 """Matrices with more of their numbers than this in use are multiplied whole: picking would cost as much."""
 TOGETHER = 32
 """Rows of a that leave the same out are multiplied apart from others where there are so many of them on average."""
+FORMING = 32
+"""Rows of a with which a gradient is multiplied in the time that it takes to form it."""
 SAMPLE = 8
 """Rows of a that are looked at first: where these leave nothing out, nobody looks at the others."""
-BLOCK = 1 << 22
+BLOCK = 1 << 20
 """Numbers of gradients that are formed at once: few enough to be multiplied while a cache holds them."""
+WIDE = 1024
+"""Examples of a block, where there are as many."""
 DEEP = 16
 """Rows of a gradient at least in a block of those that are matrix products themselves."""
 LINE = 16
@@ -45,11 +49,29 @@ LINE = 16
 
 @dataclass(frozen=True)
 class Used:
-    """Rows of a, and the rows and columns of their matrices that are not all zero."""
+    """Rows of a, and the rows and columns of their matrices that are not all zero: which, or whether each is."""
 
     rows: slice
-    outs: Int[Tensor, " used_out"]
-    ins: Int[Tensor, " used_in"]
+    outs: Tensor
+    ins: Tensor
+
+    @property
+    def numbers(self) -> int:
+        """Of these rows, of whether."""
+        return (self.rows.stop - self.rows.start) * self._size
+
+    @property
+    def cost(self) -> int:
+        """Of multiplying them with gradients that are formed first."""
+        return self.numbers + FORMING * self._size
+
+    @property
+    def _size(self) -> int:
+        return int(self.outs.sum()) * int(self.ins.sum())
+
+    def joined(self, other: "Used") -> "Used":
+        """With the rows that follow."""
+        return Used(slice(self.rows.start, other.rows.stop), self.outs | other.outs, self.ins | other.ins)
 
 
 @dataclass(frozen=True)
@@ -190,9 +212,15 @@ def used(a: Float[Tensor, "row out in"]) -> list[Used]:
     starts = [0, *((same[1:] != same[:-1]).any(1).nonzero()[:, 0] + 1).tolist(), len(a)]
     if len(starts) - 1 > max(1, len(a) // TOGETHER):
         starts = [0, len(a)]
-    found = [Used(slice(i, j), outs[i:j].any(0).nonzero()[:, 0], ins[i:j].any(0).nonzero()[:, 0]) for i, j in pairwise(starts)]
-    numbers = sum((u.rows.stop - u.rows.start) * len(u.outs) * len(u.ins) for u in found)
-    return found if numbers < FULL * a.numel() else []
+    found = list[Used]()
+    for i, j in pairwise(starts):
+        run = Used(slice(i, j), outs[i:j].any(0), ins[i:j].any(0))
+        while found and (both := found[-1].joined(run)).cost <= found[-1].cost + run.cost:
+            found, run = found[:-1], both
+        found.append(run)
+    if sum(u.numbers for u in found) >= FULL * a.numel():
+        return []
+    return [Used(u.rows, u.outs.nonzero()[:, 0], u.ins.nonzero()[:, 0]) for u in found]
 
 
 def _any(a: Tensor, dim: int) -> Tensor:
@@ -244,7 +272,7 @@ def _formed(
     if outs is not None:
         delta = _some(delta, 2, outs)
     count, width, few = delta.shape[2], x.shape[2], x.shape[1] <= FEW
-    deep = min(count, max(1 if few else DEEP, BLOCK // (len(x) * width)))
+    deep = min(count, max(1 if few else DEEP, BLOCK // (min(len(x), WIDE) * width)))
     at_once = max(LINE, BLOCK // (deep * width) // LINE * LINE)
     for start in range(0, count, deep):
         end = min(start + deep, count)
@@ -263,7 +291,7 @@ def _formed(
 
 def _some(a: Tensor, dim: int, places: Tensor) -> Tensor:
     """Some places of a dimension; what all are is not copied."""
-    return a if len(places) == a.shape[dim] else a.index_select(dim, places)
+    return a if len(places) == a.shape[dim] else a[(slice(None),) * dim + (places,)]  # several times as fast as index_select
 
 
 def _gathered(
