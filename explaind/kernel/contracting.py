@@ -93,6 +93,7 @@ class Contraction:
         gathered  rows of a up to which lookups copy rows of a table
         """
         self._layout, self.factored, self._by_layer, self._gathered = layout, factored, by_layer, gathered
+        self._fine = len(layout.groups) if by_layer else 1
         self.sites = factored.sites
         # [out, in] of a linear map or convolution, [row, width] of a table
         self._shapes = [self._matrix(site) for site in self.sites]
@@ -145,7 +146,7 @@ class Contraction:
 
     def held(self, ways: Sequence[Way], rows: int) -> int:
         """Numbers held at once for one example."""
-        return self.factored.size + rows + max(self.work(site, way, rows).held for site, way in enumerate(ways))
+        return self.factored.size + self._fine * rows + max(self.work(site, way, rows).held for site, way in enumerate(ways))
 
     def used(self, a: Float[Tensor, "row param"]) -> list[list[Used]]:
         """What of a is not zero, for every site; nothing where it is multiplied whole (on a GPU always: it would have to tell the host)."""
@@ -161,7 +162,7 @@ class Contraction:
     ) -> Float[Tensor, "fine row example"]:
         """fine is the groups of layers, or 1; factors of one output each; used: of this a."""
         examples, group = len(factors.inputs[0]), dict(zip(self._layout.names, self._layout.group, strict=True))
-        into = in_lines(a, len(self._layout.groups) if self._by_layer else 1, len(a), examples)
+        into = in_lines(a, self._fine, len(a), examples)
         columns = self._layout.split(a)
 
         def of(name: str) -> Tensor:
