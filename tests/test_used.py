@@ -48,10 +48,11 @@ def test_blocks_of_gradients_add_up(name, idle, monkeypatch):
 
 
 def test_rows_of_results_begin_at_whole_lines():
-    made = contracting.in_lines(torch.ones(1), 3, 5, 21)
-    assert made.shape == (3, 5, 21)
-    assert made.stride() == (5 * 32, 32, 1)
+    made = contracting.in_lines(torch.ones(1), 3, 5, 37)
+    assert made.shape == (3, 5, 37)
+    assert made.stride() == (5 * 48, 48, 1)
     assert not made.any()
+    assert contracting.in_lines(torch.ones(1), 3, 5, 7).is_contiguous()  # little would take much
 
 
 def parts(found):
@@ -83,6 +84,10 @@ def test_what_is_full_is_multiplied_whole():
     assert used(a) == []
     a[:, :10] = 0
     assert parts(used(a)) == [((0, 80), list(range(10, 50)), [0, 1, 2])]
+
+
+def test_no_rows_use_nothing():
+    assert used(torch.zeros(0, 5, 4)) == []
 
 
 def test_a_number_that_is_not_one_is_used():

@@ -37,8 +37,10 @@ FORMING = 32
 """Rows of a with which a gradient is multiplied in the time that it takes to form it."""
 SAMPLE = 8
 """Rows of a that are looked at first: where these leave nothing out, nobody looks at the others."""
-BLOCK = 1 << 20
+BLOCK = 1 << 21
 """Numbers of gradients that are formed at once: few enough to be multiplied while a cache holds them."""
+GPU_BLOCK = 1 << 25
+"""The same on a GPU, which wants few and large operations."""
 WIDE = 1024
 """Examples of a block, where there are as many."""
 DEEP = 16
@@ -205,7 +207,7 @@ class Contraction:
 
 def used(a: Float[Tensor, "row out in"]) -> list[Used]:
     """Runs of rows that leave the same outs and ins out; nothing where that would not pay."""
-    some = a[:: -(-len(a) // SAMPLE)]
+    some = a[:: max(1, len(a) // SAMPLE)]
     if some.any(2).all() and some.any(1).all():
         return []
     outs, ins = _any(a, 2), _any(a, 1)
@@ -230,7 +232,9 @@ def _any(a: Tensor, dim: int) -> Tensor:
 
 
 def in_lines(like: Tensor, *shape: int) -> Tensor:
-    """Zeros whose rows matrix products can add to at their full rate."""
+    """Zeros whose rows matrix products can add to at their full rate, unless they are so short that this would take much more room."""
+    if shape[-1] < 2 * LINE:
+        return like.new_zeros(*shape)
     return like.new_zeros(*shape[:-1], -(-shape[-1] // LINE) * LINE)[..., : shape[-1]]
 
 
@@ -273,8 +277,9 @@ def _formed(
     if outs is not None:
         delta = _some(delta, 2, outs)
     count, width, few = delta.shape[2], x.shape[2], x.shape[1] <= FEW
-    deep = min(count, max(1 if few else DEEP, BLOCK // (min(len(x), WIDE) * width)))
-    at_once = max(LINE, BLOCK // (deep * width) // LINE * LINE)
+    block, wide = (GPU_BLOCK, len(x)) if a.is_cuda else (BLOCK, min(len(x), WIDE))
+    deep = min(count, max(1 if few else DEEP, block // (wide * width)))
+    at_once = max(LINE, block // (deep * width) // LINE * LINE)
     for start in range(0, count, deep):
         end = min(start + deep, count)
         matrix = a[:, start:end] if outs is None else a[:, outs[start:end]]
