@@ -2,6 +2,8 @@
 
 import errno
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import zarr
 
 import explaind
 from explaind.errors import StoreError
+from explaind.store import growing as durable_growing
 from explaind.store import location, schema
 from explaind.store.growing import Growing, growing, settle
 from explaind.store.schema import Column
@@ -158,3 +161,56 @@ def test_a_disk_that_does_not_sync_ends_the_recording(code, tmp_path, monkeypatc
     run = explaind.open(path)
     assert (run.complete, run.damage()) == (False, [])
     assert run.steps >= 2
+
+
+@pytest.mark.usefixtures("short_spans")
+@pytest.mark.parametrize("name", ["adagrad", "adamw"])
+@pytest.mark.parametrize("when", ["before", "behind"])
+def test_closing_may_be_interrupted_and_asked_for_again(when, name, tmp_path, monkeypatch):
+    """Before the files are put in their places, and behind it."""
+    torch.manual_seed(0)
+    model = cases.PLAIN.model()
+    case = cases.optimizer_named(name)
+    optimizer = case.make(cases.trainable(model))
+    recorder = explaind.record(optimizer, model, tmp_path / "run", data=cases.DATA)
+    cases.train(cases.PLAIN, model, optimizer, case, recorder)
+    recorder._writer._wait()
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(durable_growing, "sync" if when == "before" else "sync_folders", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            recorder.close()
+    recorder.close()
+    run = explaind.open(tmp_path / "run")
+    assert (run.steps, run.complete, run.damage()) == (recorder.steps, True, [])
+    assert list((tmp_path / "run").rglob("*.partial")) == []
+
+
+def test_rows_may_be_put_while_others_are_settled(tmp_path):
+    """Longer and longer ones, wider and wider ones, and empty ones, by one thread, while another settles all the time."""
+    (tmp_path / "run").mkdir()
+    column = COLUMNS[-1]
+    array = growing(schema.create_column(zarr.create_group(tmp_path / "run", zarr_format=3), column, 1), tmp_path / "run")
+    over = threading.Event()
+
+    def settling():
+        while not over.is_set():
+            settle([array], tmp_path / "run")
+
+    want = {row: rows(column, 1, 1, row)[0].repeat(row % 7, 0) for row in range(60)}
+    with ThreadPoolExecutor(1) as pool:
+        beside = pool.submit(settling)
+        try:
+            for row, values in want.items():
+                array.put(row, values, 2)
+        finally:
+            over.set()
+        beside.result()
+    settle([array], tmp_path / "run")
+    found = zarr.open_group(tmp_path / "run")["gradient"][...]
+    for row, values in want.items():
+        same(found[row, : len(values)], values)
+        assert not found[row, len(values) :].any()

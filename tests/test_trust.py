@@ -98,6 +98,7 @@ def test_a_run_and_what_is_left_of_a_kill_hold_no_pickle(options, tmp_path, monk
     optimizer = case.make(cases.trainable(model))
     recorder = explaind.record(optimizer, model, tmp_path / "killed", data=cases.DATA, **options)
     cases.train(cases.PLAIN, model, optimizer, case, recorder)
+    recorder._writer._wait()  # a file may be renamed under a copy's hands
     shutil.copytree(tmp_path / "killed", tmp_path / "left")
     recorder.close()
     assert check_holds_no_pickle(run.path) == {".json", "chunk"}

@@ -134,4 +134,5 @@ def _spacing(settings: Config) -> int:
 
 def _recorded(settings: Config, thin: int, codec: str, gradients: str = "recompute") -> Config:
     told: dict[str, Any] = {"thin": thin, "codec": codec, "gradients": gradients}
+    told |= {} if gradients == "store" else {"gradient_dtype": ""}
     return replace(settings, train=replace(settings.train, **told))

@@ -32,6 +32,9 @@ SECONDS = 60.0
 PATIENCE = 20.0
 """… and saving takes at most one part in so many of the time."""
 
+TRIES = 20
+"""To remove what could not be written."""
+
 
 class Parts:
     """The working folder of one decomposition."""
@@ -114,7 +117,11 @@ class Parts:
             if not self.is_over():
                 raise
         finally:
-            remove_tree(beside, ignore_errors=True)
+            for _ in range(TRIES):  # where a write failed, zarr's others may go on for a moment, and make what was just removed
+                remove_tree(beside, ignore_errors=True)
+                if not beside.exists():
+                    break
+                time.sleep(0.05)
 
     def _clear(self) -> None:
         """Remove what this process, killed ones, and those that are too late have left beside the ledger."""

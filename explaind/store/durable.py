@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+NO_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
+"""What filesystems say that sync no folders."""
 AT_ONCE = 8
 """Files that are synced at a time: a disk that is asked for several makes one journey of it."""
 
@@ -48,7 +50,7 @@ def _sync(path: Path) -> None:
     try:
         os.fsync(number)
     except OSError as error:
-        if error.errno != errno.EINVAL or not folder:  # some filesystems sync no folders
+        if error.errno not in NO_FOLDERS or not folder:
             raise
     finally:
         os.close(number)

@@ -8,10 +8,11 @@ replaced. At a URL zarr puts whole objects, which are safe at once.
 
 import json
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,15 @@ from explaind.store.durable import sync, sync_folders, write_file
 from explaind.store.location import Location, replace_file
 
 SHUFFLES = {"noshuffle": 0, "shuffle": 1, "bitshuffle": 2}
+
+
+@dataclass(frozen=True)
+class Unsettled:
+    """Of an array: files to be synced, and where they belong then; others that were taken away; the shape told then, if another."""
+
+    moves: Sequence[tuple[Path, Path]] = ()
+    gone: Sequence[Path] = ()
+    shape: tuple[int, ...] | None = None
 
 
 class Growing:
@@ -67,9 +77,12 @@ class Growing:
         """Numbers [start, stop) of a row that is on disk, as far as they go there."""
         return np.asarray(self._array[row, start:stop])
 
-    def settle(self) -> list[tuple[Path, Path]]:
-        """Files to be synced, and where they belong then; none where that is not asked for."""
-        return []
+    def unsettled(self) -> "Unsettled":
+        """What must be made safe before a commit; nothing where it is already."""
+        return Unsettled()
+
+    def settled(self, done: "Unsettled") -> None:
+        """It is: until then it is told again."""
 
     def _resize(self, shape: tuple[int, ...]) -> None:
         self._array.resize(shape)
@@ -90,36 +103,57 @@ class Filed(Growing):
         """folder: of the array."""
         super().__init__(array)
         self._folder, self._encode = folder, _encoder(array)
-        self._told = json.loads((folder / "zarr.json").read_bytes())
-        self._staged = deque[tuple[Path, Path]]()  # which a thread empties while another fills it
+        self._metadata = json.loads((folder / "zarr.json").read_bytes())
+        self._told = self.shape  # by the file
+        self._staged, self._gone = list[tuple[Path, Path]](), list[Path]()
+        self._lock = Lock()  # one thread may put rows while another settles
+
+    def extend(self, rows: int, shape: Sequence[int]) -> None:
+        with self._lock:
+            super().extend(rows, shape)
 
     def put(self, row: int, values: np.ndarray, ahead: int) -> None:
-        super().put(row, values, ahead)
-        if list(self.shape) != self._told["shape"]:
-            replace_file(self._folder / "zarr.json", self._metadata())
+        with self._lock:
+            Growing.extend(self, self.shape[0] if row < self.shape[0] else row + ahead, values.shape)
+            if self.shape != self._told:
+                replace_file(self._folder / "zarr.json", self._text())
+                self._told = self.shape
+        self._write(values[None], row, at_once=True)
 
     def read(self, row: int, start: int, stop: int) -> np.ndarray:
         return np.asarray(zarr.open_array(self._folder, mode="r")[row, start:stop])  # the array at hand does not know how long it is
 
-    def settle(self) -> list[tuple[Path, Path]]:
-        if list(self.shape) != self._told["shape"]:
-            self._staged.append(_beside(self._folder / "zarr.json", self._metadata()))
-        moves = [self._staged.popleft() for _ in range(len(self._staged))]
-        return list(dict.fromkeys(moves))  # what was written twice is put once
+    def unsettled(self) -> Unsettled:
+        with self._lock:
+            staged = dict.fromkeys(self._staged)  # what was written twice is put once, and what was put before an interruption is there
+            moves = [move if move[0].exists() else (move[1], move[1]) for move in staged]
+            if self.shape == self._told:
+                return Unsettled(moves, list(self._gone))
+            return Unsettled([*moves, _beside(self._folder / "zarr.json", self._text())], list(self._gone), self.shape)
 
-    def _metadata(self) -> bytes:
-        """As zarr writes it."""
-        self._told["shape"] = list(self.shape)
-        return json.dumps(self._told, indent=zarr.config.get("json_indent")).encode()
+    def settled(self, done: Unsettled) -> None:
+        with self._lock:
+            self._told = self._told if done.shape is None else done.shape
+            there = {file for _, file in done.moves}
+            self._staged = [move for move in self._staged if move[1] not in there]
+            self._gone = [file for file in self._gone if file not in set(done.gone)]
+
+    def _text(self) -> bytes:
+        """The metadata as zarr writes it."""
+        self._metadata["shape"] = list(self.shape)
+        return json.dumps(self._metadata, indent=zarr.config.get("json_indent")).encode()
 
     def _resize(self, shape: tuple[int, ...]) -> None:
         if any(new < old for new, old in zip(shape, self.shape, strict=True)):
             top = self._folder / "c"
             for file in (path for path in top.rglob("*") if path.is_file()):
-                place = [int(k.removesuffix(".partial")) for k in file.relative_to(top).parts]
-                if any(k * c >= n for k, c, n in zip(place, self.chunks, shape, strict=True)):
+                place = [k.removesuffix(".partial") for k in file.relative_to(top).parts]
+                if not all(k.isdigit() for k in place):  # nothing of ours
+                    continue
+                if any(int(k) * c >= n for k, c, n in zip(place, self.chunks, shape, strict=True)):
                     file.unlink()
-            self._staged = deque(move for move in self._staged if move[0].exists())
+                    self._gone.append(file)
+            self._staged = [move for move in self._staged if move[0].exists()]
         self.shape = shape
 
     def _write(self, values: np.ndarray, at: int, start: int = 0, stop: int | None = None, at_once: bool = False) -> None:
@@ -132,27 +166,31 @@ class Filed(Growing):
         for place in product(*(range(a // c, -(-b // c)) for a, b, c in zip(starts, ends, self.chunks, strict=True))):
             cut = tuple(slice(k * c - a, (k + 1) * c - a) for k, c, a in zip(place, self.chunks, starts, strict=True))
             file = self._folder.joinpath("c", *map(str, place))
-            move = self._chunk(file, values[cut])
+            move = self._chunk(values[cut], file)
             if move is not None and at_once:  # a kill must find it there; it is new, and is synced with its span
                 os.replace(*move)
                 move = file, file
-            if move is not None:
-                self._staged.append(move)
+            with self._lock:
+                if move is not None:
+                    self._staged.append(move)
+                else:
+                    self._leave_out(file)
 
-    def _chunk(self, file: Path, values: np.ndarray) -> tuple[Path, Path] | None:
+    def _chunk(self, values: np.ndarray, file: Path) -> tuple[Path, Path] | None:
         """Filled up, and left out where that is all there is, as zarr does; where it stands, and where it belongs."""
         if values.shape != self.chunks:
             whole = np.full(self.chunks, self.fill, self.dtype)
             whole[tuple(map(slice, values.shape))] = values
             values = whole
-        if not _alike(values, self.fill):
-            return _beside(file, self._encode(np.asarray(values, self.dtype)))
-        move = file.with_name(f"{file.name}.partial"), file
-        for left in move:
-            left.unlink(missing_ok=True)
-        if move in self._staged:
-            self._staged.remove(move)
-        return None
+        return None if _alike(values, self.fill) else _beside(file, self._encode(np.asarray(values, self.dtype)))
+
+    def _leave_out(self, file: Path) -> None:
+        partial = file.with_name(f"{file.name}.partial")
+        for left in (partial, file):
+            if left.exists():
+                left.unlink()
+                self._gone.append(left)
+        self._staged = [move for move in self._staged if move[1] != file]
 
 
 def _beside(file: Path, text: bytes) -> tuple[Path, Path]:
@@ -172,13 +210,16 @@ def growing(array: zarr.Array, place: Location) -> Growing:
 
 def settle(arrays: Iterable[Growing], place: Location) -> None:
     """Make everything that was written to these arrays of a run safe from a power cut. OSError where the disk does not take it."""
-    moves = [move for array in arrays for move in array.settle()]
-    if isinstance(place, Path) and moves:
+    found = [(array, array.unsettled()) for array in arrays]
+    moves, gone = [move for _, one in found for move in one.moves], [file for _, one in found for file in one.gone]
+    if isinstance(place, Path) and (moves or gone):
         sync(partial for partial, _ in moves)
         for partial, file in moves:
             if partial != file:
                 os.replace(partial, file)
-        sync_folders((file for _, file in moves), place)
+        sync_folders([*(file for _, file in moves), *gone], place)
+    for array, one in found:
+        array.settled(one)
 
 
 def _alike(values: np.ndarray, fill: Any) -> bool:

@@ -148,7 +148,7 @@ def chunks_stored(path: Location, name: str) -> int:
     if isinstance(path, Remote):
         return len((path / f"{name}/c").files())
     if not path.is_file():
-        return sum(1 for file in (path / name / "c").rglob("*") if file.is_file())
+        return sum(1 for file in (path / name / "c").rglob("*") if file.is_file() and file.suffix != ".partial")
     with zipfile.ZipFile(path) as archive:
         return sum(1 for file in archive.namelist() if file.startswith(f"{name}/c/"))
 

@@ -56,11 +56,11 @@ class ThinWriter(RunWriter):
         """Nothing: the parameters before a span are written with the span before it."""
         return []
 
-    def _write_states(self, span: Span, end: bool) -> int:
+    def _write_states(self, span: Span, end: bool, anchors: int) -> int:
         """The parameters that its last step led to."""
         if span.entries:
             self._columns["checksum_theta"].append(span.checksums(), span.start)
-            write_vectors(self._columns["theta"], self._anchors, span.log, span.states()[-1:])
+            write_vectors(self._columns["theta"], anchors, span.log, span.states()[-1:])
         return span.stop
 
 

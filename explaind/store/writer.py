@@ -256,17 +256,21 @@ class RunWriter:
         if end and "gradient" in self._columns:
             array = self._columns["gradient"]
             array.trim((span.stop, self._columns["batch"].shape[1], array.shape[2]))
-        anchors = self._anchors
+        first = anchors = self._anchors
         for name, places in span.vectors():
-            at = anchors if name in ANCHORED else span.start
+            at = first if name in ANCHORED else span.start
             write_vectors(self._columns[name], at, span.log, places)
-            self._anchors = max(self._anchors, at + len(places)) if name in ANCHORED else self._anchors
-        steps = self._write_states(span, end)
+            anchors = max(anchors, at + len(places)) if name in ANCHORED else anchors
+        steps = self._write_states(span, end, anchors)
         settle(self._columns.values(), self.path)
         self._mark(steps, complete, span.modes)
+        self._anchors = anchors  # not before: what is interrupted here may be closed again
 
-    def _write_states(self, span: Span, end: bool) -> int:
-        """The parameters of a span; how many steps can be used then, whose parameters afterwards are on disk too."""
+    def _write_states(self, span: Span, end: bool, anchors: int) -> int:
+        """The parameters of a span; how many steps can be used then, whose parameters afterwards are on disk too.
+
+        anchors: there are with this span.
+        """
         states = span.states() if end else span.states()[:-1]
         self._columns["checksum_theta"].append(span.checksums()[: len(states)], span.start)
         write_vectors(self._columns["theta"], span.start, span.log, states)
