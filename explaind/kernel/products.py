@@ -50,6 +50,8 @@ Mode = tuple[bool, ...]
 ROUTES = ("auto", "materialise", "ghost", "jvp")
 CALLS = 40
 """Operations of a backward pass for every tensor of parameters, roughly."""
+AT_ONCE = 2048
+"""Examples whose gradients are taken apart at once: more would want more memory, and go no faster."""
 FEW = 4
 """Up to this many forward passes a batch are cheaper than gradients per example that are not taken apart."""
 
@@ -242,7 +244,8 @@ class Products:
     ) -> Iterator[tuple[slice, Tensor]]:
         assert self._apart is not None
         count = len(part.ids)
-        rows = max(1, min(count, self.chunk // (self._apart.held(ways, len(a)) * a.element_size())))
+        rows = max(1, min(count, AT_ONCE, self.chunk // (self._apart.held(ways, len(a)) * a.element_size())))
+        rows = -(-count // -(-count // rows))  # of the same size
         used = self._apart.used(a)
         for start in range(0, count, rows):
             span = slice(start, min(start + rows, count))
