@@ -277,6 +277,35 @@ def test_several_optimizers_make_a_step_together(tmp_path):
     closes(cases.decomposed(run))
 
 
+@pytest.mark.parametrize("fused", ["none", "first", "second"])
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_grad_scaler_may_serve_several_optimizers(order, fused, tmp_path):
+    """It unscales the gradients of each at that one's step, or leaves it to the kernel of a fused one."""
+    model = cases.PLAIN.model()
+    hidden, others = [model[0].weight, model[2].weight], [model[0].bias, model[2].bias]
+    first = torch.optim.SGD(hidden, lr=0.1, momentum=0.8, fused=fused == "first")
+    optimizers = [first, torch.optim.AdamW(others, lr=0.03, weight_decay=0.3, fused=fused == "second")]
+    scaler, want = torch.amp.GradScaler("cpu", init_scale=1024.0), []
+    with explaind.record(optimizers, model, tmp_path / "run") as recorder:
+        for ids in BATCHES:
+            recorder.examples(ids)
+            model.zero_grad()
+            x, y = cases.DATA[torch.tensor(ids)]
+            scaler.scale(cases.losses(model, (x, y)).mean()).backward()
+            clipped = (hidden, others)[order[0]]
+            scaler.unscale_(optimizers[order[0]])
+            nn.utils.clip_grad_norm_(clipped, 0.01)
+            within = {id(p) for p in clipped}
+            want.append([float(p.grad.norm()) / (1.0 if id(p) in within else scaler.get_scale()) for p in model.parameters()])
+            for i in order:
+                scaler.step(optimizers[i])
+            scaler.update()
+    run = explaind.open(tmp_path / "run")
+    for row, norms in zip(run.block(0, run.steps).rows, want, strict=True):
+        np.testing.assert_allclose(row.consumed[:, 0], norms, rtol=1e-5)
+    closes(cases.decomposed(run), arithmetic=1e-4)  # torch's norm, and 1e-6 that it adds
+
+
 def test_random_numbers_are_kept_only_where_a_forward_pass_drew_some(tmp_path):
     problem = cases.Problem("dropout", cases.dropping, trains=lambda s: s in (0, 3))
     run = cases.recorded(tmp_path / "run", problem)

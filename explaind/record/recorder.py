@@ -219,6 +219,8 @@ class Recorder:
         if index not in update.checked:
             self._watched.check_gradients(index, self.steps)
             update.checked.add(index)
+            if self._filtering is None:
+                update.look(index, touched=not self._incoming.untouched)
         if update.taken:
             return
         taken = self._incoming.taken()
@@ -233,8 +235,6 @@ class Recorder:
             self._thinning.check(update.taken, self.steps)
         if self._filtering is not None:
             update.filtered = self._filtering.following()
-        elif not self._incoming.untouched:
-            update.consumed = self._watched.gradient_sizes()
         if self._storing is not None:
             update.gradients = self._storing.of_step(update.taken, self.steps, self._incoming.untouched)
 

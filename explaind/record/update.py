@@ -33,8 +33,19 @@ class Update:
         self.stepped: set[int] = set()
         self.taken: list[MicroBatch] = []
         self.drew: list[bool] = []
-        self.consumed: np.ndarray | None = None
+        self._sizes: np.ndarray | None = None
+        self._touched = False
         self.gradients: np.ndarray | None = None
+
+    def look(self, optimizer: int, touched: bool) -> None:
+        """One optimizer is about to consume its gradients; touched: they are not what backward passes left.
+
+        What others will consume may still change: a GradScaler unscales it for each on its own.
+        """
+        if touched or self._several:
+            own = self._watched.gradient_sizes(optimizer)
+            self._sizes = own if self._sizes is None else self._sizes + own
+        self._touched |= touched
 
     def step(self, optimizer: int) -> None:
         """One optimizer has just stepped."""
@@ -80,7 +91,7 @@ class Update:
             self.frozen(),
             self.anchor,
             self._scalars,
-            self.consumed,
+            self._sizes if self._touched else None,
             self._random(),
             self._filtered,
             max((batch.precision for batch in self.taken), default=0.0),

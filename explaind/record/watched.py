@@ -118,8 +118,7 @@ class Watched:
     @property
     def scale(self) -> float:
         """What a GradScaler left the gradients multiplied by, for a fused optimizer to undo while it steps; 1 where there is no such."""
-        found = (getattr(optimizer, "grad_scale", None) for optimizer in self._optimizers)
-        return next((float(scale) for scale in found if scale is not None), 1.0)
+        return _scale(self._optimizers)
 
     def gradient(self) -> Tensor:
         """The gradients as the optimizers consume them, zeros where there is none: [param], on the device."""
@@ -219,11 +218,13 @@ class Watched:
                     do=f"let it be recorded: explaind.record(…, watch=[{name!r}]), or keep it still",
                 )
 
-    def gradient_sizes(self) -> np.ndarray:
-        """Norm and largest absolute value of every gradient as it is consumed, 0 where there is none: float64 [layer, 2]."""
-        grads = [torch.zeros(1) if p.grad is None else p.grad.detach() for p in self._params]
+    def gradient_sizes(self, optimizer: int) -> np.ndarray:
+        """Norm and largest absolute value of every gradient as an optimizer consumes it, 0 of others and where there is none:
+        float64 [layer, 2]."""
+        own = [p.grad if a.optimizer == optimizer else None for a, p in zip(self.layers, self._params, strict=True)]
+        grads = [torch.zeros(1) if grad is None else grad.detach() for grad in own]
         pairs = [[torch.linalg.vector_norm(g, ord, dtype=torch.float64) for ord in (2, torch.inf)] for g in grads]
-        return np.array([[float(size) for size in pair] for pair in pairs]) / self.scale
+        return np.array([[float(size) for size in pair] for pair in pairs]) / _scale(self._optimizers[optimizer : optimizer + 1])
 
     def check_gradients(self, optimizer: int, step: int) -> None:
         """RecordError when a gradient that an optimizer consumes is not finite (a NaN loss) or sparse, or when nothing has any.
@@ -282,3 +283,8 @@ def model_name(model: nn.Module) -> str:
 
 def _host(tensor: Tensor) -> np.ndarray:
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy()
+
+
+def _scale(optimizers: Sequence[torch.optim.Optimizer]) -> float:
+    found = (getattr(optimizer, "grad_scale", None) for optimizer in optimizers)
+    return next((float(scale) for scale in found if scale is not None), 1.0)
