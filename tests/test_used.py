@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from explaind.kernel import contracting
-from explaind.kernel.contracting import used
+from explaind.kernel.idle import used
 from tests.cases import normal
 from tests.closeness import algebra
 from tests.test_products import Asked

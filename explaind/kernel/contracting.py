@@ -10,7 +10,6 @@ What is not taken apart (normalisations, bare parameters) is small and comes as 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from math import prod
 from typing import Literal
 
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from explaind.kernel.factored import FEW, Factored, Factors, Site
+from explaind.kernel.idle import Used, used
 from explaind.kernel.layout import Layout
 from explaind.kernel.machine import Machine
 
@@ -29,14 +29,6 @@ GATHERED = 8
 On a GPU rows are always copied, since it would have to tell the host what is looked up."""
 GATHERED_NUMBERS = 1 << 24
 """How many of them at once."""
-FULL = 0.9
-"""Matrices with more of their numbers than this in use are multiplied whole: picking would cost as much."""
-TOGETHER = 32
-"""Rows of a that leave the same out are multiplied apart from others where there are so many of them on average."""
-FORMING = 32
-"""Rows of a with which a gradient is multiplied in the time that it takes to form it."""
-SAMPLE = 8
-"""Rows of a that are looked at first: where these leave nothing out, nobody looks at the others."""
 BLOCK = 1 << 21
 """Numbers of gradients that are formed at once: few enough to be multiplied while a cache holds them."""
 GPU_BLOCK = 1 << 25
@@ -47,33 +39,6 @@ DEEP = 16
 """Rows of a gradient at least in a block of those that are matrix products themselves."""
 LINE = 16
 """Results begin every row at a multiple of so many numbers: matrix products write to others at two thirds of the rate."""
-
-
-@dataclass(frozen=True)
-class Used:
-    """Rows of a, and the rows and columns of their matrices that are not all zero: which, or whether each is."""
-
-    rows: slice
-    outs: Tensor
-    ins: Tensor
-
-    @property
-    def numbers(self) -> int:
-        """Of these rows, of whether."""
-        return (self.rows.stop - self.rows.start) * self._size
-
-    @property
-    def cost(self) -> int:
-        """Of multiplying them with gradients that are formed first."""
-        return self.numbers + FORMING * self._size
-
-    @property
-    def _size(self) -> int:
-        return int(self.outs.sum()) * int(self.ins.sum())
-
-    def joined(self, other: "Used") -> "Used":
-        """With the rows that follow."""
-        return Used(slice(self.rows.start, other.rows.stop), self.outs | other.outs, self.ins | other.ins)
 
 
 @dataclass(frozen=True)
@@ -203,32 +168,6 @@ class Contraction:
                 columns[site.weight].view(shape).addmm_(d.T, x.flatten(0, 1))
             if site.bias is not None:
                 columns[site.bias].add_(d.sum(0))
-
-
-def used(a: Float[Tensor, "row out in"]) -> list[Used]:
-    """Runs of rows that leave the same outs and ins out; nothing where that would not pay."""
-    some = a[:: max(1, len(a) // SAMPLE)]
-    if some.any(2).all() and some.any(1).all():
-        return []
-    outs, ins = _any(a, 2), _any(a, 1)
-    same = torch.cat([outs, ins], 1)
-    starts = [0, *((same[1:] != same[:-1]).any(1).nonzero()[:, 0] + 1).tolist(), len(a)]
-    if len(starts) - 1 > max(1, len(a) // TOGETHER):
-        starts = [0, len(a)]
-    found = list[Used]()
-    for i, j in pairwise(starts):
-        run = Used(slice(i, j), outs[i:j].any(0), ins[i:j].any(0))
-        while found and (both := found[-1].joined(run)).cost <= found[-1].cost + run.cost:
-            found, run = found[:-1], both
-        found.append(run)
-    if sum(u.numbers for u in found) >= FULL * a.numel():
-        return []
-    return [Used(u.rows, u.outs.nonzero()[:, 0], u.ins.nonzero()[:, 0]) for u in found]
-
-
-def _any(a: Tensor, dim: int) -> Tensor:
-    """``a.any(dim)`` of numbers, seven times as fast on a CPU."""
-    return (a.amax(dim) != 0) | (a.amin(dim) != 0)
 
 
 def in_lines(like: Tensor, *shape: int) -> Tensor:

@@ -77,11 +77,11 @@ class Growing:
         """Numbers [start, stop) of a row that is on disk, as far as they go there."""
         return np.asarray(self._array[row, start:stop])
 
-    def unsettled(self) -> "Unsettled":
+    def unsettled(self) -> Unsettled:
         """What must be made safe before a commit; nothing where it is already."""
         return Unsettled()
 
-    def settled(self, done: "Unsettled") -> None:
+    def settled(self, done: Unsettled) -> None:
         """It is: until then it is told again."""
 
     def _resize(self, shape: tuple[int, ...]) -> None:
@@ -134,9 +134,9 @@ class Filed(Growing):
     def settled(self, done: Unsettled) -> None:
         with self._lock:
             self._told = self._told if done.shape is None else done.shape
-            there = {file for _, file in done.moves}
+            there, gone = {file for _, file in done.moves}, set(done.gone)
             self._staged = [move for move in self._staged if move[1] not in there]
-            self._gone = [file for file in self._gone if file not in set(done.gone)]
+            self._gone = [file for file in self._gone if file not in gone]
 
     def _text(self) -> bytes:
         """The metadata as zarr writes it."""
