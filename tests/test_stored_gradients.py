@@ -370,6 +370,60 @@ def test_behind_a_gradient_scaler_the_ledger_is_the_recomputed_one(clip, fused, 
         rounding(run.gradients(0, 0, 8), one_by_one(mlp(), DATA)[:8].numpy())
 
 
+def at(run, step):
+    """The network as the training had it before a step."""
+    model = mlp()
+    model.load_state_dict({name: torch.as_tensor(value) for name, value in run.theta(step).items()})
+    return model
+
+
+@pytest.mark.parametrize("lost", [None, 0, 1])
+@pytest.mark.parametrize("clip", [None, 0.05])
+@pytest.mark.parametrize("fused", [False, True])
+def test_behind_one_gradient_scaler_for_two_optimizers(fused, clip, lost, tmp_path):
+    """It unscales, and may skip, one after the other: each one's gradients are held against their sum when it consumes them."""
+    model = mlp()
+    pairs = [torch.optim.SGD(model[i].parameters(), lr=0.1, momentum=0.9, fused=fused) for i in (0, 2)]
+    scaler = torch.amp.GradScaler("cpu", init_scale=1000.0)
+    with explaind.record(pairs, model, tmp_path / "run", gradients="store") as recorder:
+        for step in range(4):
+            recorder.examples(torch.arange(8))
+            model.zero_grad()
+            overflows = step == 1 and lost is not None
+            hook = model[2 * (lost or 0)].weight.register_hook(lambda grad, factor=torch.inf if overflows else 1.0: grad * factor)
+            scaler.scale(losses(model, DATA[:8]).mean()).backward()
+            hook.remove()
+            for optimizer in pairs:
+                if clip:
+                    scaler.unscale_(optimizer)
+                    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], clip)
+                scaler.step(optimizer)
+            scaler.update()
+    run = explaind.open(tmp_path / "run")
+    got, want = both(mlp(), run, DATA)
+    alike(got, want, rounding)
+    assert (run.steps, run.damage(), got.verify().ok) == (4, [], True)
+    for step in range(4) if not clip else ():
+        stored, kept = run.gradients(step, 0, 8), run.block(0, 4).rows[step].age >= 0
+        wanted = one_by_one(at(run, step), DATA)[:8].numpy()
+        for layer, stepped in zip(run.manifest.layers, kept, strict=True):
+            own = slice(layer.offset, layer.offset + layer.size)
+            rounding(stored[:, own], wanted[:, own] * stepped)
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_of_two_optimizers_either_ones_sum_is_checked(wrong, tmp_path):
+    model = mlp()
+    pairs = [torch.optim.SGD(model[i].parameters(), lr=0.1) for i in (0, 2)]
+    with pytest.raises(RecordError, match=rf"do not sum to the gradient .*step 0: {2 * wrong}\.weight"):
+        with explaind.record(pairs, model, tmp_path / "run", gradients="store") as recorder:
+            recorder.examples(torch.arange(8))
+            losses(model, DATA[:8]).mean().backward()
+            model[2 * wrong].weight.grad[0, 0] += 1.0
+            for optimizer in pairs:
+                optimizer.step()
+
+
 def test_closures_and_windows(tmp_path):
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -26,15 +26,17 @@ EXACT = 1e-4
 """How close a factor must be to a power of two to be a GradScaler's: clipping rarely comes so close, and is then told as one."""
 
 
-def scale_of(watched: Watched, total: Tensor, untouched: bool) -> float:
-    """What takes a GradScaler's scale out of the gradients of a step; total: their weighted sum [param].
+def scale_of(watched: Watched, optimizer: int, total: Tensor, untouched: bool) -> float:
+    """What takes a GradScaler's scale out of the gradients that an optimizer consumes; total: the weighted sum of all [param].
 
     untouched: whether torch knows of nothing that changed them.
     """
-    if watched.scale != 1.0:  # a fused optimizer undoes it itself
-        return 1.0 / watched.scale
-    size = float(total.double().square().sum())
-    factor = float(total.double() @ watched.gradient().double()) / size if size else 1.0
+    fused = watched.scale(optimizer)
+    if fused != 1.0:  # a fused optimizer undoes it itself
+        return 1.0 / fused
+    own = torch.cat([total[a.offset : a.offset + a.size] * (a.optimizer == optimizer) for a in watched.layers]).double()
+    size = float(own.square().sum())
+    factor = float(own @ watched.gradient(optimizer).double()) / size if size else 1.0
     if not 0.0 < factor < 1.0 - EXACT:
         return 1.0
     if untouched:  # as far as torch tells: it does not tell of a GradScaler
@@ -57,20 +59,26 @@ class Rounding:
         return max(ROOM[torch.float32 if fine else dtype], *coarse, 0.0)
 
 
-def check_sum(watched: Watched, gradients: Tensor, weights: Tensor, rounding: Rounding, untouched: bool, step: int) -> None:
-    """RecordError where the sum is another one, at the first layer; gradients: as they are stored [slot, param]."""
-    consumed, total = watched.gradient(), weights @ gradients
-    cuts = [slice(layer.offset, layer.offset + layer.size) for layer in watched.layers]
-    size = torch.cat([weights.abs() @ gradients[:, own].abs() for own in cuts])
+def check_sum(watched: Watched, optimizer: int, gradients: Tensor, weights: Tensor, rounding: Rounding, untouched: bool, step: int) -> None:
+    """RecordError where the sum of what an optimizer consumes is another one, at the first layer.
+
+    gradients: as they are stored [slot, param], of which those of other optimizers are not looked at.
+    """
+    consumed = watched.gradient(optimizer)
+    pairs = [(p, layer) for p, layer in zip(watched.params, watched.layers, strict=True) if layer.optimizer == optimizer]
+    cuts = [slice(layer.offset, layer.offset + layer.size) for _, layer in pairs]
+    sums = [weights @ gradients[:, own] for own in cuts]
+    sizes = [weights.abs() @ gradients[:, own].abs() for own in cuts]
+    size = torch.cat(sizes)
     if not torch.isfinite(size).all():
         raise RecordError("an example's gradient does not fit its dtype", where=f"step {step}", do="take a larger gradient_dtype")
     room = rounding.room(gradients.dtype)
     floor = WHOLE * _norm(size)
-    for p, layer, own in zip(watched.params, watched.layers, cuts, strict=True):
+    for (p, layer), own, total, much in zip(pairs, cuts, sums, sizes, strict=True):
         if p.grad is None:
             continue
-        allowed = room * (_norm(size[own]) + floor)
-        got, want = total[own].double(), consumed[own].double()
+        allowed = room * (_norm(much) + floor)
+        got, want = total.double(), consumed[own].double()
         if float((got - want).norm()) <= allowed or (not untouched and _changed(got, want, allowed)):
             continue
         raise RecordError(

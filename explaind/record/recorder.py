@@ -215,12 +215,18 @@ class Recorder:
             self._finish()
 
     def _gather(self, update: Update, index: int) -> None:
-        """Whose gradient the step consumes, once for all its optimizers; index: of the one at hand, whose gradients are looked at."""
+        """Look at the gradients that an optimizer consumes, once a step."""
         if index not in update.checked:
             self._watched.check_gradients(index, self.steps)
             update.checked.add(index)
             if self._filtering is None:
                 update.look(index, touched=not self._incoming.untouched)
+            self._take(update)
+            if self._storing is not None:
+                self._storing.consume(update.taken, index, self.steps, self._incoming.untouched)
+
+    def _take(self, update: Update) -> None:
+        """Whose gradient the step consumes."""
         if update.taken:
             return
         taken = self._incoming.taken()
@@ -235,8 +241,6 @@ class Recorder:
             self._thinning.check(update.taken, self.steps)
         if self._filtering is not None:
             update.filtered = self._filtering.following()
-        if self._storing is not None:
-            update.gradients = self._storing.of_step(update.taken, self.steps, self._incoming.untouched)
 
     def _finish(self) -> None:
         """The step is made; optimizers that did not take part left their parameters as they were."""
@@ -244,7 +248,7 @@ class Recorder:
         if update is None or not update.stepped:
             return
         self._update = None
-        row = update.row()
+        row = update.row(None if self._storing is None else self._storing.of_step())
         if self._filtering is not None:
             self._filtering.take(update.filtered)
         self._windows.taken()

@@ -102,6 +102,7 @@ class Storing:
         self._probe: Probe | None = None
         self._known = set[tuple[bool, ...]]()
         self._written = 0
+        self._begin_step()
         self.closure = False
         """Whether the step at hand makes its gradient itself."""
 
@@ -153,24 +154,52 @@ class Storing:
             do="raise it, take a smaller gradient_dtype, record windows of steps (steps=), or gradients='recompute', also with thin=",
         )
 
-    def of_step(self, taken: Sequence[MicroBatch], step: int, untouched: bool) -> np.ndarray:
-        """The gradients of a step's examples, as they are stored: [slot, param]. RecordError unless they sum to the consumed one.
+    def _begin_step(self) -> None:
+        self._made: Tensor | None = None
+        self._scale = 1.0
+        self._held = set[int]()
 
-        untouched: whether that is what backward passes left.
+    def consume(self, taken: Sequence[MicroBatch], optimizer: int, step: int, untouched: bool) -> None:
+        """An optimizer is about to consume the gradients of its own parameters; RecordError unless those of the examples sum to them.
+
+        untouched: whether they are what backward passes left. Those of other optimizers may still change: a GradScaler unscales them
+        one by one.
         """
         weights = torch.from_numpy(np.concatenate([batch.weights for batch in taken])).to(self._like)
-        stored = self._gradients(taken, weights, step, untouched).to(self._kind)
+        if self._made is None:  # before any optimizer has stepped
+            self._made = self._gradients(taken, weights, optimizer, step, untouched)
+        elif self._taps is not None:  # with another scale, perhaps
+            factor = scale_of(self._watched, optimizer, (weights @ self._made) / self._scale, untouched) / self._scale
+            for own in self._cuts(lambda owner: owner == optimizer) if factor != 1.0 else ():
+                self._made[:, own] *= factor
+        stored = self._made.to(self._kind).to(self._like.dtype)
         coarse = Rounding(torch.finfo(self._kind).eps, self._precision(taken))
-        check_sum(self._watched, stored.to(self._like.dtype), weights, coarse, untouched, step)
+        check_sum(self._watched, optimizer, stored, weights, coarse, untouched, step)
+        self._held.add(optimizer)
+
+    def of_step(self) -> np.ndarray | None:
+        """The gradients of the examples of the step that is over, as they are stored: [slot, param]; 0 where no optimizer consumed them."""
+        made, held = self._made, self._held
+        self._begin_step()
+        if made is None:
+            return None
+        for own in self._cuts(lambda owner: owner not in held):
+            made[:, own] = 0
+        stored = made.to(self._kind)
         self._written += stored.numel() * self._kind.itemsize
         return stored.cpu().numpy()
 
-    def _gradients(self, taken: Sequence[MicroBatch], weights: Tensor, step: int, untouched: bool) -> Tensor:
+    def _cuts(self, chosen: Callable[[int], bool]) -> list[slice]:
+        """Where the layers of some optimizers stand in a vector [param]."""
+        return [slice(a.offset, a.offset + a.size) for a in self._watched.layers if chosen(a.optimizer)]
+
+    def _gradients(self, taken: Sequence[MicroBatch], weights: Tensor, optimizer: int, step: int, untouched: bool) -> Tensor:
         """∇ℓ_i of every example [slot, param]: what hooks saw, unless the losses say that they do not see it."""
         if self._taps is not None:
             try:
                 whole = self._seen(taken, step)
-                whole.mul_(scale_of(self._watched, weights @ whole, untouched))
+                self._scale = scale_of(self._watched, optimizer, weights @ whole, untouched)
+                whole.mul_(self._scale)
                 if self._agree(whole, taken, untouched):
                     return whole
             except RecordError:

@@ -35,7 +35,6 @@ class Update:
         self.drew: list[bool] = []
         self._sizes: np.ndarray | None = None
         self._touched = False
-        self.gradients: np.ndarray | None = None
 
     def look(self, optimizer: int, touched: bool) -> None:
         """One optimizer is about to consume its gradients; touched: they are not what backward passes left.
@@ -75,8 +74,8 @@ class Update:
         """What the rules froze of the step, as it stands: [param]; None where none freezes a tensor."""
         return self._watched.frozen(self._frozen, self._lasting)
 
-    def row(self) -> StepRow:
-        """The record of the step."""
+    def row(self, gradients: np.ndarray | None = None) -> StepRow:
+        """The record of the step; gradients: of its examples, where they are stored [slot, param]."""
         ids, weights = _joined([batch.ids for batch in self.taken]), _joined([batch.weights for batch in self.taken])
         part = np.zeros(len(ids), np.int32)
         if len(self.taken) > 1:
@@ -95,7 +94,7 @@ class Update:
             self._random(),
             self._filtered,
             max((batch.precision for batch in self.taken), default=0.0),
-            gradients=self.gradients,
+            gradients=gradients,
         )
 
     def _random(self) -> np.ndarray | None:

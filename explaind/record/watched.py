@@ -115,15 +115,19 @@ class Watched:
         """How many numbers theta holds."""
         return sum(layer.size for layer in self.layers)
 
-    @property
-    def scale(self) -> float:
-        """What a GradScaler left the gradients multiplied by, for a fused optimizer to undo while it steps; 1 where there is no such."""
-        return _scale(self._optimizers)
+    def scale(self, optimizer: int) -> float:
+        """What a GradScaler left its gradients multiplied by, for a fused optimizer to undo while it steps; 1 where there is no such."""
+        return _scale(self._optimizers[optimizer : optimizer + 1])
 
-    def gradient(self) -> Tensor:
-        """The gradients as the optimizers consume them, zeros where there is none: [param], on the device."""
-        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._params]
-        return torch.cat([part.detach().reshape(-1).to(self.dtype) for part in parts]).div_(self.scale)
+    def gradient(self, optimizer: int | None = None) -> Tensor:
+        """The gradients as the optimizers consume them, zeros where there is none: [param], on the device.
+
+        optimizer: the one that is about to consume its own, where others' may not be ready yet and are left out as zeros.
+        """
+        own = [a.optimizer == optimizer or optimizer is None for a in self.layers]
+        parts = [p.grad if mine and p.grad is not None else torch.zeros_like(p) for mine, p in zip(own, self._params, strict=True)]
+        of = self._optimizers if optimizer is None else self._optimizers[optimizer : optimizer + 1]
+        return torch.cat([part.detach().reshape(-1).to(self.dtype) for part in parts]).div_(_scale(of))
 
     def theta(self) -> Pieces:
         """The parameters [param], as they stand: the next step changes them."""
