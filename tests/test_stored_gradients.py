@@ -415,13 +415,17 @@ def test_behind_one_gradient_scaler_for_two_optimizers(fused, clip, lost, tmp_pa
 def test_of_two_optimizers_either_ones_sum_is_checked(wrong, tmp_path):
     model = mlp()
     pairs = [torch.optim.SGD(model[i].parameters(), lr=0.1) for i in (0, 2)]
-    with pytest.raises(RecordError, match=rf"do not sum to the gradient .*step 0: {2 * wrong}\.weight"):
+
+    def training():
         with explaind.record(pairs, model, tmp_path / "run", gradients="store") as recorder:
             recorder.examples(torch.arange(8))
             losses(model, DATA[:8]).mean().backward()
             model[2 * wrong].weight.grad[0, 0] += 1.0
             for optimizer in pairs:
                 optimizer.step()
+
+    with pytest.raises(RecordError, match=rf"do not sum to the gradient .*step 0: {2 * wrong}\.weight"):
+        training()
 
 
 def test_closures_and_windows(tmp_path):
