@@ -80,7 +80,7 @@ class Incoming:
     def drew(self, batch: MicroBatch) -> bool:
         """Whether its forward pass drew random numbers."""
         if batch.drew is None:
-            batch.drew = batch.random.numpy().tobytes() != random_state(self._device).numpy().tobytes()
+            batch.drew = not torch.equal(batch.random, random_state(self._device))
         return batch.drew
 
     @property

@@ -55,6 +55,7 @@ class Watched:
         self._still = {n: (t, t.detach().clone()) for n, t in still.items()}
         self._counters = {name for name in moving if name.endswith(COUNTER)}
         self.modules = tuple(name for name, _ in model.named_modules())
+        self._tree = _tree(model)
 
     def _check_owners(self, named: dict[str, Tensor]) -> None:
         known, seen = {id(p): name for name, p in named.items()}, set[int]()
@@ -186,7 +187,11 @@ class Watched:
 
     def mode(self) -> tuple[bool, ...]:
         """Whether each module is in train mode."""
-        return tuple(m.training for m in self.model.modules())
+        for module, children in self._tree:
+            if [*module._modules.values()] != children:
+                self._tree = _tree(self.model)
+                break
+        return tuple([module.training for module, _ in self._tree])
 
     def constants(self) -> dict[str, np.ndarray]:
         """Frozen parameters and buffers, by name."""
@@ -198,14 +203,8 @@ class Watched:
         known, previous: checksums of the parameters after it, and of those before it, which they continue: uint32 [layer].
         """
         now = theta_checksum(self.theta(), self.layers, previous)
-        differs = [a.name for a, differ in zip(self.layers, (now != known).tolist(), strict=True) if differ and a.optimizer >= 0]
-        if differs:
-            raise RecordError(
-                "the model was changed between two steps",
-                where=f"before step {step}: {', '.join(differs)}",
-                expected="only the optimizer to change recorded parameters",
-                do="start another recording after the change",
-            )
+        if now.tobytes() != known.tobytes():
+            self._check_moved(now != known, step)
         for p in self._groups.strangers():
             names = {id(p): name for name, p in self.model.named_parameters()}
             raise RecordError(
@@ -221,6 +220,17 @@ class Watched:
                     expected="only the optimizer's parameters, and running statistics, to move",
                     do=f"let it be recorded: explaind.record(…, watch=[{name!r}]), or keep it still",
                 )
+
+    def _check_moved(self, differs: np.ndarray, step: int) -> None:
+        """Buffers may have moved; differs: bool [layer]."""
+        moved = [a.name for a, differ in zip(self.layers, differs.tolist(), strict=True) if differ and a.optimizer >= 0]
+        if moved:
+            raise RecordError(
+                "the model was changed between two steps",
+                where=f"before step {step}: {', '.join(moved)}",
+                expected="only the optimizer to change recorded parameters",
+                do="start another recording after the change",
+            )
 
     def gradient_sizes(self, optimizer: int) -> np.ndarray:
         """Norm and largest absolute value of every gradient as an optimizer consumes it, 0 of others and where there is none:
@@ -259,6 +269,11 @@ class Watched:
                     got="nan" if grad.isnan().any() else "inf",
                     do="lower the learning rate; the steps before are kept",
                 )
+
+
+def _tree(model: nn.Module) -> list[tuple[nn.Module, list[nn.Module | None]]]:
+    """Every module, in order, with the children that it has."""
+    return [(module, [*module._modules.values()]) for module in model.modules()]
 
 
 COUNTER = "num_batches_tracked"

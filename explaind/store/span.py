@@ -150,8 +150,7 @@ def write_vectors(array: Growing, at: int, log: Log, places: Sequence[Place | No
                 if place is None:
                     there = array.read(at + top + i, start, stop)
                     values[i, : len(there)] = there
-                elif start < length(place):
-                    log.read_into(values[i, : length(place) - start], place, start)  # which is of the array's dtype
+            log.read_rows(values, some, start)
             array.block(values, at + top, start)
 
 

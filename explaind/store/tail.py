@@ -35,6 +35,8 @@ HEAD = struct.Struct("<QI")
 ARRAYS = tuple(f.name for f in fields(StepRow) if f.name not in ("mode", "gap", "precision", "gradients"))
 SMALL = 1 << 20
 """Bytes of a record that is put together before it is written; the vectors of a larger one are written from where they are."""
+NEAR, TOGETHER = 1 << 16, 500
+"""Bytes between two vectors that are read with them, and how many vectors: the system takes about a thousand pieces at once."""
 KINDS = "biuf"
 """Of the arrays: no object is ever read."""
 BUSY = "this run is being recorded, by another process or by a recorder of this one that was not closed"
@@ -60,6 +62,25 @@ class Place(NamedTuple):
     shape: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Places(Mapping[str, Place]):
+    """Where the arrays of a record stand."""
+
+    at: int
+    layout: Mapping[str, Place]
+    """From there on; the same from step to step, mostly."""
+
+    def __getitem__(self, name: str) -> Place:
+        place = self.layout[name]
+        return place._replace(at=self.at + place.at)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layout)
+
+    def __len__(self) -> int:
+        return len(self.layout)
+
+
 class Log:
     """One file of records, which are appended and can be read in parts."""
 
@@ -70,6 +91,8 @@ class Log:
         """
         self.path = path
         self._alike: Any = None
+        self._layout = dict[str, Place]()
+        self._between = bytearray(NEAR)
         partial = path.with_name(path.name + ".partial")
         self._file = FileIO(partial, "w+")
         try:
@@ -84,34 +107,33 @@ class Log:
             partial.unlink(missing_ok=True)
             raise
 
-    def append(self, record: Record) -> Mapping[str, Place]:
+    def append(self, record: Record) -> Places:
         """Add a step, which survives the process from here on; where its arrays stand."""
         row = record.row.__dict__
-        held = {name: _contiguous(row[name]) for name in ARRAYS if row[name] is not None} | {"theta": _contiguous(record.theta)}
-        held |= {} if record.crc is None else {"crc": record.crc}
-        line = self._line(record, held)
-        pieces = [
-            part.data for values in held.values() for part in (values.parts if isinstance(values, Pieces) else (values,)) if part.size
-        ]
+        held: dict[str, Vector] = {name: row[name] for name in ARRAYS if row[name] is not None}
+        held["theta"] = record.theta
+        if record.crc is not None:
+            held["crc"] = record.crc
+        told = self._line(record, held)
+        pieces = list[np.ndarray]()
+        for values in held.values():
+            pieces += values.parts if isinstance(values, Pieces) else (np.ascontiguousarray(values),)
         # Behind the last whole record, whatever an interrupted one has left there.
-        at = self._file.seek(self._end) + HEAD.size + len(line)
-        size = len(line) + sum([part.nbytes for part in pieces])
+        at = self._file.seek(self._end) + HEAD.size + len(told)
+        size = len(told) + self._bytes
         if size < SMALL:
-            text = bytearray().join([bytes(HEAD.size), line, *pieces])
+            text = bytearray().join([bytes(HEAD.size), told, *pieces])
             HEAD.pack_into(text, 0, size, zlib.crc32(memoryview(text)[HEAD.size :]))
             self._write(text)
         else:
-            crc = zlib.crc32(line)
-            for part in pieces:
-                crc = zlib.crc32(part, crc)
-            for piece in _gathered([memoryview(HEAD.pack(size, crc) + line), *pieces]):
-                self._write(piece)
-        places = {}
-        for name, values in held.items():
-            places[name] = Place(at, values.dtype, values.shape)
-            at += values.size * values.dtype.itemsize
-        self._end = at
-        return places
+            views = [piece.reshape(-1).data.cast("B") for piece in pieces if piece.size]
+            crc = zlib.crc32(told)
+            for view in views:
+                crc = zlib.crc32(view, crc)
+            for view in _gathered([memoryview(HEAD.pack(size, crc) + told), *views]):
+                self._write(view)
+        self._end = at + self._bytes
+        return Places(at, self._layout)
 
     def _line(self, record: Record, held: Mapping[str, Vector]) -> bytes:
         """JSON of a record without its arrays; from step to step little but the number changes."""
@@ -121,6 +143,10 @@ class Log:
             told = {"mode": list(row.mode), "gap": row.gap, "precision": row.precision}
             arrays = {name: [v.dtype.str, list(v.shape)] for name, v in held.items()}
             self._alike, self._told = alike, json.dumps({**told, "arrays": arrays})[1:]
+            self._layout, self._bytes = {}, 0
+            for name, v in held.items():
+                self._layout[name] = Place(self._bytes, v.dtype, v.shape)
+                self._bytes += v.size * v.dtype.itemsize
         return f'{{"step": {record.step}, {self._told}\n'.encode()
 
     def _write(self, text: bytearray | memoryview) -> None:
@@ -143,6 +169,27 @@ class Log:
                 raise StoreError("steps that were logged are gone", where=self.path, do="let nobody else write into a run")
             rest, at = rest[count:], at + count
 
+    def read_rows(self, rows: np.ndarray, places: Sequence[Place | None], start: int = 0) -> None:
+        """Fill rows [row, number], each with a vector of their dtype from there on, as far as it goes; None: that row stays as it is.
+
+        What stands close together is read in one go: every call of the system lets another thread have the interpreter.
+        """
+        known = [(row[: place.shape[0] - start], place) for row, place in zip(rows, places, strict=True) if place and start < place.shape[0]]
+        ends = [place.at + start * rows.itemsize + row.nbytes for row, place in known]
+        gaps = [place.at + start * rows.itemsize - end for (_, place), end in zip(known[1:], ends, strict=False)]
+        first = 0
+        for last, gap in enumerate([*gaps, -1][: len(known)]):
+            if 0 <= gap <= NEAR and last - first < TOGETHER:
+                continue
+            views = list[memoryview | bytearray]()
+            for (row, _), before in zip(known[first : last + 1], [0, *gaps[first:last]], strict=True):
+                views += [memoryview(self._between)[:before], row.data.cast("B")] if before else [row.data.cast("B")]
+            at = known[first][1].at + start * rows.itemsize
+            if os.preadv(self._file.fileno(), views, at) < ends[last] - at:  # it may give less than it is asked for
+                for row, place in known[first : last + 1]:
+                    self.read_into(row, place, start)
+            first = last + 1
+
     def restart(self, kept: Sequence[Record]) -> None:
         """Forget all steps but these, which other files have too."""
         self._file.truncate(0)
@@ -152,10 +199,6 @@ class Log:
     def close(self) -> None:
         """Let go of the file."""
         self._file.close()
-
-
-def _contiguous(values: Vector) -> Vector:
-    return values if isinstance(values, Pieces) else np.ascontiguousarray(values)
 
 
 def _gathered(pieces: Iterable[memoryview]) -> Iterator[memoryview]:
