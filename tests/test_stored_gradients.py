@@ -366,8 +366,7 @@ def test_behind_a_gradient_scaler_the_ledger_is_the_recomputed_one(clip, fused, 
     got, want = both(mlp(), run, DATA)
     alike(got, want, rounding)
     assert (run.steps, got.verify().ok) == (4 + fused, True)
-    if not clip:  # what was scaled is not in the store
-        rounding(run.gradients(0, 0, 8), one_by_one(mlp(), DATA)[:8].numpy())
+    rounding(run.gradients(0, 0, 8), one_by_one(mlp(), DATA)[:8].numpy())  # what was scaled is not in the store
 
 
 def at(run, step):
@@ -403,12 +402,40 @@ def test_behind_one_gradient_scaler_for_two_optimizers(fused, clip, lost, tmp_pa
     got, want = both(mlp(), run, DATA)
     alike(got, want, rounding)
     assert (run.steps, run.damage(), got.verify().ok) == (4, [], True)
-    for step in range(4) if not clip else ():
+    for step in range(4):
         stored, kept = run.gradients(step, 0, 8), run.block(0, 4).rows[step].age >= 0
         wanted = one_by_one(at(run, step), DATA)[:8].numpy()
         for layer, stepped in zip(run.manifest.layers, kept, strict=True):
             own = slice(layer.offset, layer.offset + layer.size)
             rounding(stored[:, own], wanted[:, own] * stepped)
+
+
+def test_an_optimizer_whose_examples_overflow_is_skipped_alone(tmp_path):
+    """Their gradients are infinite themselves; the other optimizer's are held against their sum all the same."""
+    model = mlp()
+    pairs = [torch.optim.SGD(model[i].parameters(), lr=0.1) for i in (0, 2)]
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    with explaind.record(pairs, model, tmp_path / "run", gradients="store", losses=losses, data=DATA) as recorder:
+        for step in range(3):
+            recorder.examples(torch.arange(8))
+            model.zero_grad()
+            out = model[1](model[0](DATA[:8][0]))
+            out.register_hook(lambda delta, factor=torch.inf if step == 1 else 1.0: delta * factor)
+            scaler.scale(F.cross_entropy(model[2](out), DATA[:8][1])).backward()
+            for optimizer in pairs:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_value_(optimizer.param_groups[0]["params"], 0.01)
+                scaler.step(optimizer)
+            scaler.update()
+    run = explaind.open(tmp_path / "run")
+    assert [(row.age >= 0).tolist() for row in run.block(0, 3).rows] == [[True] * 4, [False, False, True, True], [True] * 4]
+    got, want = both(mlp(), run, DATA)
+    alike(got, want, rounding)
+    assert got.verify().ok
+    for step in range(3):
+        wanted = one_by_one(at(run, step), DATA)[:8].numpy()
+        wanted[:, : model[0].weight.numel() + model[0].bias.numel()] *= step != 1
+        rounding(run.gradients(step, 0, 8), wanted)
 
 
 @pytest.mark.parametrize("wrong", [0, 1])

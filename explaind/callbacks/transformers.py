@@ -10,6 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from explaind.errors import RecordError
 from explaind.record.examples import ID
+from explaind.record.hooks import Hook
 from explaind.record.recorder import Recorder, record
 from explaind.store.location import Where
 
@@ -43,7 +44,7 @@ class RecordCallback(TrainerCallback):
         model: nn.Module = kwargs["model"]
         precision = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
         self._recorder = record(kwargs["optimizer"], model, self._path, **{"precision": precision, **self._options})
-        self._hook = model.register_forward_pre_hook(self._announce, with_kwargs=True)
+        self._hook = model.register_forward_pre_hook(Hook(self._announce), with_kwargs=True)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """How many micro-batches make the step: at the end of an epoch there may be fewer."""

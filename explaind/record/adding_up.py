@@ -1,15 +1,16 @@
 """Do the gradients of a step's examples sum to the gradient that the optimizer consumed? Σ_i w_i ∇ℓ_i = G, layer by layer.
 
 Where something changed the gradient after the backward pass, G may be a multiple c ≤ 1 of the sum (clipping by norm, of all of a model or
-of parts), or the sum cut off at ±v (clipping by value): what the replay of a run finds as well (kernel/realised.py). A GradScaler's scale,
-which makes all layers too large by one power of two, is taken out.
+of parts), or the sum cut off at ±v (clipping by value): what the replay of a run finds as well (kernel/realised.py). The scale of a
+GradScaler is taken out.
 """
 
+import sys
 from dataclasses import dataclass
-from math import log2
 
 import torch
 from torch import Tensor
+from torch.amp import GradScaler
 
 from explaind.errors import RecordError
 from explaind.record.watched import Watched
@@ -22,27 +23,18 @@ ALIKE = 10.0
 """Times that room for two ways to compute one gradient."""
 WHOLE = 1e-2
 """That share of the whole gradient counts as a layer's size: a gradient may be nothing but rounding (the bias of attention's keys)."""
-EXACT = 1e-4
-"""How close a factor must be to a power of two to be a GradScaler's: clipping rarely comes so close, and is then told as one."""
 
 
-def scale_of(watched: Watched, optimizer: int, total: Tensor, untouched: bool) -> float:
-    """What takes a GradScaler's scale out of the gradients that an optimizer consumes; total: the weighted sum of all [param].
+def scale_of(watched: Watched, optimizer: int) -> float:
+    """What a GradScaler has multiplied the loss by, for an optimizer that is stepping; 1 where there is none.
 
-    untouched: whether torch knows of nothing that changed them.
+    A scaler leaves no trace on gradients that it has unscaled, nor on their optimizer, and clipping behind it hides the factor. But it is
+    what calls the step.
     """
-    fused = watched.scale(optimizer)
-    if fused != 1.0:  # a fused optimizer undoes it itself
-        return 1.0 / fused
-    own = torch.cat([total[a.offset : a.offset + a.size] * (a.optimizer == optimizer) for a in watched.layers]).double()
-    size = float(own.square().sum())
-    factor = float(own @ watched.gradient(optimizer).double()) / size if size else 1.0
-    if not 0.0 < factor < 1.0 - EXACT:
-        return 1.0
-    if untouched:  # as far as torch tells: it does not tell of a GradScaler
-        return factor
-    nearest = 2.0 ** round(log2(factor))
-    return nearest if abs(factor / nearest - 1.0) <= EXACT and nearest < 1.0 else 1.0
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not GradScaler.step.__code__:
+        frame = frame.f_back  # type: ignore[assignment]
+    return watched.scale(optimizer) if frame is None else float(frame.f_locals["self"].get_scale())
 
 
 @dataclass(frozen=True)
@@ -91,14 +83,13 @@ def check_sum(watched: Watched, optimizer: int, gradients: Tensor, weights: Tens
         )
 
 
-def same_gradients(watched: Watched, seen: Tensor, wanted: Tensor, rounding: Rounding, untouched: bool) -> bool:
-    """Whether gradients of examples [example, param] are the same but for rounding, and, unless untouched, for one factor."""
-    size = float(wanted.double().square().sum())
-    factor = 1.0 if untouched or not size else float((seen.double() * wanted).sum()) / size
-    room, want = ALIKE * rounding.room(seen.dtype), factor * wanted
-    floor = WHOLE * _norm(want)
+def same_gradients(watched: Watched, seen: Tensor, wanted: Tensor, rounding: Rounding) -> bool:
+    """Whether gradients of examples [example, param] are the same but for rounding, in all layers where they have not overflowed."""
+    room = ALIKE * rounding.room(seen.dtype)
+    floor = WHOLE * _norm(wanted)
     cuts = (slice(layer.offset, layer.offset + layer.size) for layer in watched.layers)
-    return factor > 0.0 and all(_norm((seen - want)[:, own]) <= room * (_norm(want[:, own]) + floor) for own in cuts)
+    finite = (own for own in cuts if torch.isfinite(seen[:, own]).all())
+    return all(_norm((seen - wanted)[:, own]) <= room * (_norm(wanted[:, own]) + floor) for own in finite)
 
 
 def _norm(values: Tensor) -> float:

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from explaind.record.hooks import Hook
+
 
 def random_state(device: torch.device) -> Tensor:
     """State of the generators that a forward pass may draw from: the host's, then the device's where that has its own. uint8 [byte]."""
@@ -49,7 +51,9 @@ class Incoming:
         """Announced since the last step."""
         self._left: list[tuple[int, int] | None] = [None] * len(params)  # identity and version of each gradient when torch left it
         self._begun = [0] * len(params)
-        self._hooks = [p.register_post_accumulate_grad_hook(self._grown(i)) for i, p in enumerate(params) if p.requires_grad and p.is_leaf]
+        self._hooks = [
+            p.register_post_accumulate_grad_hook(Hook(self._grown(i))) for i, p in enumerate(params) if p.requires_grad and p.is_leaf
+        ]
 
     def close(self) -> None:
         """Let go of the parameters."""
@@ -70,8 +74,8 @@ class Incoming:
             batch.precision = max(batch.precision, precision)
 
     def taken(self) -> list[MicroBatch]:
-        """The micro-batches that the gradient as it stands is the sum of."""
-        return [batch for batch in self.pending if all(self._stands(i, begun) for i, begun in batch.reached.items())]
+        """The micro-batches that the gradients as they stand are sums of; one that was taken away alone (frozen by hand) does not count."""
+        return [batch for batch in self.pending if self._stands(batch)]
 
     def clear(self) -> None:
         """Begin another step."""
@@ -88,8 +92,9 @@ class Incoming:
         """Whether every gradient is what backward passes left: not clipped, scaled or put there by hand."""
         return all(p.grad is None or self._left[i] == _mark(p.grad) for i, p in enumerate(self._params))
 
-    def _stands(self, index: int, begun: int) -> bool:
-        return self._begun[index] == begun and self._params[index].grad is not None
+    def _stands(self, batch: MicroBatch) -> bool:
+        there = [self._begun[i] == begun for i, begun in batch.reached.items() if self._params[i].grad is not None]
+        return all(there) and (bool(there) or not batch.reached)
 
     def _grown(self, index: int):  # type: ignore[no-untyped-def]
         def hook(param: Tensor) -> None:

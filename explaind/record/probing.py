@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from explaind.errors import RecordError
+from explaind.record.hooks import Hook
 from explaind.record.incoming import MicroBatch, random_state
 from explaind.record.recomputing import copied, drawn_from
 from explaind.record.tapping import kind_of
@@ -28,7 +29,7 @@ class Probe:
             self._copy: nn.Module | None = copied(model)  # before it keeps anything of a forward pass
         except RecordError as error:
             self._copy, self.fault = None, str(error)
-        self._hook = model.register_forward_hook(self._called, with_kwargs=True)
+        self._hook = model.register_forward_hook(Hook(self._called), with_kwargs=True)
 
     def close(self) -> None:
         """Let go of the model."""

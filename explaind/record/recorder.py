@@ -2,6 +2,7 @@
 
 import os
 import platform
+import warnings
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -15,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from explaind.errors import RecordError
 from explaind.record.examples import MapStyle, checked_ids, checked_weights, fingerprints
 from explaind.record.filtering import Filtering, Remembered
+from explaind.record.hooks import Hook
 from explaind.record.incoming import Incoming, precision_of, random_state
 from explaind.record.ranks import ALONE, Ranks, Writer, ranks_of
 from explaind.record.resuming import resumed, stored_examples
@@ -109,9 +111,9 @@ class Recorder:
         # A library may have put its own forward around the model's, as accelerate does, with autocast inside: its children are in it.
         wrapped = "forward" in vars(self._watched.model)
         for module in (self._watched.model, *(self._watched.model.children() if wrapped else ())):
-            self._hooks.append(module.register_forward_pre_hook(self._forward))
+            self._hooks.append(module.register_forward_pre_hook(Hook(self._forward)))
         if self._storing is not None:
-            self._storing.begin(self._incoming, stored_examples(path) if resume else 0, self._windows.to_come)
+            self._storing.watch(self._incoming, stored_examples(path) if resume else 0, self._windows.to_come)
 
     @property
     def steps(self) -> int:
@@ -155,7 +157,17 @@ class Recorder:
             self._storing.close()
         if self._fault is None:
             self._finish()
+            self._look_back()
         self._writer.close(complete=self._fault is None)
+
+    def _look_back(self) -> None:
+        """Warn where the run does not lead to the model as it is now: another optimizer may have taken over."""
+        if self._writer.closed or not self.steps or self._windows.passed:
+            return
+        try:
+            self._watched.check_unchanged(*self._sums, self.steps)
+        except RecordError as error:
+            warnings.warn(f"the run ends at step {self.steps}, and its last parameters are not the model's: {error}", stacklevel=3)
 
     def __enter__(self) -> "Recorder":
         return self
@@ -184,20 +196,24 @@ class Recorder:
                 self._finish()
             if not self._windows.recorded or _skips(optimizer):
                 return
-            if self._update is None:
-                behind = self._windows.passed > 0
-                if behind:
-                    self._add(gap_row(self._watched, self._windows.passed, self._first))
-                self._watched.check_unchanged(*self._sums, self.steps)
-                if self._thinning is not None:
-                    self._thinning.begin(self._first, closure, self.steps)
-                self._update = Update(self._watched, self._first or behind, self._filtering)
-            if self._storing is not None:
-                self._storing.closure = closure is not None
+            if self._update is None or not self._update.stepped:  # if there is one, it failed: this is made in its place
+                self._update = self._begin(closure)
             if closure is None:  # with one, the gradient is made during the step
                 self._gather(self._update, index)
         except RecordError as error:
             raise self._fail(error) from None
+
+    def _begin(self, closure: Any) -> Update:
+        """A step is about to be made."""
+        behind = self._windows.passed > 0
+        if behind and self._update is None:
+            self._add(gap_row(self._watched, self._windows.passed, self._first))
+        self._watched.check_unchanged(*self._sums, self.steps)
+        if self._thinning is not None:
+            self._thinning.begin(self._first, closure, self.steps)
+        if self._storing is not None:
+            self._storing.begin_step(closure is not None)
+        return Update(self._watched, self._first or behind, self._filtering)
 
     def _after(self, index: int, optimizer: torch.optim.Optimizer) -> None:
         update = self._update

@@ -102,11 +102,11 @@ class Storing:
         self._probe: Probe | None = None
         self._known = set[tuple[bool, ...]]()
         self._written = 0
-        self._begin_step()
-        self.closure = False
-        """Whether the step at hand makes its gradient itself."""
+        self._made: Tensor | None = None
+        self._made_of, self._scale = list[MicroBatch](), 1.0
+        self.begin_step(closure=False)
 
-    def begin(self, incoming: Incoming, examples: int, steps: int | None) -> None:
+    def watch(self, incoming: Incoming, examples: int, steps: int | None) -> None:
         """Watch the model; examples: whose gradients the run has already; steps: to come, where windows of them are recorded."""
         self._to_come = self._asked.steps if self._asked.steps is not None else steps
         self._written = examples * self._watched.params_count * self._kind.itemsize
@@ -154,10 +154,9 @@ class Storing:
             do="raise it, take a smaller gradient_dtype, record windows of steps (steps=), or gradients='recompute', also with thin=",
         )
 
-    def _begin_step(self) -> None:
-        self._made: Tensor | None = None
-        self._scale = 1.0
-        self._held = set[int]()
+    def begin_step(self, closure: bool) -> None:
+        """No optimizer has consumed anything yet; closure: whether the step makes its gradient itself."""
+        self._closure, self._held = closure, set[int]()
 
     def consume(self, taken: Sequence[MicroBatch], optimizer: int, step: int, untouched: bool) -> None:
         """An optimizer is about to consume the gradients of its own parameters; RecordError unless those of the examples sum to them.
@@ -166,21 +165,22 @@ class Storing:
         one by one.
         """
         weights = torch.from_numpy(np.concatenate([batch.weights for batch in taken])).to(self._like)
-        if self._made is None:  # before any optimizer has stepped
-            self._made = self._gradients(taken, weights, optimizer, step, untouched)
+        if self._made is None or self._made_of != list(taken):  # before any optimizer has stepped
+            self._made_of = list(taken)
+            self._made = self._gradients(taken, optimizer, step)
         elif self._taps is not None:  # with another scale, perhaps
-            factor = scale_of(self._watched, optimizer, (weights @ self._made) / self._scale, untouched) / self._scale
-            for own in self._cuts(lambda owner: owner == optimizer) if factor != 1.0 else ():
-                self._made[:, own] *= factor
+            scale = scale_of(self._watched, optimizer)
+            for own in self._cuts(lambda owner: owner == optimizer) if scale != self._scale else ():
+                self._made[:, own] *= self._scale / scale
         stored = self._made.to(self._kind).to(self._like.dtype)
         coarse = Rounding(torch.finfo(self._kind).eps, self._precision(taken))
         check_sum(self._watched, optimizer, stored, weights, coarse, untouched, step)
         self._held.add(optimizer)
 
     def of_step(self) -> np.ndarray | None:
-        """The gradients of the examples of the step that is over, as they are stored: [slot, param]; 0 where no optimizer consumed them."""
+        """The gradients of the examples of the step at hand, as they are stored: [slot, param]; 0 where no optimizer consumed them."""
         made, held = self._made, self._held
-        self._begin_step()
+        self._made, self._made_of, self._scale = None, [], 1.0
         if made is None:
             return None
         for own in self._cuts(lambda owner: owner not in held):
@@ -193,14 +193,14 @@ class Storing:
         """Where the layers of some optimizers stand in a vector [param]."""
         return [slice(a.offset, a.offset + a.size) for a in self._watched.layers if chosen(a.optimizer)]
 
-    def _gradients(self, taken: Sequence[MicroBatch], weights: Tensor, optimizer: int, step: int, untouched: bool) -> Tensor:
+    def _gradients(self, taken: Sequence[MicroBatch], optimizer: int, step: int) -> Tensor:
         """∇ℓ_i of every example [slot, param]: what hooks saw, unless the losses say that they do not see it."""
         if self._taps is not None:
             try:
                 whole = self._seen(taken, step)
-                self._scale = scale_of(self._watched, optimizer, weights @ whole, untouched)
-                whole.mul_(self._scale)
-                if self._agree(whole, taken, untouched):
+                self._scale = scale_of(self._watched, optimizer)
+                whole.div_(self._scale)
+                if self._agree(whole, taken):
                     return whole
             except RecordError:
                 if self._recomputed is None:
@@ -208,7 +208,7 @@ class Storing:
             self._taps.close()
             self._taps = None
         assert self._recomputed is not None
-        if self.closure:
+        if self._closure:
             raise RecordError("gradients of a step with a closure are not made of its losses", where=f"step {step}", do="step without one")
         return torch.cat([self._recomputed(batch) for batch in taken])
 
@@ -232,18 +232,19 @@ class Storing:
         found = [batch.gradients.mul_(w) for batch, w in zip(taken, inverse, strict=True) if batch.gradients is not None]
         return found[0] if len(found) == 1 else torch.cat(found)
 
-    def _agree(self, seen: Tensor, taken: Sequence[MicroBatch], untouched: bool) -> bool:
+    def _agree(self, seen: Tensor, taken: Sequence[MicroBatch]) -> bool:
         """Whether the losses have the gradients that hooks saw, for some examples; asked once for every mode of the model."""
         mode = self._watched.mode()
-        if self._recomputed is None or mode in self._known or self.closure:
+        if self._recomputed is None or mode in self._known or self._closure:
             return True
         rows = min(COMPARED, len(taken[0].ids))
         known = torch.from_numpy(taken[0].weights[:rows] != 0).to(seen.device)
         want = self._recomputed(taken[0], slice(0, rows)) * known[:, None]
         coarse = Rounding(0.0, self._precision(taken))
-        if not same_gradients(self._watched, seen[:rows], want, coarse, untouched):
+        if not same_gradients(self._watched, seen[:rows], want, coarse):
             return False
-        self._known.add(mode)
+        if torch.isfinite(seen[:rows]).all():
+            self._known.add(mode)
         return True
 
     def _precision(self, taken: Sequence[MicroBatch]) -> float:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
+from explaind.record.hooks import Hook
 from explaind.record.incoming import MicroBatch
 
 Views = Mapping[str, Tensor]
@@ -140,7 +141,7 @@ class Taps:
         found = [
             (n, m) for n, m in model.named_modules() if kind_of(m) is not None and any(id(p) in places for p in m._parameters.values())
         ]
-        self._hooks: list[RemovableHandle] = [m.register_forward_hook(self._called(n, m), with_kwargs=True) for n, m in found]
+        self._hooks: list[RemovableHandle] = [m.register_forward_hook(Hook(self._called(n, m)), with_kwargs=True) for n, m in found]
 
     def close(self) -> None:
         """Let go of the modules."""

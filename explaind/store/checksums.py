@@ -22,7 +22,7 @@ def theta_checksum(theta: Vector, layers: Sequence[Layer], previous: np.ndarray)
 def step_checksum(row: StepRow, mode: int, previous: int, thin: np.ndarray | None = None) -> int:
     """crc32 of everything else that a step recorded, continued from the previous step's; thin: with theta's checksum before the step."""
     small = (row.batch, row.part, row.weight, row.hyper, row.age, np.int32(mode))
-    previous = zlib.crc32(b"".join([np.ascontiguousarray(values) for values in small]), previous)
+    previous = zlib.crc32(b"".join([np.ascontiguousarray(values).data for values in small]), previous)
     gap = np.int64(row.gap) if row.gap else None
     precision = np.float64(row.precision) if row.precision else None
     for values in (

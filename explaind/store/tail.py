@@ -122,7 +122,7 @@ class Log:
         at = self._file.seek(self._end) + HEAD.size + len(told)
         size = len(told) + self._bytes
         if size < SMALL:
-            text = bytearray().join([bytes(HEAD.size), told, *pieces])
+            text = bytearray().join([bytes(HEAD.size), told, *[piece.data for piece in pieces]])
             HEAD.pack_into(text, 0, size, zlib.crc32(memoryview(text)[HEAD.size :]))
             self._write(text)
         else:
@@ -174,7 +174,9 @@ class Log:
 
         What stands close together is read in one go: every call of the system lets another thread have the interpreter.
         """
-        known = [(row[: place.shape[0] - start], place) for row, place in zip(rows, places, strict=True) if place and start < place.shape[0]]
+        known = [
+            (row[: place.shape[0] - start], place) for row, place in zip(rows, places, strict=True) if place and start < place.shape[0]
+        ]
         ends = [place.at + start * rows.itemsize + row.nbytes for row, place in known]
         gaps = [place.at + start * rows.itemsize - end for (_, place), end in zip(known[1:], ends, strict=False)]
         first = 0
