@@ -56,7 +56,8 @@ def summed(values, finest):
 
 def products(losses, finest, route, chunk=1 << 20):
     """[fine, row, example]"""
-    pieces = list(Products(losses, LAYOUT, finest, route, chunk)(THETA, PART, COSTATES))
+    made = Products(losses, LAYOUT, finest, route, chunk)(THETA, PART, COSTATES)
+    pieces = [(span, dots.clone()) for span, dots in made]
     assert [i for span, _ in pieces for i in range(span.start, span.stop)] == list(range(5))
     return torch.cat([dots for _, dots in pieces], dim=-1)
 

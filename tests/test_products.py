@@ -103,7 +103,8 @@ class Asked:
         return torch.stack([a[:, cut] @ gradients[:, cut].T for cut in self.layout.slices])
 
     def products(self, finest, route, a, chunk=1 << 20, **of):
-        pieces = list(Products(self.losses, self.layout, finest, route, chunk, **of)(self.theta, self.part, a))
+        made = Products(self.losses, self.layout, finest, route, chunk, **of)
+        pieces = [(span, dots.clone()) for span, dots in made(self.theta, self.part, a)]
         assert [i for span, _ in pieces for i in range(span.start, span.stop)] == list(range(EXAMPLES))
         return torch.cat([dots for _, dots in pieces], dim=-1)
 
@@ -235,7 +236,7 @@ def test_the_gradient_of_the_batch_comes_with_those_of_its_groups(name, monkeypa
     asked = Asked(name)
     total, a, entries = torch.zeros(asked.layout.params, dtype=torch.float64), normal(2, asked.layout.params, seed=4), np.array([3, 1] * 3)
     made = Products(asked.losses, asked.layout, "layer", "auto", chunk=1)
-    pieces = list(made.credits(asked.theta, asked.part, a, entries, total))
+    pieces = [(where, dots.clone()) for where, dots in made.credits(asked.theta, asked.part, a, entries, total)]
     algebra(total, batch_gradient(asked.losses, asked.layout, asked.theta, (asked.part,)), scale=1.0)
     assert [places.tolist() for places, _ in pieces] == [[1], [3]]
     whole = asked.slow(a) * asked.part.weights
@@ -252,7 +253,8 @@ def test_a_large_group_is_summed_first_beside_examples_of_their_own(name, monkey
         normal(2, asked.layout.params, seed=4),
         np.array([4, 7, 4, 4, 2, 4]),
     )
-    pieces = list(Products(asked.losses, asked.layout, "layer", "auto").credits(asked.theta, asked.part, a, entries, total))
+    made = Products(asked.losses, asked.layout, "layer", "auto")
+    pieces = [(where, dots.clone()) for where, dots in made.credits(asked.theta, asked.part, a, entries, total)]
     assert [places.tolist() for places, _ in pieces] == [[4], [7, 2]]
     algebra(total, batch_gradient(asked.losses, asked.layout, asked.theta, (asked.part,)), scale=1.0)
     whole = asked.slow(a) * asked.part.weights

@@ -65,6 +65,7 @@ class Contraction:
         # [out, in] of a linear map or convolution, [row, width] of a table
         self._shapes = [self._matrix(site) for site in self.sites]
         self._space: Tensor | None = None
+        self._known: Tensor | None = None
 
     def _matrix(self, site: Site) -> tuple[int, int]:
         layer = self._layout.names.index(site.weight)
@@ -78,6 +79,13 @@ class Contraction:
             self._space = None
             self._space = like.new_empty(size)
         return self._space[:size].view(shape)
+
+    def _results(self, like: Tensor, *shape: int) -> Tensor:
+        known = self._known
+        if known is None or known.shape != shape or known.dtype != like.dtype:
+            self._known = None
+            self._known = known = in_lines(like, *shape)
+        return known.zero_()
 
     def work(self, site: int, way: Way, rows: int) -> Work:
         """For so many rows of a."""
@@ -127,9 +135,9 @@ class Contraction:
     def __call__(
         self, factors: Factors, a: Float[Tensor, "row param"], ways: Sequence[Way], used: Sequence[Sequence[Used]] | None = None
     ) -> Float[Tensor, "fine row example"]:
-        """fine is the groups of layers, or 1; factors of one output each; used: of this a."""
+        """fine is the groups of layers, or 1; factors of one output each; used: of this a. The next call writes into the same memory."""
         examples, group = len(factors.inputs[0]), dict(zip(self._layout.names, self._layout.group, strict=True))
-        into = in_lines(a, self._fine, len(a), examples)
+        into = self._results(a, self._fine, len(a), examples)
         columns = self._layout.split(a)
 
         def of(name: str) -> Tensor:

@@ -13,6 +13,8 @@ TOGETHER = 32
 """Rows of a that leave the same out are multiplied apart from others where there are so many of them on average."""
 FORMING = 32
 """Rows of a with which a gradient is multiplied in the time that it takes to form it."""
+BLOCK = 16
+"""Rows of a that are looked at together, which a cache holds."""
 SAMPLE = 8
 """Rows of a that are looked at first: where these leave nothing out, nobody looks at the others."""
 
@@ -49,7 +51,7 @@ def used(a: Float[Tensor, "row out in"]) -> list[Used]:
     some = a[:: max(1, len(a) // SAMPLE)]
     if some.any(2).all() and some.any(1).all():
         return []
-    outs, ins = _any(a, 2), _any(a, 1)
+    outs, ins = (torch.cat(found) for found in zip(*((_any(block, 2), _any(block, 1)) for block in a.split(BLOCK)), strict=True))
     same = torch.cat([outs, ins], 1)
     starts = [0, *((same[1:] != same[:-1]).any(1).nonzero()[:, 0] + 1).tolist(), len(a)]
     if len(starts) - 1 > max(1, len(a) // TOGETHER):

@@ -86,7 +86,10 @@ class Products:
     def __call__(
         self, theta: Tensor, part: Part, a: Float[Tensor, "row param"], total: Float[Tensor, " param"] | None = None, mode: Mode = ()
     ) -> Iterator[tuple[slice, Tensor]]:
-        """Yields (some examples of the part, products [fine, row, example]); fine is 1, layer or param. total: as for ``credits``."""
+        """Yields (some examples of the part, products [fine, row, example]), which stand until the next are asked for.
+
+        fine is 1, layer or param. total: as for ``credits``.
+        """
         self.prepare(theta, part, mode)
         route = self._chosen(theta, part, a)
         if route == "jvp":
@@ -106,7 +109,7 @@ class Products:
     ) -> Iterator[tuple[slice | Tensor, Tensor]]:
         """Yields (entries [entry] of the example axis, weighted products [fine, row, entry]); an entry may come more than once.
 
-        Entries in a row come as a slice, which is three times faster to add to.
+        The products stand until the next are asked for. Entries in a row come as a slice, which is three times faster to add to.
 
         entries [example]: where each example of the part is booked. Where so many share one that it is less work, their gradients are
         summed first. total: the weighted sum of the part's gradients is added to it, by the time that all is yielded. mode: that the model

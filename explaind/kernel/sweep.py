@@ -227,9 +227,10 @@ class Sweep:
         here = self.resolution.entry(step.index)
         entries = [here if c.entry is None else c.entry for c in self.costates]
         a, factor = self._pulls(f, source, push)
-        pull = factor * f.kappa * step.theta
-        for row, entry in enumerate(entries):
-            self.accounts.decay[entry] -= self._fine(a[row * count : (row + 1) * count], pull)
+        if not isinstance(f.kappa, float) or f.kappa != 0.0:
+            pull = factor * f.kappa * step.theta
+            for row, entry in enumerate(entries):
+                self.accounts.decay[entry] -= self._fine(a[row * count : (row + 1) * count], pull)
         signed = a if isinstance(f.sign, float) and f.sign == 1.0 else f.sign * a
         if step.passage is not None:
             signed, factor = self._through(step.passage, factor * signed), 1.0
@@ -243,10 +244,11 @@ class Sweep:
                 step.theta, part, signed, self._entries(part), None if known else gradient, step.mode
             ):
                 for own, entry in zip(credit.split(count, dim=1), entries, strict=True):
-                    if isinstance(places, slice):
-                        self.accounts.data[entry][:, :, places].add_(own, alpha=-factor)
-                    else:
-                        self.accounts.data[entry].index_add_(2, places, own, alpha=-factor)
+                    for into, values in zip(self.accounts.data[entry], own, strict=True):  # which a cache holds in float64
+                        if isinstance(places, slice):
+                            into[:, places].add_(values, alpha=-factor)
+                        else:
+                            into.index_add_(1, places, values, alpha=-factor)
 
     def _through(self, passage: Passage, rows: Tensor) -> Tensor:
         """What one unit of the raw gradient did, from what one of the filtered did: of all living costates, one below the other."""
@@ -265,10 +267,12 @@ class Sweep:
             self.accounts.gap[entry] += self._fine(mean, item.error)
             return
         error, buffers = self.layout.parted(item.error)
-        self.accounts.arithmetic[entry] += self._fine(mean, error)
+        sizes = self.layout.dots(before, error)
+        same = mean is before and self.resolution.finest == "layer"
+        self.accounts.arithmetic[entry] += self.layout.grouped(sizes) if same else self._fine(mean, error)
         if any(self.layout.moving):
             self.accounts.buffers[entry] += self._fine(mean, buffers)
-        self._book_rest(item.step.index, 2, self.layout.dots(before, error))
+        self._book_rest(item.step.index, 2, sizes)
         self.accounts.replay_error[item.step.index] = item.relative_error(self.layout)
 
     def _book_rest(self, step: int, column: int, values: Tensor) -> None:
