@@ -96,8 +96,7 @@ def _check_ages(run: Run, watched: Watched, at: int) -> None:
     if at == 0:
         return
     last = run.block(at - 1, at).rows[0].age
-    have = watched.ages()
-    for layer, before, now in zip(watched.layers, last.tolist(), have.tolist(), strict=True):
+    for layer, before, now in zip(watched.layers, last.tolist(), watched.ages(), strict=True):
         # Some rules count updates; others only know whether there was one (0, 1), or keep nothing.
         if (before > 0 and now == 0) or (before > 1 and now != before + 1):
             raise RecordError(

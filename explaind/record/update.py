@@ -27,7 +27,7 @@ class Update:
         self._lasting = not self._several
         self._hyper, self._owned = watched.hyper(), False
         self._scalars = watched.no_scalars()
-        self._active = np.full(len(watched.layers), -1, dtype=np.int32)
+        self._active = [-1] * len(watched.layers)
         self.checked: set[int] = set()
         """Optimizers whose gradients were looked at."""
         self.stepped: set[int] = set()
@@ -85,7 +85,7 @@ class Update:
             part,
             weights,
             self._hyper,
-            self._active,
+            np.array(self._active, np.int32),
             self._watched.mode(),
             self.frozen(),
             self.anchor,

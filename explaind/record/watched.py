@@ -154,9 +154,9 @@ class Watched:
         kept = [tensor for tensor in tensors if tensor is not None] if lasting else []
         return self._views.lasting(kept, "frozen") if len(kept) == len(self.layers) else self._views.pieces(tensors, "frozen")
 
-    def ages(self) -> np.ndarray:
-        """Updates that each parameter had so far: int32 [layer]."""
-        return np.array([rule.age(state) for rule, state in self._states()], dtype=np.int32)
+    def ages(self) -> list[int]:
+        """Updates that each parameter had so far."""
+        return [rule.age(state) for rule, state in self._states()]
 
     def remembered(self) -> list[dict[str, Tensor]]:
         """Copies of the state that the rules must know from before a step, parameter by parameter."""

@@ -32,7 +32,7 @@ class ThinWriter(RunWriter):
         same = known is not None and row.groups is not None and np.array_equal(known, row.groups)
         super().add(replace(row, groups=None) if same else row, theta)
         if self._span.entries and len(self._span.entries) % LOGGED == 0:
-            with self._guarded():
+            with self._guarded:
                 self._forget()
 
     def _take(self, record: Record, places: Mapping[str, Place] | None = None) -> None:

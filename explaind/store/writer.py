@@ -6,11 +6,11 @@ training holds it up, a span later; nothing is lost or changes its order.
 
 import json
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import TracebackType
 
 import numpy as np
 import zarr
@@ -67,7 +67,7 @@ class RunWriter:
         crc = theta_checksum(theta, manifest.layers, np.zeros(len(manifest.layers), np.uint32))
         self._set(path, manifest, 0, 0, [])
         group, self._tail = spool.begin(path, {"manifest": manifest.to_json()})
-        with self._guarded():
+        with self._guarded:
             self._columns = self._create(group, momentum, preconditioner, codec)
             for name, values in constants.items():
                 schema.write_array(group, f"constant/{name}", values, tuple(f"{name}.{i}" for i in range(values.ndim)))
@@ -99,7 +99,7 @@ class RunWriter:
         self._signed = {"writer": secrets.token_hex(8)} if isinstance(path, Remote) else {}
         self._number = steps // manifest.span
         self._writing: Future[None] | None = None
-        self._thread = ThreadPoolExecutor(1, "explaind-writer")
+        self._thread, self._guarded = ThreadPoolExecutor(1, "explaind-writer"), _Guarded(self)
 
     @classmethod
     def resumed(cls, path: Location, manifest: Manifest, begun: Begun, logged: Sequence[Record] = ()) -> "RunWriter":
@@ -113,7 +113,7 @@ class RunWriter:
         self._tail, self._sums = spool.go_on(path), dict(begun.sums)
         known = [*begun.records, *logged]
         now, later = known[: manifest.span], known[manifest.span :]
-        with self._guarded():
+        with self._guarded:
             schema.tidy(path)
             # The log holds the whole span again before the marker gives up what stands behind the steps that are kept.
             log = self._tail.begin(self._number, now)
@@ -149,7 +149,7 @@ class RunWriter:
 
         StoreError when the disk refuses this step, or those that are being written behind it.
         """
-        with self._guarded():
+        with self._guarded:
             if self._writing is not None and self._writing.done():
                 self._writing.result()
             record = Record(self.steps, self._without_gradients(row), theta)
@@ -213,7 +213,7 @@ class RunWriter:
         """Write what is only in the log, the last partial span included; safe to call twice."""
         if self.closed:
             return
-        with self._guarded():
+        with self._guarded:
             self._wait()
             self._span.modes = tuple(self._modes)
             self._write(self._span, end=True, complete=complete)
@@ -230,18 +230,6 @@ class RunWriter:
     def _release(self, remove: bool) -> None:
         self._thread.shutdown(wait=True)
         spool.let_go(self.path, self._tail, remove)
-
-    @contextmanager
-    def _guarded(self) -> Iterator[None]:
-        """Whatever goes wrong ends the recording; what was committed or logged stays."""
-        try:
-            yield
-        except OSError as error:
-            self._fail()
-            raise schema.unwritable(self.path, error) from error
-        except Exception:
-            self._fail()
-            raise
 
     def _fail(self) -> None:
         if not self.closed:
@@ -280,6 +268,21 @@ class RunWriter:
         marker = marker_of(steps, complete, modes, self._sums, **self._signed)
         spool.commit(self.path, marker, self._marked)
         self._marked = marker
+
+
+class _Guarded:
+    """Whatever goes wrong within ends the recording; what was committed or logged stays."""
+
+    def __init__(self, writer: RunWriter) -> None:
+        self._writer = writer
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(error, Exception):
+            self._writer._fail()
+        if isinstance(error, OSError):
+            raise schema.unwritable(self._writer.path, error) from error
 
 
 def marker_of(steps: int, complete: bool, modes: Iterable[tuple[bool, ...]], sums: Mapping[str, int], **more: str) -> str:
