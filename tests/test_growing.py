@@ -107,8 +107,8 @@ def short_spans(monkeypatch):
 
 @pytest.mark.usefixtures("short_spans")
 def test_all_that_a_marker_counts_was_synced_before_it_was_put(tmp_path, monkeypatch):
-    """Whatever bytes stand in the run then, under names that the disk has too."""
-    sync, put, path = os.fsync, os.replace, tmp_path / "run"
+    """Whatever bytes stand in the run then, under names that the disk has too, down from the folder that was there."""
+    sync, put, path = os.fsync, os.replace, tmp_path / "new" / "newer" / "run"
     safe, named, markers = {}, set(), []
 
     def fsync(number):
@@ -123,7 +123,7 @@ def test_all_that_a_marker_counts_was_synced_before_it_was_put(tmp_path, monkeyp
     def replace(source, target):
         if Path(target) == path / "commit.json":
             markers.append(target)
-            for file in path.rglob("*"):
+            for file in (tmp_path / "new").rglob("*"):
                 if "tail" in file.name or file.name.endswith(".partial") or file == path / "commit.json":
                     continue
                 status = file.stat()
@@ -139,6 +139,7 @@ def test_all_that_a_marker_counts_was_synced_before_it_was_put(tmp_path, monkeyp
         patch.setattr(location.os, "replace", replace)
         record(path)
     assert len(markers) == 4
+    assert "new" in {name for name, _, _ in named}
     assert explaind.open(path).complete
 
 

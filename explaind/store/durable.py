@@ -35,11 +35,17 @@ def sync_folders(files: Iterable[Path], top: Path) -> None:
     sync({folder for file in files for folder in file.parents if folder == top or top in folder.parents})
 
 
-def sync_tree(top: Path) -> None:
-    """Sync a new folder with all that is in it, and its own name."""
+def sync_tree(top: Path, known: Path) -> None:
+    """Sync a new folder with all that is in it, and the names of it and of new ones above it; known: the lowest that is not new."""
     found = list(top.rglob("*"))
     sync(path for path in found if path.is_file())
-    sync([*(path for path in found if path.is_dir()), top, top.absolute().parent])
+    above = [folder for folder in top.absolute().parents if folder == known or known in folder.parents]
+    sync([*(path for path in found if path.is_dir()), top, *above])
+
+
+def lowest(path: Path) -> Path:
+    """The lowest folder above a path that is there."""
+    return next(folder for folder in path.absolute().parents if folder.exists())
 
 
 def _sync(path: Path) -> None:

@@ -17,7 +17,7 @@ import zarr
 
 from explaind.store import schema, spool
 from explaind.store.checksums import constants_checksum, crc32, step_checksum, text_checksum, theta_checksum
-from explaind.store.durable import sync_tree
+from explaind.store.durable import lowest, sync_tree
 from explaind.store.growing import Growing, growing, settle
 from explaind.store.layout import columns, rows, rows_of_chunk
 from explaind.store.location import Location
@@ -66,6 +66,7 @@ class RunWriter:
         """codec: of theta and the preconditioner, out of schema.CHOICES."""
         crc = theta_checksum(theta, manifest.layers, np.zeros(len(manifest.layers), np.uint32))
         self._set(path, manifest, 0, 0, [])
+        known = lowest(path) if isinstance(path, Path) else None
         group, self._tail = spool.begin(path, {"manifest": manifest.to_json()})
         with self._guarded:
             self._columns = self._create(group, momentum, preconditioner, codec)
@@ -77,8 +78,8 @@ class RunWriter:
             self._write_first(theta)
             self._columns["checksum_theta"].append(crc[None], 0)
             settle(self._columns.values(), path)
-            if isinstance(path, Path):
-                sync_tree(path)
+            if isinstance(path, Path) and known is not None:
+                sync_tree(path, known)
             self._span = Span(0, self._tail.begin(0, ()), crc, 0)
             self._sums = {"manifest": text_checksum(manifest.to_json()), "constants": constants_checksum(constants, fingerprint)}
             self._mark(0, complete=False, modes=())
