@@ -1,5 +1,7 @@
 """What training loops do between a backward pass and a step, and around them; each ledger is checked to the last number."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -233,6 +235,16 @@ def test_hyper_parameters_that_are_changed_by_hand_are_recorded_as_they_stand(tm
             optimizer.param_groups[0].update(lr=0.01 * (i + 1), betas=(0.5 + 0.1 * i, 0.9), weight_decay=0.1 * i)
             step(model, optimizer, recorder, ids)
     closes(cases.decomposed(explaind.open(tmp_path / "run")))
+
+
+@pytest.mark.parametrize("name", ["sgd momentum dampening", "sgd nesterov", "rmsprop centred momentum maximize"])
+def test_momentum_that_is_switched_off_rests_until_it_is_switched_on(name, tmp_path):
+    off_and_on = {"momentum": (0.8, 0.0, 0.0, 0.5)}
+    case = replace(cases.optimizer_named(name), schedule=lambda optimizer: cases.ByHand(optimizer, off_and_on))
+    want = reference.Slow(cases.PLAIN, case).solve()
+    run = cases.recorded(tmp_path / "run", case=case)
+    for view in ("seen", "applied"):
+        check_against_reference(cases.decomposed(run, view=view), want, view)
 
 
 def test_parameters_may_be_frozen_and_given_back(tmp_path):
