@@ -36,6 +36,17 @@ class Case:
         return self.name
 
 
+class ByHand:
+    """What a loop may do to a parameter group between two steps, as a schedule: every option takes its values in turn."""
+
+    def __init__(self, optimizer: Optimizer, options: dict[str, tuple[Any, ...]]) -> None:
+        self.group, self.options, self.count = optimizer.param_groups[0], options, 0
+
+    def step(self) -> None:
+        self.count += 1
+        self.group.update({name: values[self.count % len(values)] for name, values in self.options.items()})
+
+
 ADAMS = (Adam, AdamW, NAdam, RAdam, Adamax)
 DEFAULTS: dict[type[Optimizer], dict[str, Any]] = {kind: {"lr": 0.03, "betas": (0.8, 0.95)} for kind in (*ADAMS, Lion)}
 DEFAULTS |= {SGD: {"lr": 0.2}, ASGD: {"lr": 0.1, "t0": 2.0}, Rprop: {"lr": 0.01}}

@@ -1,5 +1,7 @@
 """Trainings whose examples depend on each other: a contrastive loss, where credit belongs to a pair."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -14,8 +16,9 @@ from explaind.kernel.whole import batch_gradient
 from explaind.replay.functional import Functional
 from explaind.replay.steps import Part
 from explaind.store.manifest import Layer
-from tests import cases
+from tests import cases, reference
 from tests.closeness import algebra
+from tests.test_ledger import check_against_reference
 
 CONCEPTS, PIXELS, WORDS = 12, 16, 10
 
@@ -115,3 +118,28 @@ def test_swapped_captions_are_found_by_their_credit(tmp_path):
     auc = (score[wrong][:, None] > score[~wrong]).mean()
     assert wrong.sum() >= 5
     assert auc > 0.8, auc
+
+
+class Table(nn.Module):
+    """Tokens, some of which an example has twice, through a table whose gradient is divided by how often the batch has a row."""
+
+    def __init__(self, kind, measured):
+        super().__init__()
+        self.table, self.out, self.measured = kind(5, 4, scale_grad_by_freq=True), nn.Linear(4, 2), measured
+
+    def forward(self, x):
+        self.table.scale_grad_by_freq = self.measured or self.training
+        found = self.table((3 + x.detach()).long().clamp(0, 4))
+        return self.out((found if found.ndim == 2 else found.sum(1)).tanh())
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # torch's, of a bag under vmap
+@pytest.mark.parametrize("kind", [nn.Embedding, partial(nn.EmbeddingBag, mode="sum")], ids=["embedding", "bag"])
+def test_a_table_that_counts_its_batch_couples_the_examples_of_a_training_alone(kind, tmp_path):
+    """The slow account has gradients of whole batches, and measures a model whose table does not count."""
+    aside, always = (cases.Problem("counting", partial(Table, kind, counts), cases.MICRO_BATCHES) for counts in (False, True))
+    case = cases.optimizer_named("adamw")
+    want = reference.Slow(aside, case).solve()
+    for i, one in enumerate((aside, always)):
+        run = cases.recorded(tmp_path / str(i), one, case)
+        check_against_reference(cases.decomposed(run, one), want)

@@ -1,5 +1,7 @@
 """What training loops do between a backward pass and a step, and around them; each ledger is checked to the last number."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -235,6 +237,16 @@ def test_hyper_parameters_that_are_changed_by_hand_are_recorded_as_they_stand(tm
     closes(cases.decomposed(explaind.open(tmp_path / "run")))
 
 
+@pytest.mark.parametrize("name", ["sgd momentum dampening", "sgd nesterov", "rmsprop centred momentum maximize"])
+def test_momentum_that_is_switched_off_rests_until_it_is_switched_on(name, tmp_path):
+    off_and_on = {"momentum": (0.8, 0.0, 0.0, 0.5)}
+    case = replace(cases.optimizer_named(name), schedule=lambda optimizer: cases.ByHand(optimizer, off_and_on))
+    want = reference.Slow(cases.PLAIN, case).solve()
+    run = cases.recorded(tmp_path / "run", case=case)
+    for view in ("seen", "applied"):
+        check_against_reference(cases.decomposed(run, view=view), want, view)
+
+
 def test_parameters_may_be_frozen_and_given_back(tmp_path):
     model, optimizer, recorder = begun(tmp_path / "run")
     with recorder:
@@ -369,6 +381,45 @@ def test_parts_of_a_model_may_be_clipped_apart(touch, name, tmp_path):
     check_against_reference(cases.decomposed(run, problem), want)
 
 
+def value_then_norm(model):
+    nn.utils.clip_grad_value_(model.parameters(), 0.05)
+    nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+
+
+def norm_then_value(model):
+    nn.utils.clip_grad_norm_(model.parameters(), 0.3)
+    nn.utils.clip_grad_value_(model.parameters(), 0.05)
+
+
+def each_its_own(model):
+    nn.utils.clip_grad_norm_(model[0].parameters(), 0.05)
+    nn.utils.clip_grad_value_(model[2].parameters(), 0.02)
+
+
+def all_of_it(model):
+    value_then_norm(model[0])
+    norm_then_value(model[2])
+    nn.utils.clip_grad_norm_(model.parameters(), 0.06)
+
+
+def zeroed(model):
+    model[0].weight.grad.zero_()
+
+
+def clipped_and_zeroed(model):
+    norm_then_value(model)
+    zeroed(model)
+
+
+@pytest.mark.parametrize("touch", [value_then_norm, norm_then_value, each_its_own, all_of_it, zeroed, clipped_and_zeroed])
+@pytest.mark.parametrize("name", ["sgd momentum", "adamw"])
+def test_gradients_may_be_clipped_in_both_ways_and_set_to_zero(touch, name, tmp_path):
+    problem, case = cases.Problem("clipped in both ways", steps=cases.MICRO_BATCHES, touch=touch), cases.optimizer_named(name)
+    want = reference.Slow(problem, case).solve()
+    run = cases.recorded(tmp_path / "run", problem, case)
+    check_against_reference(cases.decomposed(run, problem), want)
+
+
 def noise(model):
     for p in model.parameters():
         p.grad.add_(0.3 * torch.randn_like(p) * p.grad.abs().max())
@@ -380,7 +431,18 @@ def centred(model):
             p.grad.sub_(p.grad.mean(1, keepdim=True))
 
 
-@pytest.mark.parametrize("touch", [noise, centred])
+def rows_apart(model):
+    """Clipping of each neuron's gradient by its norm: neither a factor of a whole tensor nor a bound of its numbers."""
+    for p in model.parameters():
+        p.grad.mul_((0.02 / p.grad.norm(dim=-1, keepdim=True)).clamp(max=1.0))
+
+
+def some_of_it_zeroed(model):
+    """A tensor, but for one row."""
+    model[0].weight.grad[1:] = 0.0
+
+
+@pytest.mark.parametrize("touch", [noise, centred, rows_apart, some_of_it_zeroed])
 def test_what_else_is_done_to_a_gradient_is_no_clipping(touch, tmp_path):
     run = cases.recorded(tmp_path / "run", cases.Problem("changed", touch=touch))
     assert not cases.decomposed(run).verify().ok

@@ -1,6 +1,7 @@
 """A rule must say what torch.optim did, and split it without a rest."""
 
 import inspect
+from dataclasses import replace
 
 import pytest
 import torch
@@ -66,6 +67,50 @@ def test_the_shares_of_examples_decay_and_first_momentum_sum_to_the_update(case)
         z_decay, moved = f.advance(z_decay, still, moment.theta)
         z_first, by_first = f.advance(z_first, still, still)
         algebra(sum(parts) + moved + by_first, moment.after - moment.theta, f"step {step}", scale=float(moment.theta.abs().max()))
+
+
+EVERY = {"lr": (0.03, 0.1, 0.0, 0.02), "weight_decay": (0.1, 0.0, 0.3), "maximize": (False, True), "foreach": (False, True, None)}
+BETAS = {"betas": ((0.8, 0.95), (0.0, 0.9), (0.5, 0.7)), "eps": (1e-8, 1e-2)}
+DECOUPLED = {"decoupled_weight_decay": (False, True)} if cases.has(torch.optim.Adam, "decoupled_weight_decay") else {}
+CHANGED = {
+    "SGD": {"momentum": (0.8, 0.0, 0.0, 0.5), "dampening": (0.0, 0.3), "nesterov": (False, False, False, True, True)},
+    "Adam": {**BETAS, "amsgrad": (True, False, False), **DECOUPLED},
+    "AdamW": {**BETAS, "amsgrad": (True, False, False)},
+    "Adadelta": {"rho": (0.8, 0.0, 0.5), "eps": (1e-6, 1e-2)},
+    "Adafactor": {"beta2_decay": (-0.8, -0.3), "eps": ((None, 1e-3), (1e-3, 0.1)), "d": (1.0, 0.1)},
+    "Adagrad": {"lr_decay": (0.0, 0.2, 0.1), "eps": (1e-10, 1e-2)},
+    "Adamax": BETAS,
+    "ASGD": {"lambd": (1e-4, 0.2), "alpha": (0.75, 0.5), "t0": (2.0, 1.0)},
+    "NAdam": {**BETAS, "momentum_decay": (4e-3, 0.1), "decoupled_weight_decay": (False, True)},
+    "RAdam": {**BETAS, "decoupled_weight_decay": (False, True)},
+    "RMSprop": {"momentum": (0.8, 0.0, 0.0, 0.5), "centered": (True, False, False), "alpha": (0.8, 0.5), "eps": (1e-8, 1e-2)},
+    "Rprop": {"etas": ((0.5, 1.2), (0.3, 1.5)), "step_sizes": ((1e-6, 50.0), (1e-4, 0.02))},
+}
+if hasattr(torch.optim, "Muon"):
+    scales = {"adjust_lr_fn": (None, "original", "match_rms_adamw"), "ns_coefficients": ((3.4445, -4.775, 2.0315), (3.0, -3.2, 1.2))}
+    CHANGED["Muon"] = {"momentum": (0.8, 0.0, 0.5), "nesterov": (True, True, False), "ns_steps": (5, 2), "eps": (1e-7, 1e-2), **scales}
+"""What may be changed in the middle of a run: torch's state of an option that is off rests, and is taken up where it was left."""
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_options_may_be_changed_by_hand(name, monkeypatch):
+    if name == "Muon":
+        monkeypatch.setattr(f"{__name__}.SHAPES", ((3, 2), (2, 4)))
+    kind = getattr(torch.optim, name)
+    options = {option: values for option, values in {**EVERY, **CHANGED[name]}.items() if cases.has(kind, option)}
+    case = cases.row(name, kind, **{option: values[0] for option, values in options.items()})
+    for step, moment in enumerate(watched(replace(case, schedule=lambda optimizer: cases.ByHand(optimizer, options)), steps=9)):
+        after, delta = moment.filter.advance(moment.momentum, flat_shares(step).sum(0), moment.theta)
+        algebra(after, moment.momentum_after, f"momentum after step {step}")
+        algebra(delta + moment.filter.rounding, moment.after - moment.theta, f"Δ of step {step}", scale=float(moment.theta.abs().max()))
+
+
+@pytest.mark.parametrize("name", sorted(CHANGED))
+def test_every_option_of_an_optimizer_is_changed(name):
+    """But those by which the same is computed in another way, and the only one that is asked for once, when an optimizer begins."""
+    options = set(inspect.signature(getattr(torch.optim, name)).parameters)
+    same = {"params", "capturable", "differentiable", "fused", "initial_accumulator_value", "decoupled_weight_decay"}
+    assert options - same <= set(EVERY) | set(CHANGED[name])
 
 
 @pytest.mark.parametrize("kind", [torch.optim.LBFGS, torch.optim.SparseAdam], ids=lambda kind: kind.__name__)

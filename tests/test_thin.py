@@ -98,7 +98,22 @@ def test_a_training_that_began_before_the_recording_goes_on_from_what_it_had(tmp
     check_ledgers(full, thin)
 
 
-def test_float32_with_schedule_clipping_and_dropout_is_bitwise(tmp_path):
+def by_norm(params):
+    nn.utils.clip_grad_norm_(params, 0.3)
+
+
+def by_norm_and_value(params):
+    by_norm(params)
+    nn.utils.clip_grad_value_(params, 0.04)
+
+
+def by_value_and_norm(params):
+    nn.utils.clip_grad_value_(params, 0.04)
+    by_norm(params)
+
+
+@pytest.mark.parametrize("clip", [by_norm, by_norm_and_value, by_value_and_norm])
+def test_float32_with_schedule_clipping_and_dropout_is_bitwise(clip, tmp_path):
     """A larger batch than the sums of the small cases, in the dtype of most trainings."""
     data = torch.utils.data.TensorDataset(torch.randn(48, 6, generator=torch.Generator().manual_seed(1)), torch.arange(48) % 3)
 
@@ -113,7 +128,7 @@ def test_float32_with_schedule_clipping_and_dropout_is_bitwise(tmp_path):
                 recorder.examples(ids)
                 optimizer.zero_grad()
                 F.cross_entropy(model(data[ids][0]), data[ids][1]).backward()
-                nn.utils.clip_grad_norm_(model.parameters(), 0.3)
+                clip(list(model.parameters()))
                 optimizer.step()
                 schedule.step()
         return explaind.open(tmp_path / name), model

@@ -9,6 +9,7 @@ from torch.func import grad, jacrev, vmap
 from torch.utils._pytree import tree_leaves, tree_map
 
 from explaind.kernel.factored import Factored, Rearranged
+from explaind.kernel.frequencies import uncounted
 from explaind.kernel.layout import Layout
 from explaind.kernel.points import Function, Point
 
@@ -68,9 +69,12 @@ def alike_by_layer(one_way: Mapping[str, Tensor], other: Mapping[str, Tensor]) -
 def separable(function: Function, parameters: Mapping[str, Tensor], batch: Any) -> bool:
     """Whether each row of function(batch) depends on its own row of the batch alone, so that vmap gives the same function.
 
-    Judged by values and by gradients of a random combination, at the parameters and beside them, where nothing is zero by design.
+    Judged by values and by gradients of a random combination, at the parameters and beside them, where nothing is zero by design. No
+    gradient that counts what is in the batch (frequencies.py) is of a row alone.
     """
-    whole = function(parameters, batch)
+    whole, of_values = uncounted(function, parameters, batch)
+    if of_values is not function:
+        return False
     alone = vmap(one(function), (None, batch_axes(batch)))
     some = take(batch, slice(0, JUDGED))
     generator = torch.Generator().manual_seed(0)

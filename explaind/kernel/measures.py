@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.func import jacrev, jvp, vmap
 
 from explaind.errors import RequestError
+from explaind.kernel.frequencies import uncounted
 from explaind.kernel.gradients import CHUNK_BYTES, RowGradients, batch_axes, gradient, one, row, separable, take
 from explaind.kernel.groups import Grouping
 from explaind.kernel.layout import Layout
@@ -38,8 +39,8 @@ class Measures:
         chunk   bytes of gradients that may be built at once, beside the result
         groups  of queries and of outputs; by default every one is one of its own
         """
-        self.layout, self._function, self._queries, self._chunk, self._start = layout, function, queries, chunk, theta
-        probe = function(layout.split(theta), queries)
+        self.layout, self._queries, self._chunk, self._start = layout, queries, chunk, theta
+        probe, self._function = uncounted(function, layout.split(theta), queries)
         if probe.ndim not in (1, 2) or not probe.is_floating_point():
             raise RequestError(
                 "a measure must give one number per query, or per query and output",
@@ -61,7 +62,7 @@ class Measures:
         lengths = [n if into is None else into.shape[1] for n, into in zip(probe.shape, self._into, strict=True)]
         self.shape = tuple(n for d, n in enumerate(lengths) if d not in self._sum)
         self.count = max(1, int(torch.tensor(self.shape).prod())) if self.shape else 1
-        self.by_query = "query" in keep and "query" not in groups and separable(function, layout.split(theta), queries)
+        self.by_query = "query" in keep and "query" not in groups and separable(self._function, layout.split(theta), queries)
         self._outputs = self.shape[1] if len(self.shape) == 2 else None
         self._rows: dict[bool, RowGradients] = {}
         self._forward: bool | None = None

@@ -4,7 +4,7 @@ A filter can be run backwards. With z known (it is recorded at the beginning of 
 
     g = −(P⁻¹(Δ + R θ) + C M z) / (C N + E),    G = (g − kappa θ) / sign
 
-where an element of the parameters has a rate C N + E that is not 0; parameters that P mixes are left out.
+where an element of the parameters has a rate C N + E and a sign that are not 0; parameters that P mixes are left out.
 """
 
 from collections.abc import Iterator, Sequence
@@ -58,7 +58,7 @@ def implied(step: Step, momentum: Tensor | None, layout: Layout) -> tuple[Tensor
         rate[mix.start : mix.start + mix.size] = 0.0
     pushed = step.delta + f.R * theta + f.C * (f.M * (zero if momentum is None else momentum))
     g = torch.where(rate != 0, -pushed / rate, 0.0)
-    known = (rate != 0) & torch.isfinite(g)
+    known = (rate != 0) & (zero + f.sign != 0) & torch.isfinite(g)
     return torch.where(known, (g - f.kappa * theta) / f.sign, 0.0), known
 
 

@@ -2,7 +2,8 @@
 
 A gradient that is as large as the consumed one is left as it is. One that was scaled as a whole (clipped by norm) keeps its ratio of norm
 to largest number; the factor is rounded to the gradient's dtype, in which clipping multiplies. One that was cut off (clipped by value)
-has a largest number that is the bound, which is taken where both fit. What is neither is left, and the parameters' checksum will tell.
+has a largest number that is the bound, which is taken where both fit. What was clipped in both ways, in either order, is the gradient
+scaled, and cut off at what its largest number became. What is none of these is left, and the parameters' checksum will tell.
 """
 
 import torch
@@ -22,10 +23,30 @@ def treated(gradient: Tensor, norm: float, most: float) -> Tensor:
     of_cut = abs(float(torch.linalg.vector_norm(cut, dtype=torch.float64)) - norm)
     factor = norm / own
     of_scaled = abs(factor * largest - most)
-    if min(of_cut / max(norm, TINY), of_scaled / max(most, TINY)) > ALIKE:
-        return gradient
-    if of_cut <= of_scaled:
-        return cut
+    if min(of_cut / max(norm, TINY), of_scaled / max(most, TINY)) <= ALIKE:
+        return cut if of_cut <= of_scaled else _times(gradient, factor)
+    sizes = torch.tensor([norm, most], dtype=torch.float64, device=gradient.device)
+    both = _times(gradient, float(scale(gradient.double(), *sizes))).clamp(-most, most)
+    return both if _alike(float(torch.linalg.vector_norm(both, dtype=torch.float64)), norm) else gradient
+
+
+def scale(gradient: Tensor, norm: Tensor, most: Tensor) -> Tensor:
+    """c with ‖clamp(c G, ±most)‖ = norm; 1 where there is none below.
+
+    In s = c² the square of that norm is Σ min(s g², most²), increasing and concave in straight pieces: Newton's steps from below stay
+    below, and are at the root when they reach its piece.
+    """
+    squares, wanted, limit = gradient.square(), norm.square(), most.square()
+    if squares.clamp(max=limit).sum() <= wanted:
+        return squares.new_ones(())
+    s, uncut = wanted / squares.sum(), torch.ones_like(squares, dtype=torch.bool)
+    while (cut := uncut & (s * squares > limit)).any():
+        uncut &= ~cut
+        s = ((wanted - limit * (~uncut).sum()) / squares[uncut].sum()).clamp(0.0, 1.0)
+    return s.sqrt()
+
+
+def _times(gradient: Tensor, factor: float) -> Tensor:
     return gradient * torch.tensor(factor, dtype=gradient.dtype, device=gradient.device)
 
 

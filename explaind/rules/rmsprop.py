@@ -1,4 +1,4 @@
-"""torch.optim.RMSprop: momentum, centred, coupled decay, maximize."""
+"""torch.optim.RMSprop: momentum, centred, coupled decay, maximize. While momentum is 0, torch leaves the buffer as it is."""
 
 import torch
 from torch import Tensor
@@ -24,6 +24,6 @@ class RMSprop(Rule):
     def filter(self, facts: Facts) -> Filter:
         o = facts.options
         scale = 1.0 / (facts.tensor.sqrt() + o["eps"])
-        if o["momentum"] == 0.0:
-            return Filter(E=o["lr"] * scale, kappa=o["weight_decay"], sign=facts.sign)
+        if o["momentum"] <= 0.0:
+            return Filter(M=1.0, E=o["lr"] * scale, kappa=o["weight_decay"], sign=facts.sign)
         return Filter(M=o["momentum"], N=scale, C=o["lr"], kappa=o["weight_decay"], sign=facts.sign)

@@ -1,4 +1,4 @@
-"""torch.optim.SGD: momentum, dampening, Nesterov, L2 decay, maximize."""
+"""torch.optim.SGD: momentum, dampening, Nesterov, L2 decay, maximize. While momentum is 0, torch leaves the buffer as it is."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,7 +22,7 @@ class SGD(Rule):
         o = facts.options
         lr, mu, decay = o["lr"], o["momentum"], o["weight_decay"]
         if mu == 0.0:
-            return Filter(E=lr, kappa=decay, sign=facts.sign)
+            return Filter(M=1.0, E=lr, kappa=decay, sign=facts.sign)
         # The first step copies the gradient into the buffer, without dampening.
         intake = 1.0 - o["dampening"] if facts.age else 1.0
         push, direct = (lr * mu, lr) if o["nesterov"] else (lr, 0.0)
