@@ -26,7 +26,7 @@ from explaind.ledger.verify_run import replay
 from explaind.ledger.verify_stored import of_updates
 from explaind.record.device import placed
 from explaind.replay.batches import Readable, changed_examples, count, moved
-from explaind.replay.functional import Functional, Readout, fitted
+from explaind.replay.functional import Functional, Readout, Training, fitted
 from explaind.replay.steps import Drawn, Step
 from explaind.replay.surroundings import differentiable
 from explaind.replay.thin import trajectory
@@ -147,7 +147,7 @@ def _known(
     if data is None or losses is None:
         doubts.append("without data and losses it is not known whether examples of a batch depend on each other")
     else:
-        training = Functional(fitted(model, run.manifest.layers, run.constants), losses, device, dtype, any(layout.moving))
+        training = Training(fitted(model, run.manifest.layers, run.constants), losses, device, dtype, any(layout.moving))
         steps = trajectory(run, model, losses, data, asked.get("collate"), device, dtype)
         step = max(steps.segment(0).steps, key=lambda s: max(len(part.ids) for part in s.parts))
         part = max(step.parts, key=lambda p: len(p.ids))
