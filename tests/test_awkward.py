@@ -1,5 +1,7 @@
 """Models and functions that are awkward to differentiate: the ledger is right all the same, or says in words why it cannot be."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import explaind
-from explaind.errors import ReplayError
+from explaind.errors import ExplaindError, ReplayError
 from explaind.kernel.gradients import rows_of
 from explaind.kernel.secant import NoSecant
 from explaind.kernel.sweep import Sweep
@@ -56,12 +58,12 @@ def losses(model, batch):
     return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
 
-def recorded(path, network, of=losses, batches=((0, 1, 2), (3, 4, 5), (0, 5, 2, 3), (1,)), lr=0.1):
+def recorded(path, network, of=losses, batches=((0, 1, 2), (3, 4, 5), (0, 5, 2, 3), (1,)), lr=0.1, **options):
     torch.manual_seed(0)
     model = network().double()
     data = torch.utils.data.TensorDataset(TOKENS, LABELS)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.5)
-    with explaind.record(optimizer, model, path, data=data) as recorder:
+    with explaind.record(optimizer, model, path, data=data, **options) as recorder:
         for ids in batches:
             recorder.examples(torch.tensor(ids))
             optimizer.zero_grad()
@@ -181,3 +183,68 @@ def test_costates_of_layers_that_never_learn_are_let_go(tmp_path, monkeypatch):
     monkeypatch.setattr("explaind.kernel.costate.FADED", {torch.float64: 1e-2})
     decomposed(run, data, Idle, view="applied", keep=("query", "example", "step"), rule="gauss:1")
     assert max(living) < 50  # 0.9 ** 44 is a hundredth
+
+
+class Packed(Padded):
+    """A packed sequence, through which torch.func has no way."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru = nn.GRU(3, 3, batch_first=True)
+
+    def forward(self, tokens):
+        lengths = (tokens > 0).sum(1)
+        packed = nn.utils.rnn.pack_padded_sequence(self.table(tokens), lengths, batch_first=True, enforce_sorted=False)
+        return self.out(nn.utils.rnn.pad_packed_sequence(self.gru(packed)[0], batch_first=True, total_length=3)[0].sum(1))
+
+
+class Cut(torch.autograd.Function):
+    """Written before there was a setup_context."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.clamp(min=-0.5)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * (ctx.saved_tensors[0] > -0.5)
+
+
+class OldFunction(Padded):
+    def forward(self, tokens):
+        return self.out(Cut.apply(self.table(tokens)).sum(1))
+
+
+class Numpy(Padded):
+    def forward(self, tokens):
+        inside = torch.from_numpy(np.tanh(tokens.numpy() > 1))
+        return self.out(torch.tanh(self.table(tokens)).sum(1) * inside.any(1, keepdim=True))
+
+
+class Hooked(Padded):
+    """A weight that a hook computes: a model that has been used cannot simply be copied."""
+
+    def __init__(self):
+        super().__init__()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecated, and in use
+            self.out = nn.utils.weight_norm(self.out)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("network", [Packed, OldFunction, Numpy, Hooked])
+def test_what_torch_func_has_no_way_through_is_differentiated_by_the_backward_pass(network, tmp_path):
+    run, data = recorded(tmp_path / "run", network, lr=0.01)
+    used = network().double()
+    used(TOKENS)
+    keep = ("query", "output", "example", "layer")
+    ledger = decomposed(run, data, lambda: used, rule="gauss:6", keep=keep)
+    verdict = ledger.verify()
+    assert verdict.maxima["closure"] <= 1e-10
+    assert verdict.maxima["arithmetic_share"] <= 1e-9
+    some = decomposed(run, data, network, rule="gauss:6", measure=lambda model, tokens: model(tokens).sum(0), keep=("query", "example"))
+    algebra(ledger["data"].sum((0, 3)), some["data"], scale=np.abs(ledger["data"]).sum())  # as one vector for all queries
+    if network is not Hooked:
+        with pytest.raises(ExplaindError, match="products='auto'"):
+            decomposed(run, data, network, products="jvp")

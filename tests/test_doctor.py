@@ -1,6 +1,7 @@
 """Twelve set-ups before the doctor, of which four must be refused; and what it says of a configuration and a run."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -46,8 +47,9 @@ def examined(path, model, make=sgd, data=cases.DATA, losses=cases.losses, record
                 optimizer.step()
     queries = given.pop("queries", cases.QUERIES)
     measure = given.pop("measure", cases.measure)
+    given_model = given.pop("given_model", model)
     return explaind.doctor(
-        explaind.open(path), model, data=data, losses=losses, queries=queries, measure=measure, keep=("query", "example", "layer")
+        explaind.open(path), given_model, data=data, losses=losses, queries=queries, measure=measure, keep=("query", "example", "layer")
     )
 
 
@@ -108,6 +110,62 @@ def test_what_cannot_be_explained_is_refused_with_the_reason(name, tmp_path):
     assert not found.ok
     assert any(words in reason for reason in found.refused), found.refused
     assert not found.recommended
+
+
+class StraightThrough(torch.nn.Sequential):
+    """Rounds its hidden layer, and hands gradients on as if it did not."""
+
+    def __init__(self):
+        super().__init__(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+
+    def forward(self, x):
+        hidden = self[0](x)
+        return self[1](hidden + (hidden.round() - hidden).detach())
+
+
+class Aging(torch.nn.Linear):
+    """A state that no buffer holds: replayed in the order of the training it is as it was, in another it is not."""
+
+    def __init__(self):
+        super().__init__(3, 2)
+        self.age = 0
+
+    def forward(self, x):
+        self.age += 1
+        return super().forward(x) * (1 + 0.1 * self.age)
+
+
+@pytest.mark.parametrize(("network", "words"), [(StraightThrough, r"\|path\| is [1-9]"), (Aging, "replay differs from the record")])
+def test_a_ledger_that_would_not_hold_is_refused_in_the_words_of_verify(network, words, tmp_path):
+    torch.manual_seed(0)
+    found = examined(tmp_path / "run", network().double(), given_model=network().double())
+    assert any(re.search(words, reason) for reason in found.refused), found.refused
+    assert not found.ok
+    assert not found.recommended
+    assert found.seconds > 0
+
+
+def test_steps_that_are_too_small_to_tell_are_worth_a_warning(tmp_path):
+    found = examined(tmp_path / "still", plain(cases.PLAIN), make=lambda params: torch.optim.SGD(params, lr=0.0))  # a warm-up begins so
+    assert found.ok, found.refused
+    assert any("of 4 steps alone: no measure moved" in words for words in found.warnings)
+    coarse = TensorDataset(cases.DATA.tensors[0].float(), cases.DATA.tensors[1])
+    given = {"data": coarse, "make": lambda params: torch.optim.SGD(params, lr=3e-6)}
+    found = examined(tmp_path / "small", plain(cases.PLAIN).float(), **given)  # updates of a few roundings of float32
+    assert found.ok, found.refused
+    assert any(re.search(r"of 4 steps alone: explained is .*\|arithmetic\|", words) for words in found.warnings)
+
+
+def test_a_rule_that_misses_is_worth_a_warning_where_the_recommended_one_holds(tmp_path):
+    def by(rule):
+        asked = {"data": cases.DATA, "losses": cases.losses, "queries": cases.QUERIES, "measure": cases.measure, "rule": rule}
+        return explaind.doctor(explaind.open(tmp_path / "run"), plain(cases.PLAIN), keep=("query", "example"), **asked)
+
+    assert examined(tmp_path / "run", plain(cases.PLAIN), make=lambda params: torch.optim.SGD(params, lr=3.0)).ok
+    missing = by("midpoint:1")
+    assert missing.ok
+    assert any("with another rule than 'secant': explained is" in words for words in missing.warnings)
+    assert not any("with another rule" in words for words in by("secant").warnings)
 
 
 def test_stored_gradients_need_neither_data_nor_losses(tmp_path):

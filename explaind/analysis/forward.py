@@ -34,7 +34,7 @@ from explaind.ledger.ledger import Checks, Ledger, Row
 from explaind.record.device import placed
 from explaind.record.watched import model_name
 from explaind.replay.batches import Collate, Readable, moved
-from explaind.replay.functional import Functional, Readout, fitted
+from explaind.replay.functional import Functional, Readout, Training, fitted
 from explaind.replay.steps import Drawn, Part, Step
 from explaind.replay.surroundings import differentiable
 from explaind.replay.thin import trajectory
@@ -73,7 +73,7 @@ def sampled_ledger(
     """
     layout, target = Layout(run.manifest.layers, _layers(run, groups)), placed(device)
     own, moving = fitted(model, run.manifest.layers, run.constants), any(layout.moving)
-    training, asking = (Functional(own, readout, target, dtype, moving) for readout in (losses, measure))
+    training, asking = Training(own, losses, target, dtype, moving), Functional(own, measure, target, dtype, moving)
     with differentiable():
         steps = trajectory(run, model, losses, data, collate, target, dtype)
         theta = steps.tensor(run.states(0, 1)[0])

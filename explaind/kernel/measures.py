@@ -12,7 +12,7 @@ from torch.func import jacrev, jvp, vmap
 
 from explaind.errors import RequestError
 from explaind.kernel.frequencies import uncounted
-from explaind.kernel.gradients import CHUNK_BYTES, RowGradients, batch_axes, gradient, one, row, separable, take
+from explaind.kernel.gradients import CHUNK_BYTES, RowGradients, batch_axes, combinations, gradient, one, row, separable, take
 from explaind.kernel.groups import Grouping
 from explaind.kernel.layout import Layout
 from explaind.kernel.points import Function, Point
@@ -174,8 +174,13 @@ class Measures:
         at = partial(_called, point.function, self._queries)
         if self.shape:
             rows = max(1, self._chunk // (self.layout.params * into.element_size()))
-            parts = jacrev(lambda p: at(p).reshape(-1), chunk_size=rows)(self.layout.split(point.theta))
-            self.layout.add(into, parts, point.weight)
+            try:
+                parts = jacrev(lambda p: at(p).reshape(-1), chunk_size=rows)(self.layout.split(point.theta))
+            except (RuntimeError, NotImplementedError):  # no way through torch.func, such as for packed sequences: measure by measure
+                alone = point.weight * torch.eye(len(into), dtype=into.dtype, device=into.device)
+                combinations(lambda p: at(p).reshape(-1), self.layout, point.theta, alone, into)
+            else:
+                self.layout.add(into, parts, point.weight)
         else:
             gradient(at, self.layout, point.theta, into[0], point.weight)
 

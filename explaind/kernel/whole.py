@@ -14,6 +14,7 @@ from explaind.kernel.contracting import Contraction
 from explaind.kernel.gradients import CHUNK_BYTES, RowGradients, gradient, take
 from explaind.kernel.layout import Layout
 from explaind.kernel.points import Function
+from explaind.record.per_example import checked
 from explaind.replay.steps import Logged, Part
 
 
@@ -36,11 +37,11 @@ def some_at_a_time(examples: int, theta: Float[Tensor, " param"], most: int) -> 
 
 
 def of_batch(losses: Function, part: Part, parameters: Mapping[str, Tensor]) -> Tensor:
-    return losses(parameters, part.batch)
+    return checked(losses(parameters, part.batch), len(part.weights))
 
 
 def weighted(losses: Function, part: Part, parameters: Mapping[str, Tensor]) -> Tensor:
-    return losses(parameters, part.batch).to(part.weights.dtype) @ part.weights
+    return of_batch(losses, part, parameters).to(part.weights.dtype) @ part.weights
 
 
 def some_of(part: Part, examples: slice) -> Part:
@@ -53,7 +54,7 @@ def derivatives(losses: Function, part: Part, parameters: Mapping[str, Tensor]) 
     def along(tangent: Mapping[str, Tensor]) -> Tensor:
         moving = {name: parameters[name] for name in tangent}
         with torch.no_grad():
-            return jvp(lambda p: losses({**parameters, **p}, part.batch), (moving,), (dict(tangent),))[1]
+            return jvp(lambda p: of_batch(losses, part, {**parameters, **p}), (moving,), (dict(tangent),))[1]
 
     return along
 
@@ -66,7 +67,8 @@ def each_row(along: Any, tangents: Mapping[str, Tensor]) -> Tensor:
 
 def both_ways_alike(losses: Function, layout: Layout, theta: Float[Tensor, " param"], part: Part) -> bool:
     """Whether the forward derivative of the losses is the one that the backward pass takes, along a tangent at random."""
-    tangent = torch.randn(1, len(theta), generator=torch.Generator().manual_seed(0)).to(theta)
+    drawn = torch.randn(len(theta), generator=torch.Generator().manual_seed(0)).to(theta)
+    tangent = layout.parted(drawn)[0][None]  # buffers are no parameters of the losses
     whole = torch.zeros_like(theta)
     gradient(partial(weighted, losses, part), layout, theta, whole)
     try:

@@ -23,7 +23,7 @@ from explaind.ledger.sweeping import Swept, read, swept
 from explaind.record.device import placed
 from explaind.record.watched import model_name
 from explaind.replay.batches import Collate, Readable, changed_examples, moved
-from explaind.replay.functional import Functional, Readout, fitted
+from explaind.replay.functional import Functional, Readout, Training, fitted
 from explaind.replay.stored import StoredTrajectory
 from explaind.replay.surroundings import differentiable
 from explaind.replay.thin import trajectory
@@ -104,7 +104,7 @@ def decompose(
     stored = is_stored(run, products)
     given = None if stored else needed(run, data, losses)
     asking = Functional(own, measure, target, dtype, moving)
-    training = None if given is None else Functional(own, given[1], target, dtype, moving)
+    training = None if given is None else Training(own, given[1], target, dtype, moving)
     batch = moved(queries, target, dtype)
     with differentiable():
         theta = torch.from_numpy(run.states(0, 1)[0]).to(target, dtype)

@@ -22,11 +22,12 @@ from explaind.ledger.ledger import Ledger
 from explaind.ledger.plan import chunk_bytes
 from explaind.ledger.sources import STORED, is_stored, needed
 from explaind.ledger.trial import peak
+from explaind.ledger.verify import Verdict
 from explaind.ledger.verify_run import replay
 from explaind.ledger.verify_stored import of_updates
 from explaind.record.device import placed
 from explaind.replay.batches import Readable, changed_examples, count, moved
-from explaind.replay.functional import Functional, Readout, fitted
+from explaind.replay.functional import Functional, Readout, Training, fitted
 from explaind.replay.steps import Drawn, Step
 from explaind.replay.surroundings import differentiable
 from explaind.replay.thin import trajectory
@@ -100,8 +101,8 @@ def doctor(
     refused, warnings = list[str](), list[str]()
     device, dtype = placed(asked.get("device", "cpu")), asked.get("dtype", torch.float64)
     try:
-        given = None if is_stored(run, asked.get("products", "auto")) else needed(run, data, losses)
-        lived = _replaying(trial, model, given or (data, losses), device, asked)
+        needs = None if is_stored(run, asked.get("products", "auto")) else needed(run, data, losses)
+        lived = _replaying(trial, model, needs or (data, losses), device, asked)
         refused += [] if data is None else changed_examples(trial, data, trial.examples)
         errors, words = lived()
         refused += words
@@ -111,8 +112,14 @@ def doctor(
         found |= known
         warnings += doubts
         if not refused:
-            found |= _tried(trial, model, whole, lived, {"data": data, "losses": losses, "queries": queries, "measure": measure, **asked})
-            found["recommended"] = _recommended(trial, model, queries, measure, device, dtype, found)
+            given = {"data": data, "losses": losses, "queries": queries, "measure": measure, **asked}
+            known, verdict = _tried(trial, model, whole, lived, given)
+            found |= known
+            advice = _recommended(trial, model, queries, measure, device, dtype, found)
+            words, doubts = _judged(trial, model, verdict, {**given, "rule": advice["rule"]})
+            refused += words
+            warnings += doubts
+            found["recommended"] = {} if refused else advice
     except ExplaindError as error:
         refused.append(str(error))
     return Diagnosis(refused, warnings, **found)
@@ -147,7 +154,7 @@ def _known(
     if data is None or losses is None:
         doubts.append("without data and losses it is not known whether examples of a batch depend on each other")
     else:
-        training = Functional(fitted(model, run.manifest.layers, run.constants), losses, device, dtype, any(layout.moving))
+        training = Training(fitted(model, run.manifest.layers, run.constants), losses, device, dtype, any(layout.moving))
         steps = trajectory(run, model, losses, data, asked.get("collate"), device, dtype)
         step = max(steps.segment(0).steps, key=lambda s: max(len(part.ids) for part in s.parts))
         part = max(step.parts, key=lambda p: len(p.ids))
@@ -178,8 +185,8 @@ def _coupled(training: Functional, layout: Layout, step: Step) -> bool:
     return bool((whole[:half] - some).abs().max() > max(SAME, 64 * torch.finfo(whole.dtype).eps) * (1 + whole.abs().max()))
 
 
-def _tried(run: Run, model: nn.Module, steps: int, lived: Callable[[], object], asked: dict[str, Any]) -> dict[str, Any]:
-    """Decompose the trial as asked, timed: what the whole will take. lived: lives its steps again."""
+def _tried(run: Run, model: nn.Module, steps: int, lived: Callable[[], object], asked: dict[str, Any]) -> tuple[dict[str, Any], Verdict]:
+    """Decompose the trial as asked, timed: what the whole will take, and whether the trial holds. lived: lives its steps again."""
     ticks = [(0, time.perf_counter())]
     ledger = decompose(run, model, progress=lambda done, total: ticks.append((done, time.perf_counter())), **asked)
     blocks = max(1, ticks[-1][0] // run.steps)
@@ -190,13 +197,28 @@ def _tried(run: Run, model: nn.Module, steps: int, lived: Callable[[], object], 
     start = max(0.0, float(pauses[0]) - per_step - run.steps * beforehand)
     verdict = ledger.verify()
     tried, whole = (_size(ledger, run, n, asked) for n in (run.steps, steps))
-    return {
+    facts = {
         "explained": 1 - verdict.maxima["unexplained"],
         "seconds": blocks * (start + steps * (per_step + beforehand)),
         "memory": peak() + whole - tried + _held(ledger, run, steps, blocks, asked),
         "ledger": whole,
         "blocks": blocks,
     }
+    return facts, verdict
+
+
+def _judged(run: Run, model: nn.Module, verdict: Verdict, advised: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """(why the trial's ledger would not hold, what is worth a warning), in verify's words.
+
+    Where it does not hold as it was asked for, it is asked for again with the rule that is recommended.
+    """
+    early = [f"of {run.steps} steps alone: {words}" for words in verdict.early]
+    if not verdict.lasting:
+        return [], early
+    again = decompose(run, model, **advised).verify()
+    if again.lasting:
+        return list(again.lasting), []
+    return [], [f"with another rule than {advised['rule']!r}: {words}" for words in verdict.lasting]
 
 
 def _seconds(lived: Callable[[], object]) -> float:

@@ -42,6 +42,13 @@ class Verdict:
     maxima: Mapping[str, float]
     ok: bool
     reasons: tuple[str, ...]
+    early: tuple[str, ...] = ()
+    """Those of the reasons that may be because steps are few or small: nothing moved, or rounding of the training is much of what did."""
+
+    @property
+    def lasting(self) -> tuple[str, ...]:
+        """Reasons that more steps would not take away."""
+        return tuple(reason for reason in self.reasons if reason not in self.early)
 
 
 def verify(checks: "Checks", closure: np.ndarray, size: np.ndarray, settings: Mapping[str, Any]) -> Verdict:
@@ -51,7 +58,7 @@ def verify(checks: "Checks", closure: np.ndarray, size: np.ndarray, settings: Ma
         explained = np.where(checks.movement > 0, 1 - rest / checks.movement, np.where(rest > 0, -np.inf, 1.0))
     worst = checks.replay_error.max(axis=1, initial=0.0)
     errors = judged(checks.replay_error, settings.get("anchored", ()))
-    reasons = list(checks.doubts) + replay_words(errors, checks.layers, settings["rounding"])
+    reasons, early = list(checks.doubts) + replay_words(errors, checks.layers, settings["rounding"]), list[str]()
     if len(reasons) > len(checks.doubts) and settings["model"] != settings["recorded_model"]:
         reasons.append(f"the model given is a {settings['model']}, the run is of a {settings['recorded_model']}")
     allowed = CLOSURE[settings["dtype"]] * (1 + np.max(size, initial=0) + np.max(checks.movement, initial=0))
@@ -67,8 +74,11 @@ def verify(checks: "Checks", closure: np.ndarray, size: np.ndarray, settings: Ma
             f"{_share(checks.path, checks.movement)} and |arithmetic| {_share(checks.arithmetic, checks.movement)} of its movement"
             + ("; lower tol" if np.max(checks.path) > np.max(checks.arithmetic) else "")
         )
+        if np.all(checks.path <= np.maximum(allowed, (1 - wanted) * checks.movement)):
+            early.append(reasons[-1])
     if checks.movement.size and not np.any(checks.movement):
         reasons.append("no measure moved at any step: does the measure call the model that it is given?")
+        early.append(reasons[-1])
     maxima = {
         "path": float(np.max(checks.path, initial=0)),
         "arithmetic": float(np.max(checks.arithmetic, initial=0)),
@@ -79,7 +89,8 @@ def verify(checks: "Checks", closure: np.ndarray, size: np.ndarray, settings: Ma
         "path_share": float(np.max(checks.path / np.maximum(checks.movement, np.finfo(float).tiny), initial=0)),
         "arithmetic_share": float(np.max(checks.arithmetic / np.maximum(checks.movement, np.finfo(float).tiny), initial=0)),
     }
-    return Verdict(checks.path, checks.arithmetic, checks.movement, closure, explained, worst, maxima, not reasons, tuple(reasons))
+    rows = checks.path, checks.arithmetic, checks.movement, closure, explained, worst
+    return Verdict(*rows, maxima, not reasons, tuple(reasons), tuple(early))
 
 
 def _share(part: np.ndarray, whole: np.ndarray) -> str:

@@ -17,7 +17,7 @@ from explaind.ledger.verify_stored import of_losses, of_updates
 from explaind.record.device import placed
 from explaind.record.watched import model_name
 from explaind.replay.batches import Collate, Readable, changed_examples
-from explaind.replay.functional import Functional, Readout, fitted
+from explaind.replay.functional import Readout, Training, fitted
 from explaind.replay.surroundings import differentiable
 from explaind.replay.thin import trajectory
 from explaind.store.reader import Run
@@ -81,7 +81,7 @@ def replay(
 ) -> tuple[np.ndarray, list[str], list[str]]:
     """Replay every step in float64: (relative errors of the rebuilt updates [step, layer], what they say and its likely causes, notes)."""
     layout, done = Layout(run.manifest.layers), iter(range(1, run.steps + 1))
-    training = Functional(fitted(model, run.manifest.layers, run.constants), losses, device, torch.float64, any(layout.moving))
+    training = Training(fitted(model, run.manifest.layers, run.constants), losses, device, torch.float64, any(layout.moving))
     steps = trajectory(run, model, losses, data, collate, device, torch.float64)
     tick: Callable[[], None] = (lambda: None) if progress is None else lambda: progress(next(done), run.steps)
     with differentiable():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from explaind.errors import RecordError, RuleError
+from explaind.record.buffers import COUNTER, lazy, places_of, same, statistics
 from explaind.record.groups import Groups
 from explaind.record.views import Views
 from explaind.rules import rule_of
@@ -27,6 +28,8 @@ class Watched:
 
     def __init__(self, optimizers: Sequence[Optimizer], model: nn.Module, watch: Sequence[str] = ()) -> None:
         """watch: names, or globs, of parameters that are recorded although no optimizer holds them yet."""
+        if name := lazy(model):
+            raise RecordError("a lazy module has no parameters yet", where=name, do="run one batch through the model before it is recorded")
         self.model, self._optimizers = model, tuple(optimizers)
         self.rules: tuple[Rule, ...] = tuple(rule_of(optimizer) for optimizer in optimizers)
         self._check_owners(dict(model.named_parameters()))
@@ -50,9 +53,12 @@ class Watched:
         self._groups = Groups(self._optimizers, self.rules, self._params)
         self._scalars = max(len(rule.scalars) for rule in self.rules)
         self.hyper()  # refuse an option without a rule now rather than at the first step
+        # A forward pass may assign a tensor to a buffer in place of moving it, so that they are looked up by name.
+        places = places_of(model)
+        self._moving = [(i, *places[a.name]) for i, a in enumerate(self.layers) if a.optimizer < 0]
         still: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if n not in own}
         still |= {n: b for n, b in model.named_buffers() if n not in buffers}
-        self._still = {n: (t, t.detach().clone()) for n, t in still.items()}
+        self._still = {n: (*places[n], t.detach().clone()) for n, t in still.items()}
         self._counters = {name for name in moving if name.endswith(COUNTER)}
         self.modules = tuple(name for name, _ in model.named_modules())
         self._tree = _tree(model)
@@ -132,6 +138,8 @@ class Watched:
 
     def theta(self) -> Pieces:
         """The parameters [param], as they stand: the next step changes them."""
+        for i, held, name in self._moving:
+            self._params[i] = held[name]
         return self._views.lasting(self._params, "theta")
 
     def before(self) -> np.ndarray | None:
@@ -195,7 +203,7 @@ class Watched:
 
     def constants(self) -> dict[str, np.ndarray]:
         """Frozen parameters and buffers, by name."""
-        return {name: _host(copy) for name, (_, copy) in self._still.items()}
+        return {name: _host(copy) for name, (_, _, copy) in self._still.items()}
 
     def check_unchanged(self, previous: np.ndarray, known: np.ndarray, step: int) -> None:
         """RecordError when anything but the optimizer changed the model since the last step.
@@ -212,13 +220,15 @@ class Watched:
                 where=f"before step {step}: {names.get(id(p), tuple(p.shape))}",
                 do="name it when recording begins: explaind.record(…, watch=['head.*'])",
             )
-        for name, (tensor, copy) in self._still.items():
-            if name not in self._counters and not torch.equal(tensor, copy):
+        for name, (held, key, copy) in self._still.items():
+            if name not in self._counters and not same(held[key], copy):
+                record = f"let it be recorded: explaind.record(…, watch=[{name!r}]), or keep it still"
+                no_way = f"numbers of {copy.dtype} cannot be recorded: keep it still, or make it floating point and name it in watch="
                 raise RecordError(
                     "a buffer or frozen parameter moved",
                     where=f"before step {step}: {name}",
                     expected="only the optimizer's parameters, and running statistics, to move",
-                    do=f"let it be recorded: explaind.record(…, watch=[{name!r}]), or keep it still",
+                    do=record if copy.is_floating_point() else no_way,
                 )
 
     def _check_moved(self, differs: np.ndarray, step: int) -> None:
@@ -274,15 +284,6 @@ class Watched:
 def _tree(model: nn.Module) -> list[tuple[nn.Module, list[nn.Module | None]]]:
     """Every module, in order, with the children that it has."""
     return [(module, [*module._modules.values()]) for module in model.modules()]
-
-
-COUNTER = "num_batches_tracked"
-
-
-def statistics(module: nn.Module) -> tuple[str, ...]:
-    """Names of the module's own buffers that it moves in train mode, among them a counter that nothing else reads."""
-    tracks = isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
-    return ("running_mean", "running_var", COUNTER) if tracks else ()
 
 
 def _rounding(params: Sequence[Tensor]) -> float:

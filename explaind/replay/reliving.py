@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from explaind.errors import ExplaindError, ReplayError
 from explaind.record.device import placed
 from explaind.record.living import groups_of, put_state
+from explaind.record.per_example import checked
 from explaind.record.update import Update
 from explaind.record.watched import Watched
 from explaind.replay.account import Account
@@ -118,11 +119,9 @@ class Reliving:
                 )
             with drawing(drawn.states, self._device):
                 losses = self._losses(self._model, batch)
-        weights = torch.from_numpy(row.weight[mine]).to(losses)
-        if losses.shape != weights.shape:
-            want, got = tuple(weights.shape), tuple(losses.shape)
-            raise ReplayError("losses must give one loss an example", expected=f"shape {want}", got=got, do="leave the reduction out")
-        losses.backward(weights)
+        weights = row.weight[mine]
+        values = checked(losses, len(weights))
+        values.backward(torch.from_numpy(weights).to(values))
 
 
 def _of_class(kind: type[Optimizer], groups: list[dict[str, Any]]) -> Optimizer:
