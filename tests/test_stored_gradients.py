@@ -58,6 +58,24 @@ def test_the_ledger_from_the_store_is_the_one_that_is_recomputed(problem, tmp_pa
     assert run.damage() == []
 
 
+def clipped_in_both_ways(model):
+    nn.utils.clip_grad_value_(model[0].parameters(), 0.05)
+    nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    model[2].bias.grad.zero_()
+
+
+def scaled_up(model):
+    model[0].weight.grad.mul_(1.5)
+
+
+def test_gradients_that_were_clipped_in_both_ways(tmp_path):
+    problem = cases.Problem("clipped in both ways", touch=clipped_in_both_ways)
+    run = stored(tmp_path / "run", problem)
+    alike(from_store(run, problem, rule="gauss:1"), cases.decomposed(run, problem, products="materialise", rule="gauss:1"))
+    with pytest.raises(RecordError, match="do not sum to the gradient"):
+        stored(tmp_path / "other", cases.Problem("scaled up", touch=scaled_up))
+
+
 @pytest.mark.parametrize("problem", [problem for problem in cases.WHOLE if problem.name not in ("dropout", "batch norm")], ids=str)
 def test_examples_that_only_their_batch_has_a_gradient_of(problem, tmp_path):
     options = {} if problem.network is cases.dropping else {"losses": cases.losses, "data": cases.DATA}

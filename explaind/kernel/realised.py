@@ -22,7 +22,7 @@ from torch import Tensor
 
 from explaind.kernel.layout import Layout
 from explaind.replay.steps import Step
-from explaind.replay.treated import scale
+from explaind.rules.clipping import scale
 
 FITS = 0.05
 """Largest relative misfit of sizes, tensor by tensor, of an explanation; lower precision in training costs up to some hundredths."""

@@ -1,8 +1,7 @@
 """Do the gradients of a step's examples sum to the gradient that the optimizer consumed? Σ_i w_i ∇ℓ_i = G, layer by layer.
 
-Where something changed the gradient after the backward pass, G may be a multiple c ≤ 1 of the sum (clipping by norm, of all of a model or
-of parts), or the sum cut off at ±v (clipping by value): what the replay of a run finds as well (kernel/realised.py). The scale of a
-GradScaler is taken out.
+Where something changed the gradient after the backward pass, G may be what clipping by norm (of all of a model or of parts), by value or
+by both makes of the sum: what the replay of a run finds as well (kernel/realised.py). The scale of a GradScaler is taken out.
 """
 
 import sys
@@ -14,6 +13,7 @@ from torch.amp import GradScaler
 
 from explaind.errors import RecordError
 from explaind.record.watched import Watched
+from explaind.rules.clipping import scale
 
 ROOM = {torch.float64: 1e-10, torch.float32: 1e-4}
 """Rounding of a sum over examples and positions, of the size of what is summed …"""
@@ -98,9 +98,9 @@ def _norm(values: Tensor) -> float:
 
 def _changed(total: Tensor, consumed: Tensor, allowed: float) -> bool:
     """Whether clipping explains the difference."""
-    size = float(total.square().sum())
-    factor = float(total @ consumed) / size if size else 1.0
-    if 0.0 <= factor <= 1.0 and float((factor * total - consumed).norm()) <= factor * allowed:
-        return True
-    most = float(consumed.abs().max()) if len(consumed) else 0.0
-    return float((total.clamp(-most, most) - consumed).norm()) <= allowed
+    most = consumed.abs().max() if len(consumed) else consumed.new_zeros(())
+    for bound in (most.new_tensor(torch.inf), most):
+        c = scale(total, torch.linalg.vector_norm(consumed), bound)
+        if float(((c * total).clamp(-bound, bound) - consumed).norm()) <= c * allowed:
+            return True
+    return False

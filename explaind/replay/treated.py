@@ -9,6 +9,8 @@ scaled, and cut off at what its largest number became. What is none of these is 
 import torch
 from torch import Tensor
 
+from explaind.rules.clipping import scale
+
 ALIKE = 1e-5
 """Relative difference of two sizes that are one but for rounding."""
 TINY = torch.finfo(torch.float64).tiny
@@ -28,22 +30,6 @@ def treated(gradient: Tensor, norm: float, most: float) -> Tensor:
     sizes = torch.tensor([norm, most], dtype=torch.float64, device=gradient.device)
     both = _times(gradient, float(scale(gradient.double(), *sizes))).clamp(-most, most)
     return both if _alike(float(torch.linalg.vector_norm(both, dtype=torch.float64)), norm) else gradient
-
-
-def scale(gradient: Tensor, norm: Tensor, most: Tensor) -> Tensor:
-    """c with ‖clamp(c G, ±most)‖ = norm; 1 where there is none below.
-
-    In s = c² the square of that norm is Σ min(s g², most²), increasing and concave in straight pieces: Newton's steps from below stay
-    below, and are at the root when they reach its piece.
-    """
-    squares, wanted, limit = gradient.square(), norm.square(), most.square()
-    if squares.clamp(max=limit).sum() <= wanted:
-        return squares.new_ones(())
-    s, uncut = wanted / squares.sum(), torch.ones_like(squares, dtype=torch.bool)
-    while (cut := uncut & (s * squares > limit)).any():
-        uncut &= ~cut
-        s = ((wanted - limit * (~uncut).sum()) / squares[uncut].sum()).clamp(0.0, 1.0)
-    return s.sqrt()
 
 
 def _times(gradient: Tensor, factor: float) -> Tensor:
