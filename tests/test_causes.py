@@ -1,6 +1,9 @@
 """Planted traps: what differs from the training is found, and named."""
 
+import random
 import re
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -87,6 +90,48 @@ def test_a_sum_taken_for_a_mean_is_named(tmp_path):
             optimizer.step()
     reasons = cases.decomposed(explaind.open(tmp_path / "run")).verify().reasons
     assert any("as a step has examples: summed, not averaged" in words for words in reasons), reasons
+
+
+def by_chance(model, batch):
+    return cases.losses(model, batch) * (1.0 + random.random())
+
+
+def test_random_numbers_that_nobody_follows_are_named(tmp_path):
+    """Of any mode: that the model is in another one would be a wrong cause."""
+    random.seed(0)
+    run = cases.recorded(tmp_path / "run", cases.WHOLE[0])
+    reasons = verify_run(run, cases.WHOLE[0].model(), cases.DATA, by_chance).reasons
+    assert any("losses gives another gradient each time" in words for words in reasons), reasons
+    assert not any("mode the model" in words for words in reasons)
+
+
+def forget(optimizer):
+    optimizer.state.clear()
+
+
+def halve(optimizer):
+    for state in optimizer.state.values():
+        state.get("exp_avg", state.get("momentum_buffer")).mul_(-0.5)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd momentum", "adamw"])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (forget, r"the optimizer had forgotten its state before step 4 \(0.weight\)"),
+        (halve, r"model and losses give the gradients of steps 0, 3, 6, and not .* momentum that was changed by hand"),
+    ],
+)
+def test_an_optimizer_whose_state_was_changed_by_hand_is_named(change, words, optimizer, tmp_path):
+    case = cases.optimizer_named(optimizer)
+
+    def at_four(optimizer):
+        done = iter(range(1, 9))
+        return SimpleNamespace(step=lambda: change(optimizer) if next(done) == 4 else None)
+
+    run = cases.recorded(tmp_path / "run", case=replace(case, schedule=at_four))
+    for reasons in (cases.decomposed(run).verify().reasons, verify_run(run, cases.blank(cases.PLAIN), cases.DATA, cases.losses).reasons):
+        assert re.search(words, " | ".join(reasons)), reasons
 
 
 def standardised(examples):

@@ -19,6 +19,7 @@ from torch.utils.data import default_collate
 from explaind.kernel.layout import Layout
 from explaind.kernel.realised import realised
 from explaind.kernel.whole import batch_gradient
+from explaind.ledger.verify import STANDS_OUT
 from explaind.record.examples import fingerprint
 from explaind.replay.batches import Readable, moved
 from explaind.replay.functional import Functional
@@ -33,6 +34,10 @@ FACTOR = 0.01
 """Smallest difference of a factor from 1 that counts."""
 ASKED = 4
 """Segments that are asked, beside that of the worst step."""
+TIMES = 3
+"""How often losses are called to see whether they come out the same …"""
+REPEATED = 1e-4
+"""… but for the order of sums on an accelerator."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,9 @@ def causes(steps: Trajectory, errors: np.ndarray, layout: Layout, losses: Functi
     worst = int(np.argmax(np.nan_to_num(errors, nan=np.inf).max(axis=1)))
     of_worst = max(start for start in steps.starts if start <= worst)
     some = [steps.starts[i] for i in np.unique(np.linspace(0, len(steps.starts) - 1, ASKED).round().astype(int))]
+    forgotten = _of_ages(steps, of_worst, layout)
+    if forgotten:
+        return forgotten
     plain = list[tuple[Step, Comparison]]()
     for stretch in steps.segments(sorted({of_worst, *some})):
         if stretch.steps[0].gap:
@@ -86,13 +94,15 @@ def causes(steps: Trajectory, errors: np.ndarray, layout: Layout, losses: Functi
         if not found.same:
             words = [
                 *_of_data(step, data),
-                *_of_modes(step, layout, losses, wanted, known),
+                *(_of_chance(step, layout, losses) or _of_modes(step, layout, losses, wanted, known)),
                 *(() if steps.batches.plain else _of_collate(step, data, layout, losses, wanted, known)),
             ]
             if words:
                 return words
         plain.append((step, found))
-    return [] if all(found.same for _, found in plain) or not plain else _of_direction(plain, _batched(steps, data, plain))
+    if all(found.same for _, found in plain):
+        return _of_others(errors, worst, [step.index for step, _ in plain])
+    return _of_direction(plain, _batched(steps, data, plain))
 
 
 def _compared(stretch: Segment, layout: Layout, losses: Functional) -> tuple[Step, Tensor, Tensor, Comparison]:
@@ -136,6 +146,42 @@ def _of_data(step: Step, data: Readable) -> Iterator[str]:
     ids = [int(i) for part in step.parts for i in part.ids[:3]][:8]
     if any(fingerprint(data[i]) != fingerprint(data[i]) for i in ids):
         yield "data[i] is another one each time that it is read: random augmentation must be fixed, or drawn before the data is given"
+
+
+def _of_chance(step: Step, layout: Layout, losses: Functional) -> list[str]:
+    """Do the losses come out the same each time, with torch's random numbers as they were recorded?"""
+    first, *others = [batch_gradient(losses, layout, step.theta, step.parts) for _ in range(TIMES)]
+    if all(float((other - first).norm()) <= REPEATED * float(first.norm()) for other in others):
+        return []
+    return [
+        "losses gives another gradient each time that it is called: random numbers that are not of torch's own generator (Python's random, "
+        "numpy), or something that it remembers; draw them with torch, or give them with the examples"
+    ]
+
+
+def _of_ages(steps: Trajectory, start: int, layout: Layout) -> list[str]:
+    """Did an optimizer count fewer updates of a parameter than it had made in this segment?"""
+    stop = next((s for s in steps.starts if s > start), steps.steps)
+    ages = np.stack([row.age for row in steps.run.block(start, stop).rows])
+    lost = np.argwhere((ages[1:] >= 0) & (ages[1:] < np.maximum.accumulate(ages)[:-1]))
+    if not len(lost):
+        return []
+    i, layer = lost[0].tolist()
+    return [
+        f"the optimizer had forgotten its state before step {start + i + 1} ({layout.names[layer]}): state that is cleared, or loaded from "
+        "another time, is no step of the optimizer; begin another recording behind it"
+    ]
+
+
+def _of_others(errors: np.ndarray, worst: int, asked: Sequence[int]) -> list[str]:
+    """What is left where the gradients that were asked for are the recorded ones, to the last numbers."""
+    sizes = np.nan_to_num(errors, nan=np.inf).max(axis=1)
+    if not asked or sizes[list(asked)].max() * STANDS_OUT > sizes[worst]:
+        return []
+    return [
+        f"model and losses give the gradients of steps {', '.join(map(str, asked))}, and not the updates of others: other examples or "
+        "labels there, momentum that was changed by hand between two steps, or a record that was changed afterwards"
+    ]
 
 
 def _of_modes(step: Step, layout: Layout, losses: Functional, wanted: Tensor, known: Tensor) -> Iterator[str]:

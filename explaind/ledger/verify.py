@@ -126,10 +126,14 @@ def replay_words(error: np.ndarray, layers: Sequence[str], rounding: Sequence[fl
     where = f"{len(bad)} of {len(worst)} steps (worst: step {s}, {layer}, off by {worst[s]:.2g} of its update)"
     if np.median(worst) > 0.1:
         cause = (
-            "the replayed gradients do not give the recorded updates: another model, loss, reduction, precision or data than in training"
+            "the replayed gradients do not give the recorded updates: another model, loss, reduction, precision or data than in training, "
+            "or an optimizer whose state was changed by hand"
         )
     elif len(bad) <= 2:
-        cause = "an update does not follow from the state before it: a state was changed, or a step removed, after the recording"
+        cause = (
+            "an update does not follow from the state before it: a state was changed, or a step removed, after the recording, "
+            "or the optimizer's state changed by hand"
+        )
     else:
         cause = "some of their examples are not the ones that were trained on (a label or an input), or the loss or its precision differs"
     return [f"replay differs from the record at {where}: {cause}"]
