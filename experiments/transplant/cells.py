@@ -63,7 +63,8 @@ def together(side: str, table: Table, accuracies: Mapping[int, tuple[float, floa
             rows.append([against, f"{int((mine < other).sum())} of {len(pairs)}", f"{int((other < mine).sum())} of {len(pairs)}"])
     if not rows:
         return "No donor knew half of its training examples."
-    return markdown([f"{side} kept, donors of step {', '.join(map(str, late))}; against", "sooner in", "later in"], rows)
+    told = [*map(str, late)] if len(late) <= 5 else [str(late[0]), str(late[1]), "…", str(late[-1])]
+    return markdown([f"{side} kept, donors of step {', '.join(told)}; against", "sooner in", "later in"], rows)
 
 
 def _pairs(table: Table, donor: int, against: str) -> list[tuple[float, float]]:
