@@ -287,7 +287,7 @@ class Products:
     def _jvp(self, theta: Tensor, part: Part, a: Tensor, total: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
         if total is not None:
             gradient(partial(weighted, self.losses, part), self.layout, theta, total)
-        along, tangents = derivatives(self.losses, part, self.layout.split(theta)), self.layout.split(a)
+        along, tangents = derivatives(self.losses, part, self.layout, theta), self.layout.split(a)
         groups: list[dict[str, Tensor]] = [{} for _ in self.layout.groups] if self.finest == "layer" else [{}]
         for name, group in zip(self.layout.names, self.layout.group, strict=True):
             groups[group if self.finest == "layer" else 0][name] = tangents[name]

@@ -48,13 +48,18 @@ def some_of(part: Part, examples: slice) -> Part:
     return Part(take(part.batch, examples), part.ids[examples], part.weights[examples])
 
 
-def derivatives(losses: Function, part: Part, parameters: Mapping[str, Tensor]) -> Callable[[Mapping[str, Tensor]], Tensor]:
-    """tangent -> the derivative of every loss of the part along it."""
+def derivatives(losses: Function, part: Part, layout: Layout, theta: Float[Tensor, " param"]) -> Callable[[Mapping[str, Tensor]], Tensor]:
+    """tangent -> the derivative of every loss of the part along it; buffers stand still, as for the backward pass."""
+    parameters = layout.split(theta)
+    still = {name for name, moves in zip(layout.names, layout.moving, strict=True) if moves}
 
     def along(tangent: Mapping[str, Tensor]) -> Tensor:
-        moving = {name: parameters[name] for name in tangent}
+        pushed = {name: t for name, t in tangent.items() if name not in still}
+        if not pushed:
+            return torch.zeros_like(part.weights)
+        at = {name: parameters[name] for name in pushed}
         with torch.no_grad():
-            return jvp(lambda p: of_batch(losses, part, {**parameters, **p}), (moving,), (dict(tangent),))[1]
+            return jvp(lambda p: of_batch(losses, part, {**parameters, **p}), (at,), (pushed,))[1]
 
     return along
 
@@ -72,7 +77,7 @@ def both_ways_alike(losses: Function, layout: Layout, theta: Float[Tensor, " par
     whole = torch.zeros_like(theta)
     gradient(partial(weighted, losses, part), layout, theta, whole)
     try:
-        found = each_row(derivatives(losses, part, layout.split(theta)), layout.split(tangent)).to(theta) @ part.weights
+        found = each_row(derivatives(losses, part, layout, theta), layout.split(tangent)).to(theta) @ part.weights
     except (RuntimeError, NotImplementedError):
         return False
     scale = (tangent[0] * whole).abs().sum()

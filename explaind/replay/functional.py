@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
 from explaind.errors import ReplayError
-from explaind.record.buffers import lazy
+from explaind.record.buffers import COUNTER, lazy, statistics
 from explaind.record.per_example import per_example
 from explaind.replay.steps import Drawn
 from explaind.replay.surroundings import DifferentiableStatistics, Lifted, autocast_dtype, drawing, rounding_as
@@ -63,7 +63,8 @@ class Functional:
         own = copied(model).to(device=device, dtype=dtype).requires_grad_(False)
         self._call = _Call(own.eval(), readout)
         self.model, self._device = own, device
-        self._buffers = {name for name, _ in own.named_buffers()}
+        self._buffers = dict(own.named_buffers())
+        self._counters: list[str] = []
         self._dtype, self._casts = dtype, dict[tuple[bool, ...], bool]()
         self._autocast: torch.dtype | None = None
 
@@ -75,6 +76,8 @@ class Functional:
         self._autocast = autocast_dtype(precision)
         for module, training in zip(self.model.modules(), mode, strict=True):
             module.training = training
+        counting = (name for name, module in self.model.named_modules() if module.training and COUNTER in statistics(module))
+        self._counters = [f"{name}.{COUNTER}".removeprefix(".") for name in counting]
 
     def __call__(self, parameters: Mapping[str, Tensor], batch: Any) -> Tensor:
         if isinstance(batch, Drawn):
@@ -82,6 +85,7 @@ class Functional:
                 return self(parameters, batch.batch)
         if self._moving:  # a forward pass may move them in place: each begins with those that it is given
             parameters = {name: self._own(t) if name in self._buffers else t for name, t in parameters.items()}
+            parameters |= {name: self._buffers[name].clone() for name in self._counters}
         if self._autocast is not None:
             return self._rounded(parameters, batch, self._autocast)
         mode = tuple(module.training for module in self.model.modules())
