@@ -174,7 +174,9 @@ class Log:
 
         What stands close together is read in one go: every call of the system lets another thread have the interpreter.
         """
-        known = [(row[: place.shape[0] - start], place) for row, place in zip(rows, places, strict=True) if place and start < place.shape[0]]
+        known = [
+            (row[: place.shape[0] - start], place) for row, place in zip(rows, places, strict=True) if place and start < place.shape[0]
+        ]
         ends = [place.at + start * rows.itemsize + row.nbytes for row, place in known]
         gaps = [place.at + start * rows.itemsize - end for (_, place), end in zip(known[1:], ends, strict=False)]
         first = 0
