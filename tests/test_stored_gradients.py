@@ -492,6 +492,12 @@ def test_closures_and_windows(tmp_path):
     alike(*both(mlp(), run, DATA), rounding)
 
 
+def test_losses_with_their_reduction_left_in_are_told(tmp_path):
+    model = nn.Sequential(nn.Linear(12, 3), nn.PReLU(3), nn.Linear(3, 2))  # which hooks cannot see
+    with pytest.raises(RecordError, match=r"losses must return one number an example.* a single number; .*reduction='none'"):
+        step(model, DATA, tmp_path / "run", losses=lambda model, batch: losses(model, batch).mean(), data=DATA)
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [

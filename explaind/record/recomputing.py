@@ -20,6 +20,7 @@ from torch.utils.data import default_collate
 from explaind.errors import RecordError
 from explaind.record.examples import MapStyle
 from explaind.record.incoming import MicroBatch
+from explaind.record.per_example import checked
 from explaind.record.watched import Watched
 
 AT_ONCE = 16
@@ -85,7 +86,7 @@ class Recomputed:
         except Exception as error:  # whatever the user's data and losses raise
             raise RecordError(
                 "the losses of the examples cannot be computed once more",
-                got=f"{type(error).__name__}: {error}"[:200],
+                got=f"{type(error).__name__}: {error}"[:300],
                 do="give losses= and data= as for explaind.decompose",
             ) from error
 
@@ -96,7 +97,7 @@ class Recomputed:
         with drawn_from(batch.random, device), torch.enable_grad():
             made = default_collate([self._data[int(i)] for i in batch.ids])
             made = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, made)
-            whole, apart = self._losses(self._copy, made), batch.drew is False
+            whole, apart = checked(self._losses(self._copy, made), len(batch.ids)), batch.drew is False
             for start in range(0, len(examples), AT_ONCE):
                 rows = slice(examples[start], examples[start : start + AT_ONCE][-1] + 1)
                 values = self._losses(self._copy, taken(made, rows, len(batch.ids))) if apart else whole
