@@ -84,7 +84,7 @@ def filtered_problem(name):
 
 
 @each
-@pytest.mark.parametrize("optimizer", ["sgd nesterov l2 maximize", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd nesterov l2 maximize", "adamw", "sgd in groups"])
 def test_every_credit_behind_a_filter_is_the_slow_and_obvious_one(name, optimizer, tmp_path):
     problem, case = filtered_problem(name), cases.optimizer_named(optimizer)
     want = reference.Slow(problem, case).solve()
@@ -240,3 +240,13 @@ def test_unknown_filters_and_options_are_refused():
         gradient_filter({"name": "Nothing", "options": {}})
     with pytest.raises(RuleError, match="no such options"):
         explaind.GrokfastMA(filter_type="median")
+
+
+@pytest.mark.parametrize("case", {case.name.split()[0]: case for case in cases.OPTIMIZERS}.values(), ids=str)
+def test_a_filter_goes_in_front_of_any_rule(case, tmp_path):
+    problem = filtered_problem("ema")
+    run = cases.recorded(tmp_path / "run", problem, case, gradient_filter=FILTERS["ema"][0])
+    verdict = cases.decomposed(run, problem).verify()
+    assert verdict.ok, verdict.reasons
+    assert verdict.maxima["closure"] <= 1e-9 * max(1.0, verdict.maxima["movement"])
+    assert verdict.maxima["arithmetic"] <= 1e-9 * verdict.maxima["movement"]
