@@ -5,7 +5,9 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
@@ -14,6 +16,7 @@ from explaind.errors import ExplaindError
 from explaind.store.checksums import text_checksum
 from explaind.store.repair import Repair, repair
 from tests import cases
+from tests.closeness import same
 
 
 def study():
@@ -138,6 +141,17 @@ def test_another_fill_of_what_was_never_written_is_refused(run, tmp_path):
     edit(tmp_path / "run" / "gap" / "zarr.json", lambda told: told.__setitem__("fill_value", 1))
     with pytest.raises(ExplaindError, match=r"not what the manifest says.*gap.*filled with 0; got .*filled with 1"):
         explaind.open(tmp_path / "run")
+
+
+def test_what_fills_short_batches_up_is_no_example(tmp_path):
+    """It is in no step's checksum, so nobody may read it."""
+    path = cases.recorded(tmp_path / "run", data=cases.DATA).path
+    batch, want = zarr.open_array(path / "batch", mode="r+"), explaind.open(path).examples
+    batch[:] = np.where(batch[:] < 0, -17, batch[:])
+    run = explaind.open(path)
+    assert (batch[:] == -17).any()
+    assert run.damage() == []
+    same(run.examples, want)
 
 
 def test_a_frozen_parameter_that_changed_on_disk_is_told(tmp_path):
