@@ -111,8 +111,8 @@ class Run(Committed):
         """The distinct ids that were trained on, sorted: int64 [example]."""
         seen: set[int] = set()
         for start in range(0, self.steps, self.manifest.block):
-            ids = self._read("batch", slice(start, min(start + self.manifest.block, self.steps)))
-            seen.update(np.unique(ids[ids >= 0]).tolist())  # what fills a row up is in no checksum
+            ids, part, _ = self._slots(slice(start, min(start + self.manifest.block, self.steps)))
+            seen.update(np.unique(ids[part >= 0]).tolist())  # what fills a row up is in no checksum
         return np.array(sorted(seen), dtype=np.int64)
 
     @cached_property
