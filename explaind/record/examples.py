@@ -77,7 +77,9 @@ def checked_ids(ids: Tensor | np.ndarray | Sequence[int], examples: int | None) 
 def checked_weights(weights: Tensor | np.ndarray | Sequence[float] | None, reduction: str, count: int) -> np.ndarray:
     """The factor on each example's loss: float64 [batch]."""
     if weights is None:
-        return np.full(count, 1.0 / count if reduction == "mean" else 1.0)
+        found = np.empty(count)
+        found.fill(1.0 / count if reduction == "mean" else 1.0)
+        return found
     values = weights.detach().cpu().numpy() if isinstance(weights, Tensor) else np.asarray(weights)
     if values.shape != (count,) or not np.isfinite(values).all():
         raise RecordError(
@@ -96,14 +98,14 @@ def fingerprint(item: Any) -> int:
     if isinstance(item, tuple | list):
         return _joined(item)
     if isinstance(item, Tensor):
-        item = item.detach().cpu().numpy() if item.dtype != torch.bfloat16 else item.detach().float().cpu().numpy()
+        item = (item.float() if item.dtype == torch.bfloat16 else item).numpy(force=True)
     if isinstance(item, str | bytes):
         return zlib.crc32(item.encode() if isinstance(item, str) else item)
     return zlib.crc32(np.ascontiguousarray(item).tobytes())
 
 
 def _joined(items: Any) -> int:
-    return zlib.crc32(b"".join(fingerprint(item).to_bytes(4, "little") for item in items))
+    return zlib.crc32(b"".join([fingerprint(item).to_bytes(4, "little") for item in items]))
 
 
 def fingerprints(data: MapStyle[Any]) -> np.ndarray:

@@ -51,9 +51,7 @@ class Incoming:
         """Announced since the last step."""
         self._left: list[tuple[int, int] | None] = [None] * len(params)  # identity and version of each gradient when torch left it
         self._begun = [0] * len(params)
-        self._hooks = [
-            p.register_post_accumulate_grad_hook(Hook(self._grown(i))) for i, p in enumerate(params) if p.requires_grad and p.is_leaf
-        ]
+        self._hooks = [p.register_post_accumulate_grad_hook(_Grown(self, i)) for i, p in enumerate(params) if p.requires_grad and p.is_leaf]
 
     def close(self) -> None:
         """Let go of the parameters."""
@@ -96,21 +94,29 @@ class Incoming:
         there = [self._begun[i] == begun for i, begun in batch.reached.items() if self._params[i].grad is not None]
         return all(there) and (bool(there) or not batch.reached)
 
-    def _grown(self, index: int):  # type: ignore[no-untyped-def]
-        def hook(param: Tensor) -> None:
-            grad, left = param.grad, self._left[index]
-            assert grad is not None
-            now = grad._cdata, grad._version
-            if left is None or now != (left[0], left[1] + 1):
-                self._begun[index] += 1
-            self._left[index] = now
-            for batch in self.pending:
-                if not batch.over:
-                    if batch.drew is None:
-                        self.drew(batch)
-                    batch.reached[index] = self._begun[index]
+    def grown(self, index: int, param: Tensor) -> None:
+        """Torch has just accumulated the gradient of a parameter."""
+        grad, left = param.grad, self._left[index]
+        assert grad is not None
+        now = grad._cdata, grad._version
+        if left is None or now != (left[0], left[1] + 1):
+            self._begun[index] += 1
+        self._left[index] = now
+        for batch in self.pending:
+            if not batch.over:
+                if batch.drew is None:
+                    self.drew(batch)
+                batch.reached[index] = self._begun[index]
 
-        return hook
+
+class _Grown(Hook):
+    """``Incoming.grown`` of a parameter: called for every one in every backward pass."""
+
+    def __init__(self, incoming: Incoming, index: int) -> None:
+        self._incoming, self._index = incoming, index
+
+    def __call__(self, param: Tensor) -> None:
+        self._incoming.grown(self._index, param)
 
 
 def precision_of(device: torch.device) -> float:

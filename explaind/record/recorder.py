@@ -136,15 +136,15 @@ class Recorder:
         self._finish()
         self._windows.end()
         if self._windows.recorded:
-            self._announce(len(checked))
+            if self._storing is not None:
+                self._announce(self._storing, len(checked))
             self._incoming.add(checked, factors)
             self._incoming.lower(self._told)
 
-    def _announce(self, count: int) -> None:
+    def _announce(self, storing: Storing, count: int) -> None:
         """Refuse examples whose gradients there is no room for, before anything is computed of them."""
         try:
-            if self._storing is not None:
-                self._storing.announce(count, self.steps)
+            storing.announce(count, self.steps)
         except RecordError as error:
             raise self._fail(error) from None
 

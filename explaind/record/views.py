@@ -33,9 +33,7 @@ class Views:
         """The same of tensors that stay where they are from step to step."""
         if self._device.type != "cpu":
             return self.pieces(tensors, room)
-        if room not in self._known:
-            self._known[room] = [(-1, np.empty(0, self._numpy))] * len(self._layers)
-        known = self._known[room]
+        known = self._known.setdefault(room, [(-1, np.empty(0, self._numpy))] * len(self._layers))
         for i, (tensor, (pointer, piece)) in enumerate(zip(tensors, known, strict=True)):
             # The known piece keeps its memory alive: another tensor cannot have come to stand there.
             there = tensor.data_ptr() == pointer and tensor.dtype is self._dtype
@@ -43,6 +41,13 @@ class Views:
                 layer = self._layers[i]
                 known[i] = tensor.data_ptr() if self._there(layer, tensor) else -1, self._piece(layer, tensor, room)
         return Pieces([piece for _, piece in known])
+
+    def glanced(self, tensors: Sequence[Tensor], room: str) -> Pieces:
+        """The same, of tensors that ``lasting`` has looked at closely a moment ago: do they still stand where they stood?"""
+        known = self._known.get(room, ())
+        if [tensor.data_ptr() for tensor in tensors] == [pointer for pointer, _ in known]:
+            return Pieces([piece for _, piece in known])
+        return self.lasting(tensors, room)
 
     def _piece(self, layer: Layer, tensor: Tensor | None, room: str) -> np.ndarray:
         if tensor is None:

@@ -210,7 +210,7 @@ class Watched:
 
         known, previous: checksums of the parameters after it, and of those before it, which they continue: uint32 [layer].
         """
-        now = theta_checksum(self.theta(), self.layers, previous)
+        now = theta_checksum(self._views.glanced(self._params, "theta"), self.layers, previous)
         if now.tobytes() != known.tobytes():
             self._check_moved(now != known, step)
         for p in self._groups.strangers():

@@ -138,7 +138,7 @@ class Log:
     def _line(self, record: Record, held: Mapping[str, Vector]) -> bytes:
         """JSON of a record without its arrays; from step to step little but the number changes."""
         row = record.row
-        alike = (row.mode, row.gap, row.precision, [(name, v.dtype, v.shape) for name, v in held.items()])
+        alike = (row.mode, row.gap, row.precision, [*held], [v.shape for v in held.values()])  # their dtypes are the manifest's
         if alike != self._alike:
             told = {"mode": list(row.mode), "gap": row.gap, "precision": row.precision}
             arrays = {name: [v.dtype.str, list(v.shape)] for name, v in held.items()}
