@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import TensorDataset
@@ -247,3 +248,17 @@ def test_the_doctor_prints_for_people(capsys):
 def test_a_training_that_cannot_be_recorded_is_refused_by_the_doctor(capsys):
     assert main(["doctor", SMALL, "--optimizer.lr", "1e30"]) == 1
     assert "REFUSED: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("recipes", "seconds"),
+    [
+        (["secant:1"] * 4, 4.0),
+        (["secant:1", "secant:1", "gauss:1", "gauss:1"], (4.0 * 1.5) ** 0.5),
+        (["gauss:1"], 9.0),
+    ],
+)
+def test_a_pace_lies_between_those_of_the_ways_that_steps_were_averaged_in(recipes, seconds):
+    """The first pause has what is done once in it."""
+    pauses = [9.0, 4.0, 1.0, 2.0] if len(set(recipes)) > 1 else [9.0, 4.0, 3.0, 5.0][: len(recipes)]
+    assert doctor._pace(np.array(pauses), np.array(recipes)) == pytest.approx(seconds, rel=1e-12)
