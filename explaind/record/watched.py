@@ -248,7 +248,7 @@ class Watched:
         own = [p.grad if a.optimizer == optimizer else None for a, p in zip(self.layers, self._params, strict=True)]
         grads = [torch.zeros(1) if grad is None else grad.detach() for grad in own]
         pairs = [[torch.linalg.vector_norm(g, ord, dtype=torch.float64) for ord in (2, torch.inf)] for g in grads]
-        return np.array([[float(size) for size in pair] for pair in pairs]) / _scale(self._optimizers[optimizer : optimizer + 1])
+        return np.array([[float(size) for size in pair] for pair in pairs]) / self.scale(optimizer)
 
     def check_gradients(self, optimizer: int, step: int) -> None:
         """RecordError when a gradient that an optimizer consumes is not finite (a NaN loss) or sparse, or when nothing has any.
