@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,8 +19,10 @@ import zarr
 import explaind
 from explaind.cli import main
 from explaind.errors import RecordError, StoreError
+from explaind.store import schema
 from explaind.store.repair import Repair, repair
-from explaind.store.tail import following, records
+from explaind.store.row import StepRow
+from explaind.store.tail import NAMES, Log, Record, following, records
 from tests import cases
 from tests.closeness import same
 
@@ -214,14 +217,42 @@ def test_repair_takes_up_what_was_logged(tmp_path, capsys, killed):
 
 @pytest.mark.parametrize("cut", [1, 10, 400, 700])
 def test_a_log_that_is_cut_off_anywhere_gives_the_whole_steps_before_it(cut, tmp_path, killed):
-    killed(tmp_path, 7)
+    killed(tmp_path, 4)
     run = explaind.open(tmp_path / "run")
-    have, log = run.logged, run.path / "tail.log"
+    have, log = run.logged, run.path / "tail.odd.log"
     log.write_bytes(log.read_bytes()[:-cut])
     left = run.logged
     assert 0 <= left < have
     assert repair(run.path).regained == left
     assert explaind.open(run.path).damage() == []
+
+
+def test_a_log_that_is_used_again_gives_no_old_step_for_a_new_one(tmp_path):
+    """Wherever it is cut off, and whichever of its bytes changes."""
+
+    def record(step):
+        row = StepRow(np.arange(3), np.zeros(3, np.int32), np.ones(3), np.ones((1, 1)), np.zeros(1, np.int32), (True,), None, None)
+        return Record(step, row, np.full(4, float(step)))
+
+    log = Log(tmp_path / NAMES[0])
+    for step in range(100, 108):
+        log.append(record(step))
+    log.restart([record(110)])
+    log.append(record(111))
+    log.append(record(112))
+    log.close()
+    assert [kept.step for kept in records(tmp_path)] == [*range(103, 108), 110, 111, 112]
+    text, rng = log.path.read_bytes(), np.random.default_rng(0)
+    places = rng.integers(0, len(text), 300)
+    changed = [text[:at] + bytes([text[at] ^ (1 << int(rng.integers(8)))]) + text[at + 1 :] for at in places]
+    seen = set()
+    for damaged in (*changed, *(text[:cut] for cut in range(0, len(text), 7))):
+        log.path.write_bytes(damaged)
+        found = following(records(tmp_path), 110)
+        assert [kept.step for kept in found] == [110, 111, 112][: len(found)]
+        assert all((kept.theta == kept.step).all() for kept in found)
+        seen.add(len(found))
+    assert seen == {0, 1, 2, 3}
 
 
 def test_no_change_of_a_byte_of_the_log_gives_a_wrong_step(tmp_path, killed):
@@ -288,7 +319,7 @@ def test_of_two_processes_on_one_path_one_records_and_one_is_refused(tmp_path, s
         wait.unlink(missing_ok=True)
     said = sorted(last_line(file) for file in racing)
     assert said[1] == "recorded"
-    assert said[0].startswith("StoreError there is something here already")
+    assert re.match("StoreError (there is something here already|this run is being recorded)", said[0])
     assert seen == sorted(seen)
     assert len(set(seen)) > 1
     run = explaind.open(tmp_path / "run")
@@ -382,3 +413,23 @@ def test_a_fresh_model_resumes_at_the_beginning(tmp_path, whole):
     Loop(tmp_path / "run").record(5)
     check_same(without_a_checkpoint(tmp_path / "run"), whole())
     assert np.isfinite(explaind.open(tmp_path / "run").states(0, 1)).all()
+
+
+def test_who_finds_a_folder_taken_between_two_looks_writes_nothing_into_it(tmp_path, monkeypatch):
+    """Another recorder has begun, and even ended, since the folder was looked at."""
+    check = schema.check_new
+
+    def late(path, but=()):
+        check(path, but)
+        if not but:
+            monkeypatch.setattr(schema, "check_new", check)
+            Loop(path).record(LENGTH)
+            before.update({file: file.read_bytes() for file in path.rglob("*") if file.is_file()})
+
+    before = dict[Path, bytes]()
+    monkeypatch.setattr(schema, "check_new", late)
+    with pytest.raises(StoreError, match="something here already"):
+        Loop(tmp_path / "run").record(LENGTH)
+    assert before
+    assert {file: file.read_bytes() for file in before} == before
+    assert explaind.open(tmp_path / "run").damage() == []

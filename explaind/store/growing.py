@@ -208,16 +208,21 @@ def growing(array: zarr.Array, place: Location) -> Growing:
     return Filed(array, place / str(array.name).lstrip("/")) if isinstance(place, Path) else Growing(array)
 
 
-def settle(arrays: Iterable[Growing], place: Location) -> None:
-    """Make everything that was written to these arrays of a run safe from a power cut. OSError where the disk does not take it."""
+def settle(arrays: Iterable[Growing], place: Location, synced: bool = True) -> None:
+    """Make everything that was written to these arrays of a run safe from a power cut. OSError where the disk does not take it.
+
+    synced: False only puts it in its place, where all of the run is synced afterwards.
+    """
     found = [(array, array.unsettled()) for array in arrays]
     moves, gone = [move for _, one in found for move in one.moves], [file for _, one in found for file in one.gone]
     if isinstance(place, Path) and (moves or gone):
-        sync(partial for partial, _ in moves)
+        if synced:
+            sync(partial for partial, _ in moves)
         for partial, file in moves:
             if partial != file:
                 os.replace(partial, file)
-        sync_folders([*(file for _, file in moves), *gone], place)
+        if synced:
+            sync_folders([*(file for _, file in moves), *gone], place)
     for array, one in found:
         array.settled(one)
 

@@ -8,7 +8,7 @@ the first two for stands in a folder of this machine instead, the spool (spool.p
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -89,11 +89,11 @@ def names_in(place: Location) -> list[str]:
         return []
 
 
-def is_free(place: Location) -> bool:
-    """Whether nothing is there, or an empty folder."""
+def is_free(place: Location, but: Sequence[str] = ()) -> bool:
+    """Whether nothing is there, or a folder that is empty; but: names that may stand in it."""
     if isinstance(place, Remote):
         return not place.files()
-    return not place.exists() or (place.is_dir() and not any(place.iterdir()))
+    return not place.exists() or (place.is_dir() and all(path.name in but for path in place.iterdir()))
 
 
 def absolute(place: Location) -> Location:

@@ -114,9 +114,9 @@ CHOICES = ("bitdelta", "standard")
 """How theta and the preconditioner may be stored: small, or so that any zarr reader reads them."""
 
 
-def create_group(path: Location, kind: str, attributes: Mapping[str, Any]) -> zarr.Group:
-    """A new zarr v3 group marked with what it is and its schema version; the folder must not hold anything yet."""
-    check_new(path)
+def create_group(path: Location, kind: str, attributes: Mapping[str, Any], but: Sequence[str] = ()) -> zarr.Group:
+    """A new zarr v3 group marked with what it is and its schema version; the folder must not hold anything yet, but these names."""
+    check_new(path, but)
     try:
         told = {"explaind": {"kind": kind, "schema": VERSIONS[kind]}, **attributes}
         return zarr.create_group(store_of(path), zarr_format=3, attributes=told)
@@ -124,9 +124,9 @@ def create_group(path: Location, kind: str, attributes: Mapping[str, Any]) -> za
         raise unwritable(path, error) from error
 
 
-def check_new(path: Location) -> None:
-    """StoreError unless the path is free or an empty folder."""
-    if not is_free(path):
+def check_new(path: Location, but: Sequence[str] = ()) -> None:
+    """StoreError unless the path is free or an empty folder; but: names that may stand in it."""
+    if not is_free(path, but):
         raise StoreError(
             "there is something here already", where=path, expected="a new or empty folder", do="choose another name, or overwrite it"
         )

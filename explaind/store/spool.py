@@ -19,7 +19,7 @@ import zarr
 from explaind.errors import StoreError
 from explaind.store import schema, tail
 from explaind.store.checksums import text_checksum
-from explaind.store.location import MARKER, Location, replace_file
+from explaind.store.location import MARKER, Location, is_free, replace_file
 from explaind.store.remote import Remote
 from explaind.store.tail import NAMES, Record, Tail
 
@@ -28,15 +28,30 @@ NAME = "recording"
 
 def begin(place: Location, attributes: Mapping[str, Any]) -> tuple[zarr.Group, Tail]:
     """The group of a new run and its log; StoreError where something is there already, or somebody is recording."""
-    if isinstance(place, Path):
-        return schema.create_group(place, "run", attributes), _beside(place)
     schema.check_new(place)
+    if isinstance(place, Path):
+        return _begun(place, attributes)
     recording = secrets.token_hex(16)
     log = _held(place, recording)
     try:
         return schema.create_group(place, "run", {**attributes, NAME: recording}), log
     except BaseException:
         let_go(place, log, remove=True)
+        raise
+
+
+def _begun(place: Path, attributes: Mapping[str, Any]) -> tuple[zarr.Group, Tail]:
+    """In a folder. Of two who begin at once, whoever holds the log does; the other one has written nothing."""
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise schema.unwritable(place, error) from error
+    log = _beside(place)
+    own = is_free(place, but=NAMES[:1])  # else somebody has begun since the place was looked at, and may be through
+    try:
+        return schema.create_group(place, "run", attributes, but=NAMES[:1]), log
+    except BaseException:
+        log.close(remove=own)
         raise
 
 

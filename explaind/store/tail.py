@@ -4,7 +4,8 @@ Two files take turns, a span of steps each: while one is made into chunks the ot
 its first, which the span before has too: of that one the parameters that it led to belong to this span's chunks.
 
 A file of records, each a length, a crc32 and a payload: one line of JSON that names arrays with dtype and shape, then their bytes. Reading
-ends at the first record that is cut off or does not fit its crc. Appends reach the operating system at every step.
+ends at the first record that is cut off or does not fit its crc. Appends reach the operating system at every step. A file that is used
+again holds, behind its new steps, some of the span before the last; they are known by their numbers, and are in chunks by then.
 """
 
 import json
@@ -33,10 +34,8 @@ NAMES = ("tail.log", "tail.odd.log")
 """Of the spans with even and with odd numbers; who writes the run holds the first."""
 HEAD = struct.Struct("<QI")
 ARRAYS = tuple(f.name for f in fields(StepRow) if f.name not in ("mode", "gap", "precision", "gradients"))
-SMALL = 1 << 20
-"""Bytes of a record that is put together before it is written; the vectors of a larger one are written from where they are."""
 NEAR, TOGETHER = 1 << 16, 500
-"""Bytes between two vectors that are read with them, and how many vectors: the system takes about a thousand pieces at once."""
+"""Bytes between two vectors that are read with them, and how many pieces at once: the system takes about a thousand."""
 KINDS = "biuf"
 """Of the arrays: no object is ever read."""
 BUSY = "this run is being recorded, by another process or by a recorder of this one that was not closed"
@@ -115,23 +114,14 @@ class Log:
         if record.crc is not None:
             held["crc"] = record.crc
         told = self._line(record, held)
-        pieces = list[np.ndarray]()
+        views = list[Any]()
         for values in held.values():
-            pieces += values.parts if isinstance(values, Pieces) else (np.ascontiguousarray(values),)
-        # Behind the last whole record, whatever an interrupted one has left there.
-        at = self._file.seek(self._end) + HEAD.size + len(told)
-        size = len(told) + self._bytes
-        if size < SMALL:
-            text = bytearray().join([bytes(HEAD.size), told, *[piece.data for piece in pieces]])
-            HEAD.pack_into(text, 0, size, zlib.crc32(memoryview(text)[HEAD.size :]))
-            self._write(text)
-        else:
-            views = [piece.reshape(-1).data.cast("B") for piece in pieces if piece.size]
-            crc = zlib.crc32(told)
-            for view in views:
-                crc = zlib.crc32(view, crc)
-            for view in _gathered([memoryview(HEAD.pack(size, crc) + told), *views]):
-                self._write(view)
+            views += [part.data for part in (values.parts if isinstance(values, Pieces) else (np.ascontiguousarray(values),))]
+        crc = zlib.crc32(told)
+        for view in views:
+            crc = zlib.crc32(view, crc)
+        self._write([HEAD.pack(len(told) + self._bytes, crc) + told, *views])
+        at = self._end + HEAD.size + len(told)
         self._end = at + self._bytes
         return Places(at, self._layout)
 
@@ -149,10 +139,12 @@ class Log:
                 self._bytes += v.size * v.dtype.itemsize
         return f'{{"step": {record.step}, {self._told}\n'.encode()
 
-    def _write(self, text: bytearray | memoryview) -> None:
-        rest = memoryview(text).cast("B")
-        while len(rest):  # a file may take less than it is given
-            rest = rest[self._file.write(rest) :]
+    def _write(self, views: Sequence[Any]) -> None:
+        """Behind the last whole record, whatever an interrupted one has left there."""
+        at, rest = self._end, views
+        while rest:  # a file may take less than it is given
+            count = os.pwritev(self._file.fileno(), rest[:TOGETHER], at)
+            at, rest = at + count, _behind(rest, count)
 
     def read(self, place: Place, start: int = 0, stop: int | None = None) -> np.ndarray:
         """An array, or of a vector the numbers [start, stop). StoreError where the file has become shorter."""
@@ -193,8 +185,11 @@ class Log:
             first = last + 1
 
     def restart(self, kept: Sequence[Record]) -> None:
-        """Forget all steps but these, which other files have too."""
-        self._file.truncate(0)
+        """Begin again with these steps, which other files have too.
+
+        The file keeps its length: pages that it has are much sooner written than new ones. What stands behind the records to come is older
+        steps, which are committed, or no record.
+        """
         self._end = 0
         self.places = [self.append(record) for record in kept]
 
@@ -203,19 +198,14 @@ class Log:
         self._file.close()
 
 
-def _gathered(pieces: Iterable[memoryview]) -> Iterator[memoryview]:
-    """The same bytes, small pieces put together."""
-    small, size = list[memoryview](), 0
-    for piece in pieces:
-        if size + piece.nbytes > SMALL:
-            yield memoryview(b"".join(small))
-            small, size = [], 0
-        if piece.nbytes > SMALL:
-            yield piece
-        else:
-            small.append(piece)
-            size += piece.nbytes
-    yield memoryview(b"".join(small))
+def _behind(views: Sequence[Any], count: int) -> Sequence[Any]:
+    """What is left of them behind so many bytes."""
+    for i, view in enumerate(views):
+        size = memoryview(view).nbytes
+        if size > count:
+            return [memoryview(view).cast("B")[count:], *views[i + 1 :]]
+        count -= size
+    return ()
 
 
 class Tail:

@@ -77,7 +77,7 @@ class RunWriter:
             # The first state is written at once, so that a run that is killed in its first span still opens.
             self._write_first(theta)
             self._columns["checksum_theta"].append(crc[None], 0)
-            settle(self._columns.values(), path)
+            settle(self._columns.values(), path, synced=False)
             if isinstance(path, Path) and known is not None:
                 sync_tree(path, known)
             self._span = Span(0, self._tail.begin(0, ()), crc, 0)
