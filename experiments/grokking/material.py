@@ -52,7 +52,11 @@ class Material:
     def plain(self) -> Decompose:
         """What every decomposition of the study asks."""
         queries, measure = f"val:0:{self.given.queries}", "target_log_probability"
-        return Decompose(queries=queries, measure=measure, dtype="float32", device=self.given.device, rule="gauss:3")
+        return Decompose(queries=queries, measure=measure, dtype="float32", device=self.given.device, rule=self.given.rule)
+
+    def named(self, view: str) -> str:
+        """Of a ledger: one that was asked in another way is another one."""
+        return f"{view}.{self.given.rule.replace(':', '-')}.{self.given.queries}.{self.given.sample}"
 
     def trained(self, name: str, seed: int, *overrides: str, of: Path = CONFIG) -> explaind.Run:
         """A run, recorded unless it is there."""
@@ -87,7 +91,7 @@ class Material:
     def applied(self, run: explaind.Run) -> explaind.Ledger:
         """The ledger of layer shares in the applied view: forwards where a sample of the examples is told one by one."""
         asked, sample = self.sampled(run)
-        path = run.path / "ledgers" / f"applied.{self.given.queries}.{self.given.sample}"
+        path = run.path / "ledgers" / self.named("applied")
         if sample is None or (path / "commit.json").exists():
             return self.ledger(run, path.name, **asked, view="applied")
         named, begun = arguments(run, self.plain), path.with_name(f"{path.name}.begun")
@@ -102,10 +106,10 @@ class Material:
     def scores(self, run: explaind.Run, looks: Sequence[int]) -> WindowScores:
         """What the windows that begin at these steps did to each query, by parameter; kept, and not made again."""
         path, windows = run.path / "analysis" / "scores.npz", [(step, min(step + self.window, run.steps)) for step in looks]
-        asked = {"windows": np.array(windows), "queries": np.array(self.given.queries), "run": np.array(run.identity)}
+        asked: dict[str, Any] = {"windows": windows, "queries": self.given.queries, "rule": self.given.rule, "run": run.identity}
         if path.exists():
             with np.load(path) as kept:
-                if all(np.array_equal(kept[name], value) for name, value in asked.items()):
+                if all(name in kept and np.array_equal(kept[name], value) for name, value in asked.items()):
                     return WindowScores(kept["starts"], kept["scores"], float(kept["missed"]))
         named = arguments(run, self.plain)
         some = {name: named[name] for name in NAMED}

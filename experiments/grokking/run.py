@@ -1,6 +1,6 @@
 """How does a network grok? The paper's study on addition mod 113, with the statistics and controls that it lacks.
 
-python experiments/grokking/run.py [--seeds 43 44 45] [--steps 2000] [--queries 64] [--sample 64] [--small]
+python experiments/grokking/run.py [--seeds 43 44 45] [--steps 2000] [--queries 64] [--sample 64] [--rule secant:2] [--small]
                                    [--parts train credit similarity progress operations grokfast filtered]
 
 Every training, ledger and table is kept in --out and not made again: what was interrupted goes on. Prints tables and writes results.json
@@ -155,7 +155,7 @@ class Study(Material):
             for seed, race in enumerate(self._races("mod53", FILTERS[name])[: self.given.filtered]):
                 run = self.trained(f"grokfast-{name}-{seed}", seed, *FILTERS[name], of=MOD53)
                 asked, sample = self.sampled(run)
-                ledger = self.ledger(run, f"seen.{self.given.queries}.{self.given.sample}", **asked)
+                ledger = self.ledger(run, self.named("seen"), **asked)
                 self.found["filtered_checks"].append({"filter": name, "seed": seed, **_checks(ledger)})
                 figures[name, seed] = grokfast.of_ledger(ledger, sample, race.val_at or run.steps, PHASES)
         self.found["filtered"] = [{"filter": name, "seed": seed, **row} for (name, seed), row in figures.items()]
@@ -222,6 +222,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--queries", type=int)
     parser.add_argument("--sample", type=int, help="training examples of which the part credit takes sizes; the others are told together")
+    parser.add_argument("--rule", default="secant:2", help="path rule of the parts credit, similarity and filtered")
     parser.add_argument("--races", type=int, help="seeds of the parts operations and grokfast")
     parser.add_argument("--filtered", type=int, help="seeds whose ledgers the part filtered compares")
     parser.add_argument("--short", type=int, help="steps of these")
