@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -215,3 +217,25 @@ def test_rows_may_be_put_while_others_are_settled(tmp_path):
     for row, values in want.items():
         same(found[row, : len(values)], values)
         assert not found[row, len(values) :].any()
+
+
+FORKED = """
+import os, sys, signal
+from pathlib import Path
+from explaind.store.durable import sync, write_file
+files = [Path(sys.argv[1]) / name for name in "abc"]
+for file in files:
+    write_file(file, b"some")
+sync(files)
+if (child := os.fork()) == 0:
+    signal.alarm(20)  # whose default action ends it
+    sync(files)
+    os._exit(0)
+sys.exit(os.waitpid(child, 0)[1])
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_process_that_is_forked_behind_a_recording_syncs_too(tmp_path):
+    """Where the threads that its parent had are not."""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED, str(tmp_path)], check=True)

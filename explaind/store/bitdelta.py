@@ -23,7 +23,7 @@ All integers are little-endian.
 import asyncio
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -75,10 +75,15 @@ def unfolded(numbers: np.ndarray) -> np.ndarray:
 def differenced(numbers: np.ndarray, order: int) -> np.ndarray:
     """Row k differenced down the rows min(k, order) times; overflow wraps round, and wraps back."""
     for k in range(order):
-        after = numbers.copy()
-        after[k + 1 :] -= numbers[k:-1]
-        numbers = after
+        numbers = _once_more(numbers, k)
     return numbers
+
+
+def _once_more(numbers: np.ndarray, k: int) -> np.ndarray:
+    """What was differenced k times."""
+    after = numbers.copy()
+    after[k + 1 :] -= numbers[k:-1]
+    return after
 
 
 def summed(differences: np.ndarray, order: int) -> np.ndarray:
@@ -97,10 +102,11 @@ def packed(values: np.ndarray) -> bytes:
     while kept and (bits[kept - 1] == rest).all():
         kept -= 1
     parts, crc, rooms = [HEAD.pack(kept, int(rest) & 0xFFFF_FFFF_FFFF_FFFF)], 0, None
-    for start, stop in _tiles(kept, bits.shape[1]):
+    tiles = list(_tiles(kept, bits.shape[1]))
+    for (start, stop), order in zip(tiles, _orders(bits[:kept], tiles), strict=True):
         if rooms is None:  # the first tile is the largest; memory that was used already is much faster
             rooms = np.empty((2, kept * (stop - start) + EIGHT), bits.dtype)
-        parts += _tile(bits[:kept, start:stop], *rooms)
+        parts += _tile(bits[:kept, start:stop], order, *rooms)
     for part in parts:
         crc = zlib.crc32(part, crc)
     return b"".join([CRC.pack(crc), *parts])
@@ -111,12 +117,25 @@ def _tiles(rows: int, columns: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + wide, columns)) for start in range(0, columns if rows else 0, wide))
 
 
-def _tile(bits: np.ndarray, room: np.ndarray, other: np.ndarray) -> tuple[bytes, bytes, bytes]:
-    """In rooms of the size of the tile, and some more."""
+def _orders(bits: np.ndarray, tiles: Sequence[tuple[int, int]]) -> list[int]:
+    """How often to difference each tile: what leaves the fewest bits."""
+    if not tiles:
+        return []
+    chosen = [np.arange(start, stop, SAMPLE) for start, stop in tiles]
+    firsts = np.cumsum([0, *map(len, chosen[:-1])])
+    numbers, left = turned(bits[:, np.concatenate(chosen)]), list[np.ndarray]()
+    for k in range(min(ORDERS, len(bits) - 1) + 1):
+        numbers = _once_more(numbers, k - 1) if k else numbers
+        left.append(np.add.reduceat(_widths(folded(numbers)), firsts, dtype=np.int64))
+    found: list[int] = np.argmin(left, axis=0).tolist()
+    return found
+
+
+def _tile(bits: np.ndarray, order: int, room: np.ndarray, other: np.ndarray) -> tuple[bytes, bytes, bytes]:
+    """Differenced so often, in rooms of the size of the tile, and some more."""
     size, shape = bits.size, bits.shape
     numbers, spare = (whole[:size].reshape(shape) for whole in (room, other))
     turned(bits, out=numbers)
-    order = _order(np.ascontiguousarray(numbers[:, ::SAMPLE]))
     for k in range(order):
         spare[: k + 1] = numbers[: k + 1]
         np.subtract(numbers[k + 1 :], numbers[k:-1], out=spare[k + 1 :])
@@ -128,11 +147,6 @@ def _tile(bits: np.ndarray, room: np.ndarray, other: np.ndarray) -> tuple[bytes,
     table = blosc.compress(widths, b"zstd", 1, blosc.SHUFFLE)
     alike = blosc.compress(room[: size + -size % EIGHT], b"lz4", LEVEL, blosc.BITSHUFFLE)
     return TILE_HEAD.pack(order, len(table), len(alike)), table, alike
-
-
-def _order(few: np.ndarray) -> int:
-    """How often to difference: what leaves the fewest bits."""
-    return min(range(min(ORDERS, len(few) - 1) + 1), key=lambda k: int(_widths(folded(differenced(few, k))).sum()))
 
 
 def _widths(residuals: np.ndarray) -> np.ndarray:

@@ -3,12 +3,13 @@
 import errno
 import os
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from pathlib import Path
 
 NO_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 """What filesystems say that sync no folders."""
+WRITE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
 AT_ONCE = 4
 """Files that are synced at a time: a disk that is asked for several makes one journey of it."""
 
@@ -25,20 +26,25 @@ if hasattr(os, "register_at_fork"):  # a process that is forked has the pool, bu
 
 def write_file(path: Path, text: bytes) -> None:
     """OSError where the disk is full, FileNotFoundError where there is no folder for it."""
-    with open(path, "wb", buffering=0) as file:
+    number = os.open(path, WRITE, 0o666)
+    try:
         rest = memoryview(text)
         while len(rest):  # a file may take less than it is given
-            rest = rest[file.write(rest) :]
+            rest = rest[os.write(number, rest) :]
+    finally:
+        os.close(number)
 
 
 def sync(paths: Iterable[Path]) -> None:
     """Have the disk write files, and the names that stand in folders. OSError where it does not."""
     known = list(paths)
     if len(known) == 1:
-        _sync(known[0])
+        _sync(known)
         return
-    for done in [_threads().submit(_sync, path) for path in known]:
-        done.result()
+    shares = [_threads().submit(_sync, known[i::AT_ONCE]) for i in range(AT_ONCE)]
+    wait(shares)
+    for share in shares:
+        share.result()
 
 
 def sync_folders(files: Iterable[Path], top: Path) -> None:
@@ -59,15 +65,15 @@ def lowest(path: Path) -> Path:
     return next(folder for folder in path.absolute().parents if folder.exists())
 
 
-def _sync(path: Path) -> None:
-    folder = path.is_dir()
-    if folder and os.name == "nt":  # whose folders cannot be opened
-        return
-    number = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try:
-        os.fsync(number)
-    except OSError as error:
-        if error.errno not in NO_FOLDERS or not folder:
-            raise
-    finally:
-        os.close(number)
+def _sync(paths: Iterable[Path]) -> None:
+    for path in paths:
+        if os.name == "nt" and path.is_dir():  # whose folders cannot be opened
+            continue
+        number = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+        try:
+            os.fsync(number)
+        except OSError as error:
+            if error.errno not in NO_FOLDERS or not path.is_dir():
+                raise
+        finally:
+            os.close(number)
