@@ -115,8 +115,12 @@ def test_the_grokking_study_runs_from_end_to_end_and_goes_on(tmp_path, monkeypat
             getattr(made, part)()
         return json.loads(made.write().read_text())
 
-    found = results(*study.PARTS)
+    found, readme = results(*study.PARTS), (FOLDER / "grokking" / "README.md").read_text()
     printed = capsys.readouterr().out
+    assert [(row["seed"], row["val_0.95_at"]) for row in found["training"]] == [(0, None), (1, None)]
+    assert "| 0 | – |" in (tmp_path / "tables" / "phases.md").read_text()
+    assert len(found["similarity"]) == 2 * 5 * 7
+    assert all(0 < row["p_value"] <= 1 for row in found["similarity"])
     assert [row["seed"] for row in found["training"]] == [0, 1]
     assert all(row["val_accuracy_most"] <= 1 for row in found["no_decay"])
     for row in found["checks"]:
@@ -127,7 +131,12 @@ def test_the_grokking_study_runs_from_end_to_end_and_goes_on(tmp_path, monkeypat
     for seed, step in {(row["seed"], row["step"]) for row in rows}:
         whole = sum(float(row["share"]) for row in rows if (row["seed"], row["step"]) == (seed, step))
         assert abs(whole - 1) <= 1e-12
-    assert {p.stem for p in (tmp_path / "figures").iterdir()} == {"layer_shares", "progress", "cosines-0", "cosines-1"}
+    assert {p.stem for p in (tmp_path / "figures").iterdir()} == {
+        "layer_shares",
+        "balance",
+        "progress",
+        *(f"{name}-{seed}" for name in ("cosines", "kernel_pca") for seed in (0, 1)),
+    }
     assert len(found["phase_agreement"]["boundary"]) == study.PHASES - 1
     assert 0 < found["sampling_error"]["root_mean_square"] <= found["sampling_error"]["most"] < 0.1
     assert all(missed < 0.01 for missed in found["scores_missed"].values())
@@ -137,13 +146,16 @@ def test_the_grokking_study_runs_from_end_to_end_and_goes_on(tmp_path, monkeypat
         "credit",
         "phases",
         "similarity",
+        "components",
         "progress",
+        "clock",
         "operations",
         "grokfast",
         "filtered",
     ):  # the tables of the README
         text = (tmp_path / "tables" / f"{name}.md").read_text()
         assert text in printed
+        assert name in ("similarity", "components") or text.split("\n")[0] in readme  # those two have a column for each look
         assert text.count("\n| ") >= 3
     for name in study.OPERATIONS:
         assert [race["taken"] for race in found["operations"][name]] == [40]

@@ -24,6 +24,39 @@ def shares_figure(tables: dict[int, Table]) -> Figure:
     return figure
 
 
+def balance_figure(tables: dict[int, Table]) -> Figure:
+    """What data and decay did through each layer, and their sum: mean over seeds."""
+    found = {name: [table.grid("step", "layer", name) for table in tables.values()] for name in ("data", "decay")}
+    steps, layers = found["data"][0][:2]
+    values = {name: np.stack([grid[2] for grid in grids]) for name, grids in found.items()}  # [seed, step, layer]
+    values["both"] = values["data"] + values["decay"]
+    shown = [column for column in range(len(layers)) if values["data"][:, :, column].any()]
+    figure = Figure(figsize=(9, 2.2 * -(-len(shown) // 2)), layout="constrained")
+    for place, column in enumerate(shown):
+        axes = figure.add_subplot(-(-len(shown) // 2), 2, place + 1)
+        for name, color in (("data", "C0"), ("decay", "C3"), ("both", "black")):
+            axes.plot(steps, values[name][:, :, column].mean(0), color=color, label=name)
+            axes.fill_between(steps, values[name][:, :, column].min(0), values[name][:, :, column].max(0), color=color, alpha=0.15)
+        axes.set(yscale="symlog", title=layers[column])
+        axes.title.set_fontsize(9)
+    figure.axes[0].legend(frameon=False, fontsize=8)
+    figure.supxlabel("step")
+    figure.supylabel(f"nats a window: mean and range of {len(tables)} seeds")
+    return figure
+
+
+def components_figure(tables: dict[str, Table], classes: np.ndarray) -> Figure:
+    """The samples in the plane of their first two principal components, by layer; coloured by class, which is a number mod p."""
+    figure = Figure(figsize=(3 * len(tables), 3), layout="constrained")
+    for place, (layer, table) in enumerate(tables.items()):
+        axes = figure.add_subplot(1, len(tables), place + 1)
+        first, second = (table.where(component=k)["coordinate"] for k in (0, 1))
+        drawn = axes.scatter(first, second, c=classes, cmap="twilight", s=14)
+        axes.set(xticks=[], yticks=[], title=layer)
+    figure.colorbar(drawn, ax=figure.axes, label="answer")
+    return figure
+
+
 def cosine_figure(matrices: dict[tuple[int, str], np.ndarray], steps: Sequence[int], groups: Sequence[str]) -> Figure:
     figure = Figure(figsize=(2.2 * len(steps), 2.2 * len(groups)), layout="constrained")
     for place, (group, step) in enumerate((g, s) for g in groups for s in steps):

@@ -10,13 +10,14 @@ and figures. --small is a small prime for a few steps, a try of the whole in les
 import argparse
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import grokfast
 import numpy as np
 import telling
-from drawing import cosine_figure, progress_figure, shares_figure
+from drawing import balance_figure, components_figure, cosine_figure, progress_figure, shares_figure
 from material import MOD53, Material
 from matplotlib.figure import Figure
 from races import FILTERS, OPERATIONS, Race, races
@@ -26,6 +27,7 @@ import explaind
 from explaind.analysis import phases as of_phases
 from explaind.analysis import similarity as of_similarity
 from explaind.analysis.analyse import curve_table
+from explaind.analysis.clock import clock_or_pizza
 from explaind.analysis.credit import balance, layer_shares, sampling_error
 from explaind.analysis.progress import key_frequencies, progress
 from explaind.analysis.table import Table, stacked
@@ -80,14 +82,16 @@ class Study(Material):
         self.found["phases"] = [
             {"seed": seed, "begin": of_phases.boundaries(cut[seed]).tolist(), "preferred": preferred[seed]} for seed in self.runs
         ]
-        lengths = [_milestones(curve_table(run, self.task))["val_0.95_at"] or run.steps for run in self.runs.values()]
+        arrived = [_milestones(curve_table(run, self.task))["val_0.95_at"] for run in self.runs.values()]
         if len(self.runs) > 1:
+            lengths = [at or run.steps for at, run in zip(arrived, self.runs.values(), strict=True)]
             agreed = of_phases.agreement(list(cut.values()), lengths)
             self._table(agreed)
             self.found["phase_agreement"] = {name: agreed[name].tolist() for name in agreed.columns}
         self._told("credit", telling.credit(shares, balances, {row["seed"]: row["begin"] for row in self.found["phases"]}))
-        self._told("phases", telling.phases(self.found["phases"], lengths))
+        self._told("phases", telling.phases(self.found["phases"], arrived))
         self._figure("layer_shares", shares_figure(shares))
+        self._figure("balance", balance_figure(balances))
 
     def similarity(self) -> None:
         """Which validation sums are learned in the same way, and whether that is periodic at the network's own frequencies."""
@@ -98,42 +102,59 @@ class Study(Material):
         }
         data = self.task.data("val")
         classes = np.array([int(data[i][1]) for i in range(self.given.queries)])
-        self.found["similarity"] = []
+        self.found["similarity"], planes = [], dict[tuple[str, int], list[float]]()
         for seed, run in self.runs.items():
-            looks = sorted({min(step, run.steps - 1) // self.window * self.window for step in LOOKS})
-            keys = key_frequencies(run, self.task)
-            frequencies = keys["frequency"][keys["key"]].tolist()
+            looks = sorted({min(step, run.steps - 1) // self.window * self.window for step in self.looks})
             scores = self.scores(run, looks)
             table = of_similarity.similarity_of(scores.starts, scores.scores, np.arange(self.given.queries), run.manifest.layers, groups)
             table.write(run.path / "analysis" / "params")
             self.found.setdefault("scores_missed", {})[seed] = scores.missed
-            for step in looks:
-                for group in (*groups, of_similarity.ALL):
-                    matrix = table.where(step=step, layer=group).grid("query", "other", "cosine")[2]
-                    row: dict[str, Any] = {"seed": seed, "step": step, "layer": group, "frequencies": frequencies}
-                    if frequencies:
-                        tested = of_similarity.agreement(matrix, classes, self.task.p, frequencies)
-                        row |= {name: float(tested[name][0]) for name in ("excess", "null_sd", "p_value")}
-                    self.found["similarity"].append(row)
+            matrices = {(step, group): _matrix(table, step, group) for group in (*groups, of_similarity.ALL) for step in looks}
+            components = {at: of_similarity.kernel_pca(matrix, np.arange(self.given.queries)) for at, matrix in matrices.items()}
+            for (step, group), matrix in matrices.items():
+                row = {}
+                if self.keys[seed]:
+                    tested = of_similarity.agreement(matrix, classes, self.task.p, self.keys[seed])
+                    row = {name: float(tested[name][0]) for name in ("excess", "null_sd", "p_value")}
+                self.found["similarity"].append({"seed": seed, "step": step, "layer": group, "frequencies": self.keys[seed], **row})
+                plane = components[step, group].where(sample=0)["variance"][:2].sum()
+                planes.setdefault((group, step), []).append(float(plane))
+            stacked([components[looks[-1], group] for group in groups], layer=list(groups)).write(run.path / "analysis" / "params")
             order = np.argsort(classes, kind="stable")
-            matrices = {
-                (step, group): table.where(step=step, layer=group).grid("query", "other", "cosine")[2][np.ix_(order, order)]
-                for step in looks
-                for group in groups
-            }
-            self._figure(f"cosines-{seed}", cosine_figure(matrices, looks, list(groups)))
-            print(f"seed {seed}: key frequencies {frequencies}", flush=True)
+            ordered = {at: matrix[np.ix_(order, order)] for at, matrix in matrices.items()}
+            self._figure(f"cosines-{seed}", cosine_figure(ordered, looks, list(groups)))
+            self._figure(f"kernel_pca-{seed}", components_figure({group: components[looks[-1], group] for group in groups}, classes))
+            print(f"seed {seed}: key frequencies {self.keys[seed]}", flush=True)
         self._told("similarity", telling.similarity(self.found["similarity"]))
+        self._told("components", telling.components(planes))
 
     def progress(self) -> None:
         """Restricted and excluded loss, sparsity in frequency, and the norm of the weights, along each run."""
-        tables = {seed: progress(run, self.task) for seed, run in self.runs.items()}
+        tables = {seed: progress(run, self.task, self.keys[seed]) for seed, run in self.runs.items()}
         whole = stacked(list(tables.values()), seed=list(tables))
         self._table(whole)
         self.found["progress"] = [{"seed": seed, **_flat(table, self.task.p)} for seed, table in tables.items()]
         keys = {seed: key_frequencies(run, self.task) for seed, run in self.runs.items()}
         self._told("progress", telling.progress(self.found["progress"], keys))
         self._figure("progress", progress_figure(tables))
+        ways = {seed: clock_or_pizza(run, self.task) for seed, run in self.runs.items()}
+        self._table(stacked(list(ways.values()), seed=list(ways)))
+        self.found["clock"] = [{"seed": seed, **{name: float(table[name][0]) for name in table.columns}} for seed, table in ways.items()]
+        self._told("clock", telling.clock(self.found["clock"]))
+
+    @property
+    def looks(self) -> tuple[int, ...]:
+        return (0, 10, 20, 30, 35) if self.given.small else LOOKS
+
+    @cached_property
+    def keys(self) -> dict[int, list[int]]:
+        """The key frequencies of each network; in a try, which is too short for any, the one that its embedding has most of."""
+        found = {}
+        for seed, run in self.runs.items():
+            table = key_frequencies(run, self.task)
+            chosen = table["key"] if not self.given.small else table["embedding"] == table["embedding"].max()
+            found[seed] = table["frequency"][chosen].tolist()
+        return found
 
     def operations(self) -> None:
         """Do other operations than addition grok?"""
@@ -180,6 +201,12 @@ class Study(Material):
     def _figure(self, name: str, figure: Figure) -> None:
         (self.out / "figures").mkdir(parents=True, exist_ok=True)
         figure.savefig(self.out / "figures" / f"{name}.png", dpi=120)
+
+
+def _matrix(table: Table, step: int, layer: str) -> np.ndarray:
+    """Cosines [query, query] of one window and layer."""
+    found: np.ndarray = table.where(step=step, layer=layer).grid("query", "other", "cosine")[2]
+    return found
 
 
 def _milestones(table: Table) -> dict[str, Any]:

@@ -62,19 +62,19 @@ def credit(shares: Mapping[int, Table], balances: Mapping[int, Table], begins: M
     return markdown(head, [*rows, ["all", *([""] * phases), *sums]])
 
 
-def phases(rows: Sequence[Mapping[str, Any]], lengths: Sequence[int]) -> str:
-    """Where phases begin, also as parts of the steps to a validation accuracy of 0.95: one row a seed."""
+def phases(rows: Sequence[Mapping[str, Any]], arrived: Sequence[int | None]) -> str:
+    """Where phases begin, also as parts of the steps to a validation accuracy of 0.95, if it came: one row a seed."""
     return markdown(
         ["seed", "validation 0.95 at", "phases begin at", "as part of that", "number of phases by BIC"],
         [
             [
                 row["seed"],
-                length,
+                "–" if length is None else length,
                 ", ".join(map(str, row["begin"])),
-                ", ".join(f"{at / length:.2f}" for at in row["begin"]),
+                "–" if length is None else ", ".join(f"{at / length:.2f}" for at in row["begin"]),
                 len(row["preferred"]) + 1,
             ]
-            for row, length in zip(rows, lengths, strict=True)
+            for row, length in zip(rows, arrived, strict=True)
         ],
     )
 
@@ -92,3 +92,18 @@ def similarity(rows: Sequence[Mapping[str, Any]]) -> str:
         return f"{z} (p {p})"
 
     return markdown(["layer", *(f"step {step}" for step in steps)], [[layer, *(cell(layer, step) for step in steps)] for layer in layers])
+
+
+def components(variances: Mapping[tuple[str, int], Sequence[float]]) -> str:
+    """How much of the cosines lies in the plane of their first two principal components; variances by layer and step, of each seed."""
+    layers, steps = (list(dict.fromkeys(key[axis] for key in variances)) for axis in (0, 1))
+    head = ["layer", *(f"step {step}" for step in steps)]
+    return markdown(head, [[layer, *(middle(variances[layer, step], 2) for step in steps)] for layer in layers])
+
+
+def clock(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How the network adds, at the end of its training: one row a seed."""
+    names = ("gradient_symmetricity", "distance_irrelevance")
+    return markdown(
+        ["seed", *(name.replace("_", " ") for name in names)], [[row["seed"], *(f"{row[n]:.3f}" for n in names)] for row in rows]
+    )
