@@ -80,6 +80,7 @@ class Decompose:
     tol: float = 1e-3
     dtype: Literal["float64", "float32"] = "float64"
     device: str = "cpu"
+    tf32: bool = False
     view: Literal["seen", "applied"] = "seen"
     windows: int = 1
     products: Literal["auto", "materialise", "ghost", "jvp", "stored"] = "auto"

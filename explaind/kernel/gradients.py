@@ -1,6 +1,7 @@
 """Functions of a batch taken row by row: whether that is the same function, and the gradient of every row."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -13,10 +14,14 @@ from explaind.kernel.frequencies import uncounted
 from explaind.kernel.layout import Layout
 from explaind.kernel.points import Function, Point
 
-JUDGED, COMPARED = 64, 4
+JUDGED, COMPARED = 16, 4
 """Rows on whose gradients it is judged whether rows are independent, and whether factors give the same."""
 CHUNK_BYTES = 256 << 20
 """Size of the gradients that one call of vmap may build, unless told otherwise."""
+BACKWARD = 3
+"""Gradients of activations that a backward pass holds at a time, at most."""
+FAULTS = (RuntimeError, NotImplementedError, ValueError, IndexError, Rearranged)
+"""What a model that does what a transform cannot ends in."""
 
 
 def take(batch: Any, rows: slice | Tensor) -> Any:
@@ -130,26 +135,81 @@ def direct(into: Tensor, point: Point, outputs: int | None, layout: Layout, batc
     layout.add(into, {name: t.reshape(len(into), *t.shape[lead:]) for name, t in parts.items()}, point.weight)
 
 
+def one_by_one(into: Tensor, point: Point, outputs: int | None, layout: Layout, batch: Any) -> None:
+    """The same without any transform: a forward pass for every row, and a backward pass for each of its outputs."""
+    alone = point.weight * torch.eye(outputs or 1, dtype=into.dtype, device=into.device)
+    for i, item in enumerate(each(batch)):
+        called = partial(_flat, point.function, item)
+        combinations(called, layout, point.theta, alone, into[i * len(alone) : (i + 1) * len(alone)])
+
+
+def _flat(function: Function, item: Any, parameters: Mapping[str, Tensor]) -> Tensor:
+    return function(parameters, item).reshape(-1)
+
+
+def each(batch: Any) -> Iterator[Any]:
+    """Every row of a batch, without its dimension 0."""
+    return (row(take(batch, slice(i, i + 1))) for i in range(rows_of(batch)))
+
+
+def confirmed(found: Tensor, point: Point, outputs: int | None, layout: Layout, batch: Any) -> bool:
+    """Whether gradients [row · output, param] are those of torch's own reverse mode, in a random combination of every row's outputs.
+
+    Transforms within transforms have rules of their own, and not all of them are right (torch 2.13: the second vmap of prelu, cdist).
+    """
+    generator = torch.Generator().manual_seed(2)
+    weights = torch.randn(rows_of(batch), outputs or 1, generator=generator).to(found)
+    mixed = torch.einsum("ro,rop->rp", weights, found.unflatten(0, weights.shape))
+    want = torch.zeros_like(mixed)
+    for into, w, item in zip(want, weights, each(batch), strict=True):
+        combinations(partial(_flat, point.function, item), layout, point.theta, [point.weight * w], [into])
+    return alike_by_layer(layout.split(mixed), layout.split(want))
+
+
+def held(function: Callable[[Mapping[str, Tensor]], Tensor], layout: Layout, theta: Tensor) -> tuple[int, int]:
+    """Numbers that a forward pass keeps for its backward pass beside the parameters: of all tensors, and of the largest."""
+    kept = dict[int, int]()
+
+    def noted(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes() // theta.element_size()
+        return t
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(noted, lambda t: t):
+        function({name: t.detach().requires_grad_() for name, t in layout.split(theta).items()})
+    kept.pop(theta.untyped_storage().data_ptr(), None)
+    return sum(kept.values()), max(kept.values(), default=0)
+
+
 def taken_apart(point: Point, outputs: int | None, layout: Layout, batch: Any) -> Factored | None:
-    """The factors of a function's gradients, where there are any and they give the same numbers on the first rows of the batch."""
+    """The factors of a function's gradients, where there are any and they give the right numbers on the first rows of the batch."""
     first = take(batch, slice(0, COMPARED))
     try:
         factored = Factored(point.function, layout, layout.split(point.theta), row(first))
         if not factored.sites:
             return None
-        plain, apart = point.theta.new_zeros(2, rows_of(first) * (outputs or 1), layout.params)
-        direct(plain, point, outputs, layout, first)
+        apart = point.theta.new_zeros(rows_of(first) * (outputs or 1), layout.params)
         factored.add(apart, [point], first, batch_axes(first))
-    except (RuntimeError, NotImplementedError, ValueError, Rearranged):  # the model does what these transforms cannot
+    except FAULTS:
         return None
-    return factored if alike_by_layer(layout.split(apart), layout.split(plain)) else None
+    return factored if confirmed(apart, point, outputs, layout, first) else None
+
+
+def taken_whole(point: Point, outputs: int | None, layout: Layout, batch: Any) -> bool:
+    """Whether ``direct`` gives the right numbers on the first rows of the batch."""
+    first = take(batch, slice(0, COMPARED))
+    found = point.theta.new_zeros(rows_of(first) * (outputs or 1), layout.params)
+    try:
+        direct(found, point, outputs, layout, first)
+    except FAULTS:
+        return False
+    return confirmed(found, point, outputs, layout, first)
 
 
 class RowGradients:
     """∇ of every row of a separable function, or of every (row, output): [row · output, param].
 
-    Weights of linear maps and embeddings are kept as factors (see ``Factored``) where that is smaller and, on the first rows of the
-    batch that is given here, yields the same numbers as differentiating them directly.
+    Weights of linear maps and embeddings are kept as factors (see ``Factored``) where that is smaller. Each way is taken only where it
+    yields what torch's own reverse mode does on the first rows of the batch that is given here; where none does, that is what is taken.
     """
 
     def __init__(self, point: Point, outputs: int | None, layout: Layout, batch: Any, chunk: int = CHUNK_BYTES) -> None:
@@ -157,14 +217,29 @@ class RowGradients:
 
         All points that will be given must make the same calls of linear maps and embeddings.
         """
-        self._outputs, self._layout, self._chunk = outputs, layout, chunk
-        apart = taken_apart(point, outputs, layout, batch)
+        first = take(batch, torch.arange(min(COMPARED, rows_of(batch))))  # copied: it is kept
+        self._outputs, self._layout, self._chunk, self._first = outputs, layout, chunk, (point, first)
+        apart = taken_apart(point, outputs, layout, first)
         self._factored = apart if apart is not None and apart.size < layout.params else None
+
+    @cached_property
+    def _way(self) -> Callable[[Tensor, Point, int | None, Layout, Any], None]:
+        """Of what is not taken apart."""
+        point, batch = self._first
+        return direct if taken_whole(point, self._outputs, self._layout, batch) else one_by_one
+
+    @cached_property
+    def _numbers(self) -> int:
+        """That a gradient takes while it is made, with what a row's forward and backward pass hold."""
+        point, batch = self._first
+        forward, widest = held(partial(_flat, point.function, row(batch)), self._layout, point.theta)
+        own = self._layout.params if self._factored is None else max(self._factored.size, self._factored.widest)
+        return own + BACKWARD * widest + forward // (self._outputs or 1)
 
     def add(self, into: Tensor, points: Sequence[Point], batch: Any, rows: int) -> None:
         """into[row · output, param] += Σ weight · ∇ over the points, for a batch of so many rows."""
         apart = self._factored
-        for some, block in self._some(batch, rows, self._layout.params if apart is None else max(apart.size, apart.widest), into):
+        for some, block in self._some(batch, rows, into):
             at_once = len(points) if apart is None else max(1, self._chunk // (len(block) * apart.size * into.element_size()))
             for start in range(0, len(points), at_once):
                 self._add(block, points[start : start + at_once], some)
@@ -176,11 +251,11 @@ class RowGradients:
         except Rearranged:  # such as a branch that this batch takes and the first did not
             pass
         for point in points:
-            direct(into, point, self._outputs, self._layout, batch)
+            self._way(into, point, self._outputs, self._layout, batch)
 
-    def _some(self, batch: Any, rows: int, numbers: int, into: Tensor) -> Iterator[tuple[Any, Tensor]]:
-        """Some rows of the batch at a time, with their part of `into`, when each gradient takes so many numbers."""
+    def _some(self, batch: Any, rows: int, into: Tensor) -> Iterator[tuple[Any, Tensor]]:
+        """Some rows of the batch at a time, with their part of `into`."""
         outputs = self._outputs or 1
-        width = max(1, self._chunk // (outputs * numbers * into.element_size()))
+        width = max(1, self._chunk // (outputs * self._numbers * into.element_size()))
         for start in range(0, rows, width):
             yield take(batch, slice(start, min(start + width, rows))), into[start * outputs : (start + width) * outputs]

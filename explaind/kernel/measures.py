@@ -1,6 +1,6 @@
 """The measures of a set of queries as functions of the flat parameters: values, directional derivatives, gradients."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from types import MappingProxyType
 from typing import Any
@@ -12,7 +12,7 @@ from torch.func import jacrev, jvp, vmap
 
 from explaind.errors import RequestError
 from explaind.kernel.frequencies import uncounted
-from explaind.kernel.gradients import CHUNK_BYTES, RowGradients, batch_axes, combinations, gradient, one, row, separable, take
+from explaind.kernel.gradients import CHUNK_BYTES, RowGradients, batch_axes, combinations, gradient, held, one, row, separable, take
 from explaind.kernel.groups import Grouping
 from explaind.kernel.layout import Layout
 from explaind.kernel.points import Function, Point
@@ -90,7 +90,7 @@ class Measures:
     def values(self, theta: Float[Tensor, " param"]) -> Float[Tensor, " measure"]:
         """h_q(θ) of every measure."""
         with torch.no_grad():
-            return self._reduced(self.layout.split(theta), self._queries).reshape(-1)
+            return torch.cat([self._reduced(self.layout.split(theta), some).reshape(-1) for some in self._some(1)])
 
     def slopes(self, theta: Float[Tensor, " param"], delta: Float[Tensor, " param"]) -> Float[Tensor, " measure"]:
         """<∇h_q(θ), Δ> of every measure at once: one forward-mode pass.
@@ -103,9 +103,10 @@ class Measures:
         return self._pushed(theta, delta) if self._forward else self._gradients(theta) @ delta
 
     def _pushed(self, theta: Tensor, delta: Tensor) -> Tensor:
+        at, along = self.layout.split(theta), self.layout.split(delta)
         with torch.no_grad():
-            at = partial(self._reduced, queries=self._queries)
-            return jvp(at, (self.layout.split(theta),), (self.layout.split(delta),))[1].reshape(-1)
+            found = [jvp(partial(self._reduced, queries=some), (at,), (along,))[1].reshape(-1) for some in self._some(2)]
+        return torch.cat(found)
 
     def _gradients(self, theta: Tensor) -> Tensor:
         gradients = theta.new_zeros(self.count, self.layout.params)
@@ -138,9 +139,25 @@ class Measures:
 
         with torch.no_grad():
             if self.by_query:
-                queries = take(self._queries, slice(None, None, stride))
-                return vmap(changes, (batch_axes(queries),), out_dims=1)(queries).reshape(len(along), -1)
+                queries = self._some(2 * (1 + len(along)), stride)
+                found = [vmap(changes, (batch_axes(some),), out_dims=1)(some).reshape(len(along), -1) for some in queries]
+                return torch.cat(found, 1)
             return changes(self._queries).reshape(len(along), -1)
+
+    def _some(self, times: int, stride: int = 1) -> Iterator[Any]:
+        """Every such query, as many at a time as a pass may take that holds so many times what a forward pass makes; all, if not apart."""
+        if not self.by_query:
+            yield self._queries
+            return
+        count = self.shape[0]
+        width = stride * max(1, self._chunk // (times * max(1, self._activations) * self._start.element_size()))
+        for start in range(0, count, width):
+            yield take(self._queries, slice(start, min(start + width, count), stride))
+
+    @cached_property
+    def _activations(self) -> int:
+        """Numbers that the forward pass of one query makes."""
+        return held(partial(_called, self._one, row(self._queries)), self.layout, self._start)[0]
 
     def node(self, theta: Tensor, weight: float) -> Point:
         """∇h at theta."""

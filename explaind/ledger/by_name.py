@@ -222,6 +222,7 @@ def arguments(run: Run, asked: Decompose) -> dict[str, Any]:
         "tol": float(asked.tol),
         "dtype": DTYPES[asked.dtype],
         "device": asked.device,
+        "tf32": asked.tf32,
         "view": asked.view,
         "windows": asked.windows,
         "products": asked.products,

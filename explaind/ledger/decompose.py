@@ -49,6 +49,7 @@ def decompose(
     tol: float = 1e-3,
     dtype: torch.dtype = torch.float64,
     device: str | torch.device = "cpu",
+    tf32: bool = False,
     view: str = "seen",
     windows: int = 1,
     products: str = "auto",
@@ -78,6 +79,7 @@ def decompose(
     rule      "auto" (on every step the cheaper of the two next ones), "secant:K" (closes exactly; K equal parts), "gauss:N", "midpoint:N"
               nodes, or "adaptive" (the fewest Gauss nodes within `tol`)
     tol       largest error of the path rule, relative to each measure's movement, where the rule chooses
+    tf32      let products of float32 take TF32 on a GPU that has it: ten bits of each factor, and faster; nothing else switches it on
     view      "seen": the step axis says when an example's gradient was computed; "applied": when its momentum moved θ
     windows   steps per entry of the step axis
     products  "auto" (those that are "stored", or else the cheapest, by layer), "materialise", "ghost" or "jvp"
@@ -106,7 +108,7 @@ def decompose(
     asking = Functional(own, measure, target, dtype, moving)
     training = None if given is None else Training(own, given[1], target, dtype, moving)
     batch = moved(queries, target, dtype)
-    with differentiable():
+    with differentiable(tf32):
         theta = torch.from_numpy(run.states(0, 1)[0]).to(target, dtype)
         plan = planned(run, layout, probed(asking, layout, theta, batch), keep, groups, view, windows, dtype, budget)
         layout = Layout(run.manifest.layers, plan.groups.get("layer"))
@@ -120,6 +122,7 @@ def decompose(
             "tol": tol,
             "dtype": str(dtype).removeprefix("torch."),
             "device": str(target),
+            "tf32": tf32,
             "view": view,
             "windows": windows,
             "products": products,

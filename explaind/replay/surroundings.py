@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,12 +25,15 @@ def drawing(states: Iterable[Tensor], device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def as_in_training(threads: int) -> Iterator[None]:
-    """What a training has around it by default, whatever is set up around the kernel: gradients, every attention, so many threads."""
+    """What a training has around it by default, whatever is set up around the kernel: gradients, every attention, so many threads.
+
+    Products of float32 round as this process has them round.
+    """
     before, fast = torch.get_num_threads(), torch.backends.mha.get_fastpath_enabled()
     torch.set_num_threads(threads)
     torch.backends.mha.set_fastpath_enabled(True)
     try:
-        with torch.enable_grad(), sdpa_kernel(ATTENTIONS):
+        with torch.enable_grad(), sdpa_kernel(ATTENTIONS), rounding_in_products(*(_Differentiable.outside or float32_products())):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
@@ -50,6 +53,24 @@ def rounding_as(precision: torch.dtype, device: torch.device) -> Iterator[None]:
 def autocast_dtype(precision: float) -> torch.dtype | None:
     """The dtype that autocast computed in, by its ε; None without."""
     return next((dtype for dtype in (torch.bfloat16, torch.float16) if torch.finfo(dtype).eps == precision), None)
+
+
+def float32_products() -> tuple[str, bool]:
+    """How products of float32 round: torch's name for that of matrices, and whether convolutions of cuDNN take TF32."""
+    return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+
+@contextmanager
+def rounding_in_products(matrices: str, convolutions: bool) -> Iterator[None]:
+    """As ``float32_products`` tells it."""
+    before = float32_products()
+    torch.set_float32_matmul_precision(matrices)
+    torch.backends.cudnn.allow_tf32 = convolutions
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 class DifferentiableStatistics(TorchFunctionMode):
@@ -133,7 +154,16 @@ CHECKPOINTING = {"CheckpointFunction": _Uncheckpointed, "_checkpoint_without_ree
 class _Differentiable(AbstractContextManager[None]):
     """Attention in its math form: the fused kernels have no forward-mode derivative. And no checkpoints."""
 
+    outside: ClassVar[tuple[str, bool] | None] = None
+    """How products round for who is not within."""
+
+    def __init__(self, tf32: bool) -> None:
+        self._rounding = rounding_in_products("high" if tf32 else "highest", tf32)
+
     def __enter__(self) -> None:
+        self._before = _Differentiable.outside
+        _Differentiable.outside = self._before or float32_products()
+        self._rounding.__enter__()
         self._checkpointing = {name: getattr(checkpoint, name) for name in CHECKPOINTING if hasattr(checkpoint, name)}
         for name in self._checkpointing:
             setattr(checkpoint, name, CHECKPOINTING[name])
@@ -144,11 +174,16 @@ class _Differentiable(AbstractContextManager[None]):
 
     def __exit__(self, *error: Any) -> None:
         self._math.__exit__(*error)
+        self._rounding.__exit__(*error)
+        _Differentiable.outside = self._before
         for name, own in self._checkpointing.items():
             setattr(checkpoint, name, own)
         torch.backends.mha.set_fastpath_enabled(self._fast)
 
 
-def differentiable() -> AbstractContextManager[None]:
-    """Within it attention and checkpointed modules have reverse- and forward-mode derivatives; settings are put back afterwards."""
-    return _Differentiable()
+def differentiable(tf32: bool = False) -> AbstractContextManager[None]:
+    """Within it attention and checkpointed modules have reverse- and forward-mode derivatives; settings are put back afterwards.
+
+    tf32: whether products of float32 may take TF32 where the device has it, ten bits of each factor; what was set up does not count.
+    """
+    return _Differentiable(tf32)
