@@ -4,8 +4,11 @@ from pathlib import Path
 
 import pytest
 
+import explaind
 from explaind.config import Config, Decompose, bytes_of, literal, read, resolved
 from explaind.errors import ConfigError
+from explaind.tasks import load
+from explaind.tasks.training import train
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
 SMALL = """
@@ -125,3 +128,12 @@ def test_memory_may_be_a_number_or_a_text(file):
     assert read(file, ["--decompose.memory", "2GiB"]).decompose.memory == "2GiB"
     with pytest.raises(ConfigError, match=r"expected str \| int"):
         read(file, ["--decompose.memory", "true"])
+
+
+def test_the_long_configuration_keeps_its_record_small(tmp_path):
+    path = Path(__file__).parents[1] / "configs" / "nanda.toml"
+    assert read(path).train.thin == "sqrt"
+    few = read(path, ["--train.steps", "4", "--task.width", "16", "--task.mlp", "16"])
+    train(load(few.task.name, few.task.options), few, tmp_path / "run")
+    run = explaind.open(tmp_path / "run")
+    assert (run.complete, run.steps, run.manifest.thin is not None, run.manifest.block) == (True, 4, True, 2)

@@ -16,6 +16,7 @@ from explaind.analysis.speedup import speedup
 from explaind.analysis.table import tabulated
 from explaind.cli import main
 from explaind.errors import RequestError
+from tests.closeness import algebra
 
 FOLDER = Path(__file__).parents[1] / "experiments"
 
@@ -347,15 +348,21 @@ def test_the_pruning_study_runs_from_end_to_end_and_goes_on(tmp_path, monkeypatc
         assert curves["sparsity"][i] <= 1 - kept + 1e-12
     scores, layers = made._scores(0), made.runs[0].manifest.layers
     for values in scores.values():
-        whole = study.scores_of(values, study.components(layers, "tensor"))
+        whole = study.scores_of(values, study.components(layers, "tensor").of)
         assert all(abs(whole[i] / values[x.offset : x.offset + x.size].sum() - 1) <= 1e-12 for i, x in enumerate(layers))
-    for name in ("training", "checks", "at_90", "margins_90", "at_98", "margins_98", "reach", "overlap"):
+    for name in ("training", "checks", "at_90", "margins_90", "at_98", "margins_98", "reach", "overlap", "ablation"):
         assert (tmp_path / "tables" / f"{name}.md").read_text().count("\n| ") >= 4
+    for row in found["ablation"]:
+        assert all(-1 <= least <= median <= most <= 1 for median, least, most in (row["loss"], row["kl"]))
+    with (tmp_path / "tables" / "ablation.csv").open() as file:
+        tensors = [row for row in csv.DictReader(file) if (row["seed"], row["level"]) == ("0", "tensor")]
+    assert [row["component"] for row in tensors] == [x.name for x in layers if not x.name.startswith("output")]
+    algebra([float(row["credit"]) for row in tensors], [scores["credit"][x.offset : x.offset + x.size].sum() for x in layers[:-2]])
     assert (tmp_path / "figures" / "pruning.png").exists()
-    kinds = ("seed-*/**/commit.json", "scores/*.npz", "curves/*.json")
+    kinds = ("seed-*/**/commit.json", "scores/*.npz", "curves/*.json", "ablations/*.json")
     times = {p: p.stat().st_mtime_ns for kind in kinds for p in tmp_path.glob(kind)}
-    assert len(times) == 2 * (2 + 1 + 12)
-    assert results("credit", "prune")[0] == found
+    assert len(times) == 2 * (2 + 1 + 12 + 1)
+    assert results("credit", "prune", "ablate")[0] == found
     assert times == {p: p.stat().st_mtime_ns for kind in kinds for p in tmp_path.glob(kind)}
 
 

@@ -9,6 +9,8 @@ from explaind.analysis.pruning import METHODS
 from explaind.analysis.table import Table
 
 LEVELS = ("param", "neuron", "tensor")
+ABLATED = ("neuron", "tensor")
+"""Single parameters would be a hundred thousand networks."""
 LOOKS = (0.1, 0.02)
 """The kept shares that the tables tell of: 90 % and 98 % sparsity."""
 LOSS = 0.01
@@ -60,6 +62,17 @@ def overlaps(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         {"level": level, **{m: middle(np.array([row[m] for row in rows if row["level"] == level])) for m in METHODS[1:]}}
         for level in LEVELS
     ]
+
+
+def foretold(ranks: Table) -> list[dict[str, Any]]:
+    """Rank correlations of scores with what a removal costs, over seeds: one row a level and method."""
+    rows = []
+    for level in ABLATED:
+        for method in METHODS:
+            mine = ranks.where(level=level, method=method)
+            costs = {name: middle(mine[name]) for name in ("loss", "accuracy", "kl")}
+            rows.append({"level": level, "method": method, "components": int(mine["components"][0]), **costs})
+    return rows
 
 
 def middle(values: np.ndarray) -> list[float]:

@@ -1,27 +1,40 @@
 """How much of a network can go by credit, and is that better than by magnitude, by gradient or by lot?
 
-python experiments/pruning/run.py --source FOLDER [--seeds 0 1 2] [--parts train credit prune] [--small]
+python experiments/pruning/run.py --source FOLDER [--seeds 0 1 2] [--parts train credit prune ablate] [--small]
 
 Trains and records ResNet-9 on shirts and T-shirts (configs/pairs.toml), takes its predictions apart by parameter and window of steps, and
-sets what has least score to zero: single parameters, neurons, tensors. Nothing is retrained. FOLDER holds the files of Fashion-MNIST, see
-`make fashion`; by default it is where the Debian package installs them. Every training, ledger and curve is kept in --out and not made
-again. Prints the tables, and writes them with results.json and figures. --small is two handwritten digits, a try in half a minute.
+sets what has least score to zero: single parameters, neurons, tensors; nothing is retrained. Then every neuron and tensor is taken out
+alone. FOLDER holds the files of Fashion-MNIST, see `make fashion`; by default it is where the Debian package installs them. All that was
+made is kept in --out and not made again. Prints the tables, and writes them with results.json and figures. --small is two handwritten
+digits, a try in half a minute.
 """
 
 import argparse
 import json
+from collections.abc import Callable
 from copy import copy
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from comparing import LEVELS, LOOKS, LOSS, at, figure, margins, markdown, overlaps, reach
+from comparing import ABLATED, LEVELS, LOOKS, LOSS, at, figure, foretold, margins, markdown, overlaps, reach
 from sklearn.datasets import load_digits
 from torch.utils._pytree import tree_map
 
 import explaind
-from explaind.analysis.pruning import METHODS, baseline_scores, components, credit_scores, mask, pruned, pruning_curve, scores_of
+from explaind.analysis.components import components
+from explaind.analysis.pruning import (
+    METHODS,
+    ablation,
+    ablation_ranks,
+    baseline_scores,
+    credit_scores,
+    mask,
+    pruned,
+    pruning_curve,
+    scores_of,
+)
 from explaind.analysis.surgery import Bench, layers_named
 from explaind.analysis.table import Table, stacked
 from explaind.config import read
@@ -38,7 +51,9 @@ EMPTY = 1e-2
 """Below this a parameter is small beside torch's initial ones, which are up to 0.04 in the widest layers and 0.3 in the first."""
 TRAIN_IMAGES = 1000
 """Of the training set, on which a pruned network is measured too: the gradient's score needs all of them, an accuracy does not."""
-PARTS = ("train", "credit", "prune")
+VAL_IMAGES = 300
+"""Of the held-out images, on which a network without one of its hundreds of components is measured."""
+PARTS = ("train", "credit", "prune", "ablate")
 
 
 class Study:
@@ -122,6 +137,22 @@ class Study:
         (self.out / "figures").mkdir(exist_ok=True)
         figure(table).savefig(self.out / "figures" / "pruning.png", dpi=120)
 
+    def ablate(self) -> None:
+        """How well do the scores of a neuron or a tensor foretell what its removal costs?"""
+        tables = []
+        for seed, run in self.runs.items():
+            scores, bench = self._scores(seed), self._narrow(seed)
+            bench.batches = {split: tree_map(lambda leaf: leaf[:VAL_IMAGES], batch) for split, batch in bench.batches.items()}
+            key = {"sums": _sums(scores, *METHODS), "levels": list(ABLATED), "val_images": VAL_IMAGES}
+            spared = layers_named(run, bench.task, SPARE)
+            tables.append(_kept(self.out / "ablations" / f"{seed}.json", key, ablation, bench, scores, ABLATED, spared))
+            print(f"seed {seed}: taken apart", flush=True)
+        stacked(tables, seed=list(self.runs)).write(self.out / "tables")
+        ranks = stacked([ablation_ranks(table) for table in tables], seed=list(self.runs))
+        self.found["ablation_ranks"] = {name: ranks[name].tolist() for name in ranks.columns}
+        title = f"Components taken out alone: rank correlation of a score with what that costs on {VAL_IMAGES} held-out images"
+        self._tell("ablation", title, foretold(ranks))
+
     def _free(self, seed: int) -> np.ndarray:
         """The parameters that may go: bool [param]."""
         run = self.runs[seed]
@@ -148,17 +179,8 @@ class Study:
         spared, tables = layers_named(bench.run, bench.task, SPARE), []
         for method, level in ((m, lv) for m in scores for lv in LEVELS):
             path = self.out / "curves" / f"{seed}-{method}-{level}.json"
-            sums = [float(scores[name].sum()) for name in ("magnitude", method)]  # another network, or other scores
-            key = {"kept": list(KEPT), "sums": sums, "train_images": TRAIN_IMAGES}
-            if not path.exists() or json.loads(path.read_text())["key"] != key:
-                path.parent.mkdir(exist_ok=True)
-                made = pruning_curve(bench, {method: scores[method]}, KEPT, spared, (level,))
-                plain = {**asdict(made), "columns": {name: made[name].tolist() for name in made.columns}}
-                half = path.with_name("half")
-                half.write_text(json.dumps({"key": key, "table": plain}))
-                half.replace(path)
-            stored = json.loads(path.read_text())["table"]
-            tables.append(Table(**{**stored, "columns": {name: np.array(values) for name, values in stored["columns"].items()}}))
+            key = {"kept": list(KEPT), "sums": _sums(scores, method), "train_images": TRAIN_IMAGES}
+            tables.append(_kept(path, key, pruning_curve, bench, {method: scores[method]}, KEPT, spared, (level,)))
         return stacked(tables)
 
     def _narrow(self, seed: int) -> Bench:
@@ -177,7 +199,7 @@ class Study:
         """
         run, bench = self.runs[seed], self._narrow(seed)
         theta, free = run.theta(run.steps), self._free(seed)
-        of = {level: components(run.manifest.layers, level) for level in (*LEVELS, "module")}
+        of = {level: components(run.manifest.layers, level).of for level in (*LEVELS, "module")}
         same = []
         for values, level in ((v, lv) for v in scores.values() for lv in LEVELS):
             made = pruned(theta, mask(values, of[level], free, 1.0))
@@ -205,6 +227,24 @@ class Study:
         print(self.told[name], flush=True)
 
 
+def _kept(path: Path, key: dict[str, Any], make: Callable[..., Table], *given: Any) -> Table:
+    """A table that is made of what is given, unless a file has it under the same key."""
+    if not path.exists() or json.loads(path.read_text())["key"] != key:
+        path.parent.mkdir(exist_ok=True)
+        made = make(*given)
+        plain = {**asdict(made), "columns": {name: made[name].tolist() for name in made.columns}}
+        half = path.with_name("half")  # what is interrupted leaves no file of that name
+        half.write_text(json.dumps({"key": key, "table": plain}))
+        half.replace(path)
+    stored = json.loads(path.read_text())["table"]
+    return Table(**{**stored, "columns": {name: np.array(values) for name, values in stored["columns"].items()}})
+
+
+def _sums(scores: dict[str, np.ndarray], *methods: str) -> list[float]:
+    """What differs for another network, or for other scores."""
+    return [float(scores[name].sum()) for name in ("magnitude", *methods)]
+
+
 def digits(path: Path) -> Path:
     """Handwritten digits as a source of pairs: the last third is held out."""
     images, labels = load_digits(return_X_y=True)
@@ -218,7 +258,7 @@ def overlap(run: explaind.Run, scores: dict[str, np.ndarray], free: np.ndarray) 
     """How much of what credit keeps each baseline keeps as well; two scores that know nothing of each other share what is kept."""
     rows = []
     for level in LEVELS:
-        of = components(run.manifest.layers, level)
+        of = components(run.manifest.layers, level).of
         kept = {method: mask(values, of, free, LOOKS[0]) & free for method, values in scores.items()}
         rows.append({"level": level, **{m: float((kept["credit"] & kept[m]).sum() / kept["credit"].sum()) for m in METHODS[1:]}})
     return rows

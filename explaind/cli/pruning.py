@@ -1,14 +1,17 @@
-"""The verb prune: how much of a network can go, by credit and by three baselines."""
+"""The verb prune: how much of a network can go, by credit and by three baselines, and what each part is for."""
 
+import math
+import shlex
 from typing import Any
 
 import numpy as np
 
-from explaind.analysis.pruning import METHODS, SOURCE, baseline_scores, credit_scores, pruning_curve
+from explaind.analysis.pruning import METHODS, SOURCE, ablation, ablation_ranks, baseline_scores, credit_scores, pruning_curve
 from explaind.analysis.surgery import Bench, layers_named
-from explaind.cli.terminal import FINE, Json, app, ledgers_of, printed
+from explaind.analysis.table import Table
+from explaind.cli.terminal import FINE, Json, app, ledgers_of, printed, progress
 from explaind.errors import RequestError, StoreError
-from explaind.ledger.by_name import task_of
+from explaind.ledger.by_name import config_of, task_of
 from explaind.ledger.saving import open_ledger
 from explaind.report.lines import pruning_lines
 from explaind.store.reader import Run, open_run
@@ -25,6 +28,7 @@ def prune(
     kept: str = FRACTIONS,
     levels: str = "param",
     spare: str = "",
+    ablate: str = "",
     methods: str = ",".join(METHODS),
     seed: int = 0,
     json: Json = False,
@@ -38,9 +42,12 @@ def prune(
     kept
         Shares of the prunable parameters that stay, separated by commas.
     levels
-        What goes at once: param, neuron, module (such as a head), tensor.
+        What goes at once: param, neuron, head (of an attention, whether heads are modules or share their projections), module, tensor.
+        Of the level head, --kept is a share of the heads' parameters.
     spare
         Layers that stay whole: names, patterns or groups of the task, such as decoder.
+    ablate
+        Levels of which every component is also taken out alone, such as neuron,head: what that costs, and how well each score foretells it.
     methods
         Out of credit, magnitude, gradient, random.
     seed
@@ -55,11 +62,24 @@ def prune(
     scores = {m: _credit(recorded, ledger) if m == "credit" else baseline_scores(bench, theta, m, seed) for m in chosen}
     spared = layers_named(recorded, bench.task, _parts(spare)) if spare else ()
     table = pruning_curve(bench, scores, [_share(text) for text in _parts(kept)], spared, _parts(levels))
-    path = table.write(recorded.path / "analysis" / "pruning")
-    rows = [{name: values[i].item() for name, values in table.columns.items()} for i in range(len(table))]
-    facts: dict[str, Any] = {"run": str(recorded.path), "table": str(path), "spared": list(spared), "source": SOURCE, "rows": rows}
+    tables = {"pruning": table, **(_ablated(bench, scores, _parts(ablate), spared) if ablate else {})}
+    paths = {name: str(found.write(recorded.path / "analysis" / "pruning")) for name, found in tables.items()}
+    facts: dict[str, Any] = {"run": str(recorded.path), "table": paths["pruning"], "spared": list(spared), "source": SOURCE}
+    facts |= {"rows": _rows(table), **{name: {"table": paths[name], "rows": _rows(tables[name])} for name in list(tables)[1:]}}
     printed(facts, json, pruning_lines)
     return FINE
+
+
+def _ablated(bench: Bench, scores: dict[str, np.ndarray], levels: list[str], spared: tuple[str, ...]) -> dict[str, Table]:
+    with progress("ablating") as told:
+        table = ablation(bench, scores, levels, spared, progress=told)
+    return {found.name: found for found in (table, ablation_ranks(table))}
+
+
+def _rows(table: Table) -> list[dict[str, Any]]:
+    """As JSON has them: None where there is no number."""
+    rows = [{name: values[i].item() for name, values in table.columns.items()} for i in range(len(table))]
+    return [{name: None if isinstance(v, float) and math.isnan(v) else v for name, v in row.items()} for row in rows]
 
 
 def _credit(recorded: Run, name: str | None) -> np.ndarray:
@@ -72,9 +92,16 @@ def _credit(recorded: Run, name: str | None) -> np.ndarray:
             where=recorded.path / "ledgers",
             expected="one with the axes query and param",
             got=", ".join(path.name for path in fit) or "none",
-            do="explaind decompose RUN --keep query,param,step --windows 50 makes one" if not fit else "name one with --ledger",
+            do=f"{_decomposing(recorded)} makes one" if not fit else "name one with --ledger",
         )
     return credit_scores(open_ledger(fit[0]))
+
+
+def _decomposing(recorded: Run) -> str:
+    """The command that makes such a ledger, beside the one that the configuration makes, in ten windows of steps."""
+    groups = " --groups ''" if config_of(recorded).decompose.groups else ""  # of axes that it does not keep
+    windows = max(1, -(-recorded.steps // 10))
+    return f"explaind decompose {shlex.quote(str(recorded.path))} --keep query,param,step --windows {windows}{groups} --name by-param"
 
 
 def _parts(text: str) -> list[str]:

@@ -81,7 +81,21 @@ def pruning_lines(facts: dict[str, Any]) -> list[str]:
     for row in facts["rows"]:
         numbers = f"{row['kept']:>6g} {row['val_accuracy']:>9.3f} {row['val_loss']:>9.4g} {row['kl']:>9.3g}"
         lines.append(f"{row['method']:<10} {row['level']:<7} {numbers}")
-    return [*lines, f"kept whole: {', '.join(facts['spared']) or 'nothing'}; {facts['table']}"]
+    lines.append(f"kept whole: {', '.join(facts['spared']) or 'nothing'}; {facts['table']}")
+    return lines + (_ranked_lines(facts) if "ablation" in facts else [])
+
+
+def _ranked_lines(facts: dict[str, Any]) -> list[str]:
+    """How well each score foretells what a component's removal costs."""
+    lines = [
+        "",
+        "every component taken out alone: rank correlation (Spearman) of its score with what that costs on validation",
+        f"{'method':<10} {'level':<7} {'components':>10} {'loss':>9} {'accuracy':>9} {'KL':>9}",
+    ]
+    for row in facts["ablation_ranks"]["rows"]:
+        cells = ("–" if row[name] is None else f"{row[name]:.3f}" for name in ("loss", "accuracy", "kl"))
+        lines.append(f"{row['method']:<10} {row['level']:<7} {row['components']:>10} {' '.join(f'{cell:>9}' for cell in cells)}")
+    return [*lines, f"{facts['ablation']['table']}; {facts['ablation_ranks']['table']}"]
 
 
 def info_lines(facts: dict[str, Any]) -> list[str]:
