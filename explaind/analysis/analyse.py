@@ -53,7 +53,9 @@ def of_run(run: Run, task: Task | None) -> Analysed:
     if isinstance(task, ModularArithmetic) and task.operation in SIGN and task.p % 2:
         found += [key_frequencies(run, task), progress(run, task), clock_or_pizza(run, task)]
     else:
-        left_out.append("progress measures, key frequencies, clock or pizza: for addition and subtraction of an odd modulus")
+        left_out.append(
+            "progress measures, key frequencies, clock or pizza: have a meaning for addition and subtraction of an odd modulus alone"
+        )
     return Analysed(tuple(found), tuple(left_out))
 
 
