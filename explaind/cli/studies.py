@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from explaind.analysis.analyse import facts_of, of_ledger, of_run
+from explaind.analysis.analyse import OF_LEDGERS, OF_RUN, facts_of, of_ledger, of_run
 from explaind.cli.terminal import FINE, Json, app, ledgers_of, printed, task_or_none
 from explaind.config import Report
 from explaind.errors import StoreError
@@ -15,9 +15,6 @@ from explaind.report.lines import analysis_lines, report_lines
 from explaind.report.summary import ledger_facts
 from explaind.store.location import Location
 from explaind.store.reader import Run, open_run
-
-RUN_TABLES = "run"
-"""The folder of the analyses that need no ledger, beside one for each ledger."""
 
 
 @app.command
@@ -44,8 +41,9 @@ def report(run: str, /, *, json: Json = False) -> int:
 def analysed(recorded: Run, paths: Sequence[Location]) -> dict[str, Any]:
     """Write the tables of a run and of these ledgers."""
     folder = recorded.path / "analysis"
-    found = {RUN_TABLES: of_run(recorded, task_or_none(recorded))}
-    found |= {path.name: of_ledger(recorded, open_ledger(path)) for path in paths}
+    task = task_or_none(recorded)
+    found = {OF_RUN: of_run(recorded, task)}
+    found |= {f"{OF_LEDGERS}/{path.name}": of_ledger(recorded, open_ledger(path), task) for path in paths}
     for name, analysed in found.items():
         analysed.write(folder / name)
     return facts_of(found, folder)
