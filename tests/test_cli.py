@@ -55,10 +55,11 @@ def asked(capsys, *arguments):
 
 
 def test_run_makes_a_run_a_ledger_and_a_report(finished, capsys):
-    figures = {p.stem for p in (finished / "report" / "val.target_log_probability").glob("*.png")}
+    figures = {p.stem for p in (finished / "report" / "ledgers" / "val.target_log_probability").glob("*.png")}
     predictions = {f"{kind}_query{i}" for kind in ("waterfall", "examples") for i in (0, 1)}
     assert figures == {"training", "layers_over_steps", "layer_shares", "balance", "rest_rows"} | predictions
-    summary = json.loads((finished / "report" / "val.target_log_probability" / "ledger.json").read_text())
+    assert {p.stem for p in (finished / "report" / "run").iterdir()} == {"training", "progress", "key_frequencies", "clock_or_pizza"}
+    summary = json.loads((finished / "report" / "ledgers" / "val.target_log_probability" / "ledger.json").read_text())
     assert len(summary["predictions"]) == 6
     for prediction in summary["predictions"]:
         assert abs(sum(prediction["rows"].values()) - prediction["final"]) <= 1e-10
@@ -117,7 +118,8 @@ def test_credit_by_parameter_is_told_with_its_components_classes_and_frequencies
     said = asked(capsys, "analyse", copied)[1]
     assert "left out    layer_shares: keep layer and step" in said
     assert "left out    frequency_agreement: 0 of 3 frequencies are key" in said  # of a network that has hardly begun
-    columns = {"frequency": np.arange(1, 4), "key": np.array([False, True, False])}
+    shares = {name: np.array([0.1, 0.8, 0.1]) for name in ("neurons", "embedding", "decoder")}
+    columns = {"frequency": np.arange(1, 4), **shares, "key": np.array([False, True, False])}
     monkeypatch.setattr("explaind.analysis.analyse.key_frequencies", lambda run, task: Table("key_frequencies", "", "", columns))
     assert asked(capsys, "analyse", copied)[0] == 0
     tables = read_tables(copied / "analysis" / "ledgers" / "fine")
@@ -134,6 +136,14 @@ def test_credit_by_parameter_is_told_with_its_components_classes_and_frequencies
             found = tables[name].where(step=step)
             assert {c: found[c].tolist() for c in want.columns} == {c: pytest.approx(want[c].tolist(), abs=1e-9) for c in want.columns}
         assert tables["spectrum"].where(step=step)["power"] == pytest.approx(of_similarity.spectrum(matrix, targets[1:5].numpy(), 7))
+    assert asked(capsys, "report", copied)[0] == 0
+    shutil.rmtree(copied / "ledgers" / "val.target_log_probability")
+    (copied / "report").rename(copied / "before")
+    assert asked(capsys, "report", copied)[0] == 0
+    drawn = {folder: {p.stem for p in (copied / folder / "ledgers" / "fine").glob("*.png")} for folder in ("before", "report")}
+    assert drawn["before"] == drawn["report"] >= {"similarity", "kernel_pca", "spectrum", "rest_rows"}
+    gone = {p.stem for p in (copied / "report" / "ledgers" / "val.target_log_probability").iterdir()}
+    assert gone == {"layer_shares", "balance"}  # of the tables that are left
 
 
 def test_a_ledger_may_have_any_name_without_touching_other_tables(copied, capsys):
@@ -192,7 +202,7 @@ def test_decompose_takes_its_options_and_refuses_to_overwrite(copied, capsys):
     assert asked(capsys, "decompose", copied, *options, "--overwrite")[0] == 0
     assert asked(capsys, "decompose", copied, "--queries", "train:3", "--name", "mine")[0] == 0
     assert asked(capsys, "report", copied)[0] == 0
-    assert (copied / "report" / "mine" / "ledger.json").exists()
+    assert (copied / "report" / "ledgers" / "mine" / "ledger.json").exists()
 
 
 def test_groups_by_class_and_module(copied, capsys):
@@ -216,14 +226,17 @@ def test_groups_by_class_and_module(copied, capsys):
     parts = explaind.open_ledger(copied / "ledgers" / "parts")
     assert parts.coords["layer"].tolist() == ["embedding", "attention in", "attention out", "linear1", "linear2", "decoder"]
     assert asked(capsys, "report", copied)[0] == 0
-    summary = json.loads((copied / "report" / "classes" / "ledger.json").read_text())
+    summary = json.loads((copied / "report" / "ledgers" / "classes" / "ledger.json").read_text())
     assert summary["predictions"][0]["strongest"][0]["label"] in classes["train"]
 
 
 def test_record_alone(tmp_path, capsys):
     status, text = asked(capsys, "record", SMALL, "--out", tmp_path / "r", "--train.steps", "2", "--json")
     assert (status, json.loads(text)["steps"]) == (0, 2)
-    assert "no ledger to report on" in refused(capsys, "report", tmp_path / "r")
+    assert "no tables and no ledger to report on" in refused(capsys, "report", tmp_path / "r")
+    assert asked(capsys, "analyse", tmp_path / "r")[0] == 0
+    assert asked(capsys, "report", tmp_path / "r")[0] == 0
+    assert (tmp_path / "r" / "report" / "run" / "progress.png").exists()
     assert "something here already" in refused(capsys, "record", SMALL, "--out", tmp_path / "r")
     assert asked(capsys, "record", SMALL, "--out", tmp_path / "r", "--train.steps", "3", "--overwrite")[0] == 0
 
