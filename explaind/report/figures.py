@@ -171,7 +171,7 @@ def scatter(points: Mapping[str, np.ndarray], classes: np.ndarray | None, title:
     for place, (name, (across, up)) in enumerate(points.items()):
         axes = figure.add_subplot(1, len(points), place + 1)
         axes.spines[["top", "right"]].set_visible(False)
-        colour = {"color": NEUTRAL} if classes is None else {"c": classes, "cmap": "twilight"}
+        colour = {"color": NEUTRAL} if classes is None else {"c": classes, "cmap": "hsv"}
         image = axes.scatter(across, up, s=14, **colour)
         axes.set_title(name, fontsize=9)
         axes.set(xlabel="component 1", ylabel="component 2" if place == 0 else "")
