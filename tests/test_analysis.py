@@ -56,6 +56,13 @@ def test_layer_shares_are_those_of_the_sizes_of_credit_and_sum_to_one(ledger):
     assert layer_shares(ledger.sum("example")).formula.endswith("summed before sizes were taken: example")
 
 
+@pytest.mark.parametrize("view", ["seen", "applied"])
+def test_tables_over_steps_name_the_view_that_they_are_of(run, view):
+    ledger = cases.decomposed(run, view=view, windows=4)
+    assert all(f"view {view}" in analysis(ledger).formula for analysis in (layer_shares, balance, step_scores))
+    assert "view" not in example_scores(ledger).formula
+
+
 def test_shares_of_a_sample_are_of_its_examples_alone_and_its_halves_tell_how_far_off(ledger):
     places = np.array([1, 4, 5, 7])
     shares = layer_shares(ledger, places).grid("step", "layer", "share")[2]
@@ -203,6 +210,14 @@ def test_change_points_are_where_the_mean_jumps():
     assert of_phases.change_points(noise) == []
     assert of_phases.change_points(steps_of((10, 0.8))) == []
     assert of_phases.change_points(signal[:3]) == []
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_change_points_of_steps_without_noise_are_the_steps(scale, offset):
+    for means in ((0.8, 0.4, 0.6), (0.1, 0.7, 0.3)):
+        signal = scale * (offset + steps_of(*((8, mean) for mean in means)))
+        assert of_phases.change_points(signal) == [8, 16]
 
 
 def test_phases_hold_the_means_of_the_shares():

@@ -14,7 +14,11 @@ import zarr
 from torch.utils.data import TensorDataset
 
 import explaind
+from explaind.analysis import similarity as of_similarity
+from explaind.analysis.analyse import Analysed, read_tables
+from explaind.analysis.table import Table
 from explaind.cli import main
+from explaind.errors import StoreError
 from explaind.ledger.by_name import task_of
 from tests import cases
 
@@ -51,10 +55,11 @@ def asked(capsys, *arguments):
 
 
 def test_run_makes_a_run_a_ledger_and_a_report(finished, capsys):
-    figures = {p.stem for p in (finished / "report" / "val.target_log_probability").glob("*.png")}
+    figures = {p.stem for p in (finished / "report" / "ledgers" / "val.target_log_probability").glob("*.png")}
     predictions = {f"{kind}_query{i}" for kind in ("waterfall", "examples") for i in (0, 1)}
     assert figures == {"training", "layers_over_steps", "layer_shares", "balance", "rest_rows"} | predictions
-    summary = json.loads((finished / "report" / "val.target_log_probability" / "ledger.json").read_text())
+    assert {p.stem for p in (finished / "report" / "run").iterdir()} == {"training", "progress", "key_frequencies", "clock_or_pizza"}
+    summary = json.loads((finished / "report" / "ledgers" / "val.target_log_probability" / "ledger.json").read_text())
     assert len(summary["predictions"]) == 6
     for prediction in summary["predictions"]:
         assert abs(sum(prediction["rows"].values()) - prediction["final"]) <= 1e-10
@@ -88,28 +93,88 @@ def test_analyses_are_tables_with_their_formulas(copied, capsys):
     status, text = asked(capsys, "analyse", copied, "--json")
     facts = json.loads(text)["analyses"]
     assert status == 0
-    assert list(facts) == ["run", "val.target_log_probability"]
+    assert list(facts) == ["run", "ledgers/val.target_log_probability"]
     for name, tables in (
         ("run", {"training", "key_frequencies", "progress", "clock_or_pizza"}),
-        ("val.target_log_probability", {"layer_shares", "balance", "phases", *SCORES}),
+        ("ledgers/val.target_log_probability", {"layer_shares", "balance", "phases", *SCORES}),
     ):
         about = json.loads((copied / "analysis" / name / "analysis.json").read_text())
         assert set(about["tables"]) == tables
         assert all(entry["formula"] and entry["source"] for entry in about["tables"].values())
         assert all(Path(file).exists() for file in facts[name]["files"])
-    with (copied / "analysis" / "val.target_log_probability" / "layer_shares.csv").open() as file:
+    with (copied / "analysis" / "ledgers" / "val.target_log_probability" / "layer_shares.csv").open() as file:
         rows = list(csv.DictReader(file))
     steps = {row["step"] for row in rows}
     assert len(steps) == 4
     for step in steps:
         assert abs(sum(float(row["share"]) for row in rows if row["step"] == step) - 1) <= 1e-12
-    assert facts["val.target_log_probability"]["left_out"] == ["similarity: keep query and param"]
-    fine = ["decompose", copied, "--keep", "query,param,step", "--windows", "10", "--queries", "val:0:3", "--name", "fine"]
+    lacking = ["similarity, kernel_pca, frequency_agreement: keep query and param"]
+    assert facts["ledgers/val.target_log_probability"]["left_out"] == lacking
+
+
+def test_credit_by_parameter_is_told_with_its_components_classes_and_frequencies(copied, capsys, monkeypatch):
+    fine = ["decompose", copied, "--keep", "query,param,step", "--windows", "10", "--queries", "val:1:5", "--name", "fine"]
     assert asked(capsys, *fine)[0] == 0
-    assert "left out    layer_shares: keep layer and step" in asked(capsys, "analyse", copied)[1]
-    with (copied / "analysis" / "fine" / "similarity.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert all(abs(float(row["cosine"]) - 1) <= 1e-12 for row in rows if row["query"] == row["other"])
+    said = asked(capsys, "analyse", copied)[1]
+    assert "left out    layer_shares: keep layer and step" in said
+    assert "left out    frequency_agreement: 0 of 3 frequencies are key" in said  # of a network that has hardly begun
+    shares = {name: np.array([0.1, 0.8, 0.1]) for name in ("neurons", "embedding", "decoder")}
+    columns = {"frequency": np.arange(1, 4), **shares, "key": np.array([False, True, False])}
+    monkeypatch.setattr("explaind.analysis.analyse.key_frequencies", lambda run, task: Table("key_frequencies", "", "", columns))
+    assert asked(capsys, "analyse", copied)[0] == 0
+    tables = read_tables(copied / "analysis" / "ledgers" / "fine")
+    cosines = tables["similarity"].where(layer="all")
+    assert cosines.where(query=2, other=2)["cosine"] == pytest.approx([1.0, 1.0], abs=1e-12)
+    targets = task_of(explaind.open(copied)).data("val").tensors[1]
+    assert tables["classes"]["class"].tolist() == targets[1:5].tolist()
+    for step in (0, 10):
+        matrix = cosines.where(step=step).grid("query", "other", "cosine")[2]
+        for name, want in (
+            ("kernel_pca", of_similarity.kernel_pca(matrix, np.arange(4))),
+            ("frequency_agreement", of_similarity.agreement(matrix, targets[1:5].numpy(), 7, [2])),
+        ):
+            found = tables[name].where(step=step)
+            assert {c: found[c].tolist() for c in want.columns} == {c: pytest.approx(want[c].tolist(), abs=1e-9) for c in want.columns}
+        assert tables["spectrum"].where(step=step)["power"] == pytest.approx(of_similarity.spectrum(matrix, targets[1:5].numpy(), 7))
+    assert asked(capsys, "report", copied)[0] == 0
+    shutil.rmtree(copied / "ledgers" / "val.target_log_probability")
+    (copied / "report").rename(copied / "before")
+    assert asked(capsys, "report", copied)[0] == 0
+    drawn = {folder: {p.stem for p in (copied / folder / "ledgers" / "fine").glob("*.png")} for folder in ("before", "report")}
+    assert drawn["before"] == drawn["report"] >= {"similarity", "kernel_pca", "spectrum", "rest_rows"}
+    gone = {p.stem for p in (copied / "report" / "ledgers" / "val.target_log_probability").iterdir()}
+    assert gone == {"layer_shares", "balance"}  # of the tables that are left
+
+
+def test_a_ledger_may_have_any_name_without_touching_other_tables(copied, capsys):
+    assert asked(capsys, "analyse", copied)[0] == 0
+    before = read_tables(copied / "analysis" / "run")
+    (copied / "analysis" / "pruning").mkdir()
+    (copied / "analysis" / "pruning" / "pruning.csv").write_text("kept\n")
+    for name in ("run", "pruning", "ledgers"):
+        assert asked(capsys, "decompose", copied, "--keep", "step", "--queries", "val:0", "--name", name)[0] == 0
+    assert asked(capsys, "analyse", copied)[0] == 0
+    assert set(read_tables(copied / "analysis" / "run")) == set(before) == {"training", "key_frequencies", "progress", "clock_or_pizza"}
+    assert (copied / "analysis" / "pruning" / "pruning.csv").read_text() == "kept\n"
+    for name in ("run", "pruning", "ledgers"):
+        assert set(read_tables(copied / "analysis" / "ledgers" / name)) == {"step_scores"}
+
+
+def test_tables_are_read_as_they_were_written(copied):
+    columns = {"step": [0, 1], "share": [1 / 3, float("nan")], "layer": ["a,b", "c"], "key": [True, False]}
+    made = Table("t", "f", "s", {name: np.array(values) for name, values in columns.items()})
+    Analysed((made, Table("none", "", "", {"step": np.array([])})), ()).write(copied / "kept")
+    found = read_tables(copied / "kept")
+    assert list(found) == ["t", "none"]
+    assert found["t"].about() == made.about()
+    for name, values in made.columns.items():
+        np.testing.assert_array_equal(found["t"][name], values)
+        assert found["t"][name].dtype.kind == values.dtype.kind
+    assert len(found["none"]) == 0
+    assert read_tables(copied / "nowhere") == {}
+    (copied / "kept" / "t.csv").write_text("step\n1,2\n")
+    with pytest.raises(StoreError, match="cannot be read"):
+        read_tables(copied / "kept")
 
 
 def test_decompose_takes_its_options_and_refuses_to_overwrite(copied, capsys):
@@ -137,7 +202,7 @@ def test_decompose_takes_its_options_and_refuses_to_overwrite(copied, capsys):
     assert asked(capsys, "decompose", copied, *options, "--overwrite")[0] == 0
     assert asked(capsys, "decompose", copied, "--queries", "train:3", "--name", "mine")[0] == 0
     assert asked(capsys, "report", copied)[0] == 0
-    assert (copied / "report" / "mine" / "ledger.json").exists()
+    assert (copied / "report" / "ledgers" / "mine" / "ledger.json").exists()
 
 
 def test_groups_by_class_and_module(copied, capsys):
@@ -161,14 +226,17 @@ def test_groups_by_class_and_module(copied, capsys):
     parts = explaind.open_ledger(copied / "ledgers" / "parts")
     assert parts.coords["layer"].tolist() == ["embedding", "attention in", "attention out", "linear1", "linear2", "decoder"]
     assert asked(capsys, "report", copied)[0] == 0
-    summary = json.loads((copied / "report" / "classes" / "ledger.json").read_text())
+    summary = json.loads((copied / "report" / "ledgers" / "classes" / "ledger.json").read_text())
     assert summary["predictions"][0]["strongest"][0]["label"] in classes["train"]
 
 
 def test_record_alone(tmp_path, capsys):
     status, text = asked(capsys, "record", SMALL, "--out", tmp_path / "r", "--train.steps", "2", "--json")
     assert (status, json.loads(text)["steps"]) == (0, 2)
-    assert "no ledger to report on" in refused(capsys, "report", tmp_path / "r")
+    assert "no tables and no ledger to report on" in refused(capsys, "report", tmp_path / "r")
+    assert asked(capsys, "analyse", tmp_path / "r")[0] == 0
+    assert asked(capsys, "report", tmp_path / "r")[0] == 0
+    assert (tmp_path / "r" / "report" / "run" / "progress.png").exists()
     assert "something here already" in refused(capsys, "record", SMALL, "--out", tmp_path / "r")
     assert asked(capsys, "record", SMALL, "--out", tmp_path / "r", "--train.steps", "3", "--overwrite")[0] == 0
 

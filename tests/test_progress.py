@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import explaind
 from explaind.analysis import progress as of_progress
-from explaind.analysis.clock import clock_or_pizza, distance_irrelevance, gradient_symmetricity
+from explaind.analysis.clock import clock_or_pizza, distance_irrelevance, gradient_symmetricity, mirror
 from explaind.analysis.fourier import amplitudes, by_neuron, gini, power, waves
 from explaind.analysis.progress import Square, along, key_frequencies, losses_without_waves, progress
 from explaind.errors import RequestError
@@ -195,13 +195,75 @@ def test_distance_is_irrelevant_to_a_clock_and_all_that_matters_to_a_pizza():
     assert np.isnan(distance_irrelevance(np.ones((P, P))))
 
 
+def test_distances_of_a_difference_are_sums():
+    generator = np.random.default_rng(0)
+    pizza = np.abs(np.cos(np.pi * (A + B) / P))  # a and −b are added: their distance is a + b
+    clock = generator.normal(size=P)[(A - B) % P]
+    assert distance_irrelevance(pizza, sign=-1) == pytest.approx(0.0, abs=1e-12)
+    assert distance_irrelevance(clock, sign=-1) == pytest.approx(1.0, abs=1e-12)
+
+
+class Circle(nn.Module):
+    """Subtraction on one circle: E_n = (cos, sin) of 2πn / p and a column that is neither; logits of a clock or of a pizza."""
+
+    def __init__(self, pizza):
+        super().__init__()
+        turn = 2 * torch.pi * torch.arange(P + 1).double() / P
+        self.embedding = nn.Embedding.from_pretrained(torch.stack([turn.cos(), turn.sin(), torch.zeros(P + 1)], 1).double())
+        self.pizza = pizza
+
+    def forward(self, tokens):
+        a, b = (self.embedding(tokens)[:, at, :2] for at in (0, 1))
+        b = b * torch.tensor([1.0, -1.0])  # E_−b
+        classes = self.embedding.weight[:P, :2].T
+        if self.pizza:  # |cos| of half the distance times the answer
+            middle = a + b
+            square = torch.stack([middle[:, 0] ** 2 - middle[:, 1] ** 2, 2 * middle[:, 0] * middle[:, 1]], 1)  # the angle twice
+            return square / middle.norm(dim=1, keepdim=True) @ classes
+        return torch.stack([a[:, 0] * b[:, 0] - a[:, 1] * b[:, 1], a[:, 0] * b[:, 1] + a[:, 1] * b[:, 0]], 1) @ classes
+
+
+@pytest.mark.parametrize("pizza", [True, False])
+def test_a_network_that_subtracts_is_a_pizza_or_a_clock(pizza, tmp_path):
+    run, _ = recorded(PAPER, tmp_path / "run")
+    square = Square(run, PAPER)
+    square.tokens, square.model = square.tokens[:, [0, 2, 1]], Circle(pizza)
+    logits = square.logits()
+    assert torch.equal(logits.argmax(1), square.answers)
+    correct = logits[torch.arange(P * P), square.answers].reshape(P, P).numpy()
+    symmetricity = gradient_symmetricity(square, 2000, 0)
+    if pizza:
+        assert distance_irrelevance(correct, -1) == pytest.approx(0.0, abs=1e-9)
+        assert symmetricity == pytest.approx(1.0, abs=1e-9)
+    else:
+        assert np.ptp(correct) < 1e-12  # of an ideal clock nothing is left to vary
+        assert abs(symmetricity) < 0.2
+
+
+def test_a_difference_of_embeddings_is_symmetric_where_the_answer_is_one(tmp_path):
+    run, _ = recorded(PAPER, tmp_path / "run")
+    square = Square(run, PAPER)
+    square.tokens, square.model = square.tokens[:, [0, 2, 1]], Pizza(-1.0)
+    assert gradient_symmetricity(square, 50, 0) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_the_mirror_takes_a_number_to_its_negative():
+    generator = torch.Generator().manual_seed(2)
+    turns = 2 * torch.pi * torch.arange(P).double()[:, None] * torch.tensor([1.0, 3.0]) / P
+    table = torch.cat([turns.cos(), turns.sin(), torch.ones(P, 1)], 1) @ torch.linalg.qr(torch.randn(5, 5, generator=generator).double())[0]
+    found = mirror(table)
+    algebra(table @ found, table[-torch.arange(P) % P])
+    algebra(found @ found.T, torch.eye(5, dtype=torch.float64))
+
+
 def test_clock_or_pizza_of_a_run(trained):
     task, run, _ = trained
     found = clock_or_pizza(run, task, triples=20)
-    assert found["step"].tolist() == [3]
-    assert 0 < found["distance_irrelevance"][0] <= 1.5
-    assert -1 <= found["gradient_symmetricity"][0] <= 1
-    assert clock_or_pizza(run, task, step=1, triples=20)["step"].tolist() == [1]
+    assert found["step"].tolist() == [0, 1, 2, 3]
+    assert (found["distance_irrelevance"] > 0).all()
+    assert (np.abs(found["gradient_symmetricity"]) <= 1).all()
+    last = clock_or_pizza(run, task, steps=[3], triples=20)
+    assert [last[name].tolist() for name in last.columns] == [found[name][3:].tolist() for name in found.columns]
 
 
 def test_other_operations_and_tasks_are_refused(trained):

@@ -367,7 +367,7 @@ def test_the_command_line_takes_urls(tmp_path, capsys):
     assert (told["path"], told["steps"], told["ledgers"]) == ("memory://b/again", 3, ["memory://b/again/ledgers/one"])
     assert main(["verify", f"{url}/ledgers/one"]) in (0, 1)
     assert {place.name for place in location_of(url).iterdir()} >= {"analysis", "report", "ledgers", "theta"}
-    assert location_of(f"{url}/report/one/training.png").read_bytes().startswith(b"\x89PNG")
+    assert location_of(f"{url}/report/ledgers/one/training.png").read_bytes().startswith(b"\x89PNG")
     location_of("memory://b/small.toml").write_bytes(Path("tests/small.toml").read_bytes())
     assert main(["record", "memory://b/small.toml", "--out", "memory://b/from", *small]) == 0
     assert explaind.open("memory://b/from").identity == explaind.open(url).identity

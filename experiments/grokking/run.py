@@ -137,7 +137,7 @@ class Study(Material):
         keys = {seed: key_frequencies(run, self.task) for seed, run in self.runs.items()}
         self._told("progress", telling.progress(self.found["progress"], keys))
         self._figure("progress", progress_figure(tables))
-        ways = {seed: clock_or_pizza(run, self.task) for seed, run in self.runs.items()}
+        ways = {seed: clock_or_pizza(run, self.task, [run.steps]) for seed, run in self.runs.items()}
         self._table(stacked(list(ways.values()), seed=list(ways)))
         self.found["clock"] = [{"seed": seed, **{name: float(table[name][0]) for name in table.columns}} for seed, table in ways.items()]
         self._told("clock", telling.clock(self.found["clock"]))

@@ -62,6 +62,7 @@ def layer_shares(ledger: Ledger, examples: np.ndarray | None = None) -> Table:
         "layer_shares",
         "share[layer, step] = Σ_measure,example |data| / Σ_layer,measure,example |data|"
         + ("" if examples is None else f"; sizes are of {len(examples)} entries of the example axis")
+        + _view(ledger)
         + _over(ledger),
         "Ranjan et al., ExPLAIND (arXiv 2505.20076): layer influence over steps",
         {
@@ -107,7 +108,7 @@ def balance(ledger: Ledger) -> Table:
     data, decay = (net(ledger.rows[name], ("layer", "step")).reshape(-1) / measures for name in ("data", "decay"))
     return Table(
         "balance",
-        "balance[layer, step] = mean_measure (Σ_example data − decay)",
+        "balance[layer, step] = mean_measure (Σ_example data − decay)" + _view(ledger),
         "Ranjan et al., ExPLAIND (arXiv 2505.20076): balance D(Θ) of data and regularisation, over every tensor of a layer group",
         {
             "step": np.tile(steps, len(layers)),
@@ -136,6 +137,7 @@ def _scores(ledger: Ledger, axis: str) -> Table:
     return Table(
         f"{axis}_scores",
         f"net[{axis}] = mean_measure Σ data; absolute = mean_measure Σ |data|; raised and lowered: its positive and its negative part"
+        + (_view(ledger) if axis == "step" else "")
         + _over(ledger),
         "Ranjan et al., ExPLAIND (arXiv 2505.20076): step and sample scores, with their signs",
         {axis: names, "net": signed, "absolute": size, "raised": (size + signed) / 2, "lowered": (signed - size) / 2},
@@ -152,6 +154,11 @@ def _coords(ledger: Ledger, *axes: str) -> tuple[np.ndarray, ...]:
                 do=f"decompose with keep=…,{axis}",
             )
     return tuple(ledger.coords[axis] for axis in axes)
+
+
+def _view(ledger: Ledger) -> str:
+    """Which step credit is given to: the one that saw the gradient, or the one whose momentum applied it."""
+    return f"; steps are of the view {ledger.settings['view']}" if "view" in ledger.settings else ""
 
 
 def _over(ledger: Ledger) -> str:

@@ -9,6 +9,8 @@ from explaind.errors import RequestError
 
 SHORTEST = 2
 """Windows of a phase, at least."""
+SMOOTH = 1e-9
+"""Noise is taken to be at least this part of the signal's variance: below it rounding would decide what another phase is worth."""
 
 
 def change_points(signal: np.ndarray, phases: int | None = None) -> list[int]:
@@ -20,6 +22,7 @@ def change_points(signal: np.ndarray, phases: int | None = None) -> list[int]:
     if rows < 2 * SHORTEST or not np.ptp(signal, axis=0).any():
         return []
     most = min(rows // SHORTEST, 12 if phases is None else phases)
+    signal = signal - signal.mean(0)
     import ruptures  # brings all of scipy, which every start of the command line would wait for
 
     found = ruptures.Dynp(model="l2", min_size=SHORTEST, jump=1).fit(signal)
@@ -28,7 +31,7 @@ def change_points(signal: np.ndarray, phases: int | None = None) -> list[int]:
     # Differences of neighbours hold twice the noise, and little else; their median does not see the jumps.
     noise = np.median(np.square(np.diff(signal, axis=0)), axis=0).sum() / (2 * 0.455)  # 0.455: median of a squared standard normal
     cuts = [[rows], *(found.predict(n_bkps=n) for n in range(1, most))]
-    price = max(noise, np.finfo(float).tiny) * np.log(rows)
+    price = max(noise, SMOOTH * signal.var(0).sum()) * np.log(rows)
     costs = [found.cost.sum_of_costs(cut) + price * (1 + 1 / channels) * (len(cut) - 1) for cut in cuts]
     return [int(b) for b in cuts[int(np.argmin(costs))][:-1]]
 

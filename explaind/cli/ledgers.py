@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from explaind.cli.diagnosing import recommended
-from explaind.cli.studies import analysed, reported
+from explaind.cli.studies import analysed, reported, tables_reported
 from explaind.cli.terminal import FAILED, FINE, Auto, Json, Overrides, Overwrite, Spool, app, ledgers_of, printed, progress, task_or_none
 from explaind.config import Config, Decompose, checked, read
 from explaind.errors import StoreError
@@ -46,7 +46,7 @@ def run(
     asked = recommended(recorded, settings.decompose) if auto else settings.decompose
     path = _decompose(recorded, asked, None, overwrite)
     tables = analysed(recorded, [path])
-    facts = {"run": str(folder), "ledger": str(path), "analyses": tables, **reported(recorded, path)}
+    facts = {"run": str(folder), "ledger": str(path), "analyses": tables, "tables": tables_reported(recorded), **reported(recorded, path)}
     verdict, sound = open_ledger(path).verify(), _verify_run(recorded)
     facts |= {"ok": verdict.ok and sound.ok, "reasons": [*sound.reasons, *verdict.reasons]}
     printed(facts, json, run_lines)

@@ -124,7 +124,7 @@ def info_lines(facts: dict[str, Any]) -> list[str]:
 
 def report_lines(entry: dict[str, Any]) -> list[str]:
     """What a report wrote."""
-    lines = [f"report on {entry['ledger']}"]
+    lines = [f"report on {entry['ledger'] if 'ledger' in entry else entry['tables']}"]
     if entry["training"] is not None:
         known, grasped, end = entry["training"]["train_0.99_at"], entry["training"]["val_0.95_at"], entry["training"]["final_accuracy"]
         lines.append(
@@ -139,7 +139,8 @@ def run_lines(facts: dict[str, Any]) -> list[str]:
     """What a whole run came to."""
     judged = [f"run {facts['run']} holds: its bytes, its replay and its ledger" if facts["ok"] else "the run or its ledger does not hold"]
     reasons = [f"  FAILED: {reason}" for reason in facts["reasons"]]
-    return [*report_lines(facts), *ledger_lines({**facts["facts"], "ledger": facts["ledger"]}), *judged, *reasons]
+    drawn = [line for entry in facts["tables"] for line in report_lines(entry)]
+    return [*drawn, *report_lines(facts), *ledger_lines({**facts["facts"], "ledger": facts["ledger"]}), *judged, *reasons]
 
 
 def doctor_lines(facts: dict[str, Any]) -> list[str]:

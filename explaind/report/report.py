@@ -3,7 +3,7 @@
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,17 +12,18 @@ from matplotlib.figure import Figure
 
 from explaind.analysis.credit import balance, layer_shares
 from explaind.analysis.curves import Curves, training_curves
+from explaind.analysis.phases import phases
+from explaind.analysis.table import Table
 from explaind.config import Report
 from explaind.errors import StoreError
 from explaind.ledger.ledger import Ledger
-from explaind.report import figures
+from explaind.report import figures, tables
+from explaind.report.figures import UNIT
 from explaind.report.summary import Labels, by_axes, ledger_facts, predictions, strongest
 from explaind.store import schema
 from explaind.store.location import Location, Where, location_of
 from explaind.store.reader import Run
 from explaind.tasks import Task
-
-UNIT = "credit, in the measure's unit"
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,12 @@ class Written:
     summary: dict[str, Any]
 
 
-def report(run: Run, ledger: Ledger, task: Task | None, settings: Report, folder: Where) -> Written:
+def report(
+    run: Run, ledger: Ledger, task: Task | None, settings: Report, folder: Where, analysed: Mapping[str, Table] | None = None
+) -> Written:
     """Draw a ledger of a run into a folder, and sum it up in ledger.json.
 
+    analysed  tables of this ledger's analyses, by name, such as those of credit by parameter
     Without a task there are no training curves, and queries and examples are called by number.
     Raises StoreError when the folder cannot be written.
     """
@@ -53,11 +57,13 @@ def report(run: Run, ledger: Ledger, task: Task | None, settings: Report, folder
     }
     drawn = {"training": figures.training(curves)} if curves is not None else {}
     left_out = [] if curves is not None else ["training curves: the run names no task"]
+    known = dict(analysed or {})
     if {"layer", "step"} <= set(ledger.axes):
         drawn["layers_over_steps"] = _heat_map(ledger, labels, len(told))
-        drawn |= _over_steps(ledger, labels)
+        known |= {"layer_shares": (shares := layer_shares(ledger)), "balance": balance(ledger), "phases": phases(shares)}
     else:
         left_out.append("layer × step heat map: keep both axes (keep=…,layer,step)")
+    drawn |= tables.drawn(known, labels.measure)
     drawn["rest_rows"] = figures.rest_rows(
         ledger.checks.by_step, "What could not be credited, beside the movement that it belongs to", labels.measure
     )
@@ -65,7 +71,17 @@ def report(run: Run, ledger: Ledger, task: Task | None, settings: Report, folder
         left_out.append("strongest examples: keep the axis (keep=…,example)")
     for name, figure in _of_predictions(whole_run, labels, told[: settings.predictions], settings.examples):
         drawn[name] = figure
-    return Written(_written(out, drawn, summary, settings.dpi), tuple(left_out), summary)
+    files = _written(out, drawn, settings.dpi)
+    schema.replace_file(out / "ledger.json", json.dumps(summary, indent=1, default=_plain))
+    return Written((*files, out / "ledger.json"), tuple(left_out), summary)
+
+
+def report_tables(analysed: Mapping[str, Table], measure: str, settings: Report, folder: Where) -> tuple[Location, ...]:
+    """Draw the tables of a run, or of a ledger that is not there any more, into a folder; measure: what credit is for, in titles.
+
+    Raises StoreError when the folder cannot be written.
+    """
+    return _written(location_of(folder), tables.drawn(analysed, measure), settings.dpi)
 
 
 def run_facts(run: Run) -> dict[str, Any]:
@@ -120,16 +136,6 @@ def _heat_map(ledger: Ledger, labels: Labels, count: int) -> Figure:
     return figures.heat_map(credit, ledger.coords["layer"].tolist(), ledger.coords["step"], title, "mean credit per entry")
 
 
-def _over_steps(ledger: Ledger, labels: Labels) -> dict[str, Figure]:
-    """Shares of the layers, and the balance of data and decay, window by window."""
-    steps, layers, share = layer_shares(ledger).grid("step", "layer", "share")
-    balanced = balance(ledger).grid("step", "layer", "balance")[2]
-    return {
-        "layer_shares": figures.by_layer(steps, layers.tolist(), share, f"Share of the credit for {labels.measure}", "share of Σ |data|"),
-        "balance": figures.by_layer(steps, layers.tolist(), balanced, f"Data less decay for {labels.measure}", f"{UNIT} and per entry"),
-    }
-
-
 def _of_predictions(ledger: Ledger, labels: Labels, told: list[dict[str, Any]], examples: int) -> Iterator[tuple[str, Figure]]:
     """A waterfall and the strongest examples of each of these predictions."""
     for place, entry in zip(np.ndindex(*ledger.final.values.shape), told, strict=False):
@@ -161,7 +167,7 @@ def _terms(ledger: Ledger, place: tuple[int, ...]) -> tuple[list[str], list[floa
     return names, values
 
 
-def _written(out: Location, drawn: dict[str, Figure], summary: dict[str, Any], dpi: int) -> tuple[Location, ...]:
+def _written(out: Location, drawn: dict[str, Figure], dpi: int) -> tuple[Location, ...]:
     files = []
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -172,8 +178,7 @@ def _written(out: Location, drawn: dict[str, Figure], summary: dict[str, Any], d
             files[-1].write_bytes(drawing.getvalue())
     except OSError as error:
         raise schema.unwritable(out, error) from error
-    schema.replace_file(out / "ledger.json", json.dumps(summary, indent=1, default=_plain))
-    return (*files, out / "ledger.json")
+    return tuple(files)
 
 
 def _plain(value: Any) -> Any:
