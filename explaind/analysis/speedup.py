@@ -17,9 +17,9 @@ def compared(table: Table, most: int) -> Table:
     """Medians over seeds, and how many times faster a transplant is than its controls: one row a kind and donor.
 
     reached       share of seeds that reached the aim
-    median, least, most_steps  of steps; a seed that did not reach it counts as more than `most`, so that a median may be infinite
+    median, least, most  of steps; a seed that did not reach it counts as more than `most`, so that a median may be infinite
     faster_than_run      still / median
-    faster_than_random   median of random / median, for the same seeds
+    faster_than_random   median of random / median; random is the same for every donor
     """
     return tabulated(
         "compared",

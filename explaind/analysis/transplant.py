@@ -127,17 +127,18 @@ def trained_on(
 ) -> Outcome:
     """Train on from these parameters as the run was trained, with a fresh optimizer; recorded at `path` where one is given.
 
-    What generalises from the beginning takes no step, unless it is recorded. Layers that are `frozen` keep their parameters: they get no
-    gradient, so that the optimizer, decay included, leaves them alone. RequestError where nothing is left to train.
+    What generalises from the beginning reached the aim after 0 steps, and takes none, unless it is recorded: then it goes on to the first
+    look, so that there is a recording. Layers that are `frozen` keep their parameters: they get no gradient, so that the optimizer, decay
+    included, leaves them alone. RequestError where nothing is left to train.
     """
     model = copy.deepcopy(bench.put(theta)).train()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and name not in frozen)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise RequestError("nothing is left to train", got=f"{len(frozen)} frozen layers", do="freeze fewer")
-    last = bench.of(model)
-    if last["val_accuracy"] >= training.stop and path is None:
-        return Outcome(0, 0, **last)
+    first = last = bench.of(model)
+    if first["val_accuracy"] >= training.stop and path is None:
+        return _outcome(first, first, 0, training)
 
     def look(taken: int, model: nn.Module) -> bool:
         nonlocal last
@@ -147,7 +148,19 @@ def trained_on(
         return last["val_accuracy"] >= training.stop
 
     taken = fit(bench.task, configured(bench.run, training, seed), model, path, overwrite=True, progress=progress, stop=look)
-    return Outcome(taken if last["val_accuracy"] >= training.stop else None, taken, **last)
+    return _outcome(first, last, taken, training)
+
+
+def recorded(bench: Bench, run: Run, training: Training) -> Outcome:
+    """What became of a training that ``trained_on`` recorded."""
+    first, last = (bench.measured(run.theta(step)) for step in (0, run.steps))
+    return _outcome(first, last, run.steps, training)
+
+
+def _outcome(first: dict[str, float], last: dict[str, float], taken: int, training: Training) -> Outcome:
+    """Of a training with these measures before its first step and after its last one."""
+    arrived = (steps for steps, found in ((0, first), (taken, last)) if found["val_accuracy"] >= training.stop)
+    return Outcome(next(arrived, None), taken, **last)
 
 
 @dataclass(frozen=True)
