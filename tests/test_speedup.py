@@ -6,6 +6,7 @@ import pytest
 from explaind.analysis import speedup as of_speedup
 from explaind.analysis.speedup import compared, speedup
 from explaind.analysis.table import Table
+from explaind.errors import RequestError
 
 
 def test_medians_count_those_that_never_arrived():
@@ -42,6 +43,17 @@ def test_factors_are_taken_seed_by_seed_and_have_an_interval():
     assert (rows["random"]["median"], rows["random"]["median_most"]) == (2.0, 2.0)
     assert (rows["random"]["low"], rows["random"]["high"]) == (0.5, np.inf)
     assert found["confidence"].tolist() == [1 - 2 / 32] * 2
+
+
+def test_a_memorised_donor_is_one_and_compared_by_seed_with_all():
+    table = outcomes(transplant=[20.0, 40.0], random=[60.0, 80.0], memorised=[40.0, 20.0])
+    apart = Table("t", "", "", {**table.columns, "donor": np.where(table["kind"] == "memorised", 300, 500)})
+    row = speedup(apart)["against"].tolist().index("memorised")
+    assert [speedup(apart)[name][row] for name in ("low", "high")] == [0.5, 2.0]
+    assert compared(apart, 200).where(kind="memorised")["faster_than_random"].tolist() == [70 / 30]
+    several = Table("t", "", "", {**apart.columns, "donor": apart["donor"] + np.array([0, 0, 0, 0, 0, 1])})
+    with pytest.raises(RequestError, match=r"several donors.*got \[300, 301\]"):
+        speedup(several)
 
 
 def test_more_seeds_make_a_narrower_interval():

@@ -131,6 +131,10 @@ def test_swapping_gives_the_donor_or_the_host_at_the_ends(bench):
     nothing, whole = swapped(bench, host, [0, 12], []), swapped(bench, host, [0, 12], everything)
     assert nothing["kl"].tolist() == [0.0, 0.0]
     assert whole["kl"][1] == 0.0 < whole["kl"][0]
+    half = swapped(bench, host, [3], everything[:2])
+    for name, of in (("kl", host), ("kl_donor", bench.run.theta(3))):
+        for split, end in (("val", ""), ("train", "_train")):
+            assert half[f"{name}{end}"][0] == bench.divergence(of, grafted(host, bench.run.theta(3), everything[:2]), split)
     assert whole["val_loss"][0] == bench.measured(bench.run.theta(0))["val_loss"]
 
 

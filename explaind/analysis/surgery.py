@@ -118,6 +118,11 @@ def _identical(one: Theta, two: Theta) -> bool:
     return list(one) == list(two) and all(one[n].shape == two[n].shape and one[n].tobytes() == two[n].tobytes() for n in one)
 
 
+def divergence(one: torch.Tensor, two: torch.Tensor) -> float:
+    """KL(one ‖ two), in nats, mean over queries, of log-probabilities [query, output]."""
+    return float((one.exp() * (one - two)).sum(-1).mean())
+
+
 class Bench:
     """A task's model with parameters put in, and what it then does on both splits."""
 
@@ -167,8 +172,7 @@ class Bench:
 
     def divergence(self, theta: Theta, other: Theta, split: str = "val") -> float:
         """KL(theta ‖ other) of the predictions, mean over a split, in nats."""
-        one, two = self.log_probabilities(theta, split), self.log_probabilities(other, split)
-        return float((one.exp() * (one - two)).sum(-1).mean())
+        return divergence(self.log_probabilities(theta, split), self.log_probabilities(other, split))
 
     def confusion(self, theta: Theta, split: str = "val") -> np.ndarray:
         """How often each true class is taken for each class: [true, predicted]."""

@@ -6,7 +6,7 @@ random    the kept layers are drawn anew too: a training from scratch
 shuffled  the donor's tensors with their entries permuted: the same values and norms, and nothing that was learned
 whole     all layers are the donor's: what a fresh optimizer alone changes
 
-memorised  a donor from the memorisation phase, such as ``memorising`` finds
+memorised  one donor from the memorisation phase, such as ``memorising`` finds; all others are compared with it
 frozen  as transplant, but the kept layers stay as they are, so that only the others learn
 
 A self-transplant changes nothing, which ``surgery.identities`` says of every donor.
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from explaind.analysis.surgery import Bench, Theta, drawn, grafted, shuffled
+from explaind.analysis.surgery import Bench, Theta, divergence, drawn, grafted, shuffled
 from explaind.analysis.table import Table, tabulated
 from explaind.config import Config
 from explaind.errors import RequestError
@@ -66,12 +66,14 @@ def swapped(bench: Bench, host: Theta, donors: Sequence[int], layers: Sequence[s
     kl, kl_train              KL(host ‖ swapped) of the predictions, in nats, mean over the validation or the training split
     kl_donor, kl_donor_train  KL(donor ‖ swapped), likewise
     """
-    rows = []
+    rows, of_host = [], {split: bench.log_probabilities(host, split) for split in ("val", "train")}
     for step in donors:
         donor = bench.run.theta(step)
         theta, row = grafted(host, donor, layers), dict[str, float]()
-        for name, whole in (("kl", host), ("kl_donor", donor)):
-            row |= {name: bench.divergence(whole, theta), f"{name}_train": bench.divergence(whole, theta, "train")}
+        for split, end in (("val", ""), ("train", "_train")):
+            made = bench.log_probabilities(theta, split)
+            row |= {f"kl{end}": divergence(of_host[split], made)}
+            row |= {f"kl_donor{end}": divergence(bench.log_probabilities(donor, split), made)}
         rows.append({"donor": step, **bench.measured(theta), **row})
     return tabulated(
         "swap",
