@@ -1,19 +1,28 @@
 """Transplants: exact facts about the surgery, and trainings that go on where they were."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
 import explaind
-from explaind.analysis import speedup as of_speedup
 from explaind.analysis import surgery as of_surgery
 from explaind.analysis import transplant as of_transplant
-from explaind.analysis.speedup import compared, speedup
 from explaind.analysis.surgery import Bench, drawn, grafted, identities, layers_named, parameters_at, shuffled
-from explaind.analysis.table import Table
-from explaind.analysis.transplant import Patient, Training, confused, memorising, outcome, patients, swapped, trained_on, transplants
+from explaind.analysis.transplant import (
+    Patient,
+    Training,
+    confused,
+    memorising,
+    outcome,
+    patients,
+    recorded,
+    swapped,
+    trained_on,
+    transplants,
+)
 from explaind.cli import main
 from explaind.config import read
 from explaind.errors import RequestError
@@ -122,6 +131,10 @@ def test_swapping_gives_the_donor_or_the_host_at_the_ends(bench):
     nothing, whole = swapped(bench, host, [0, 12], []), swapped(bench, host, [0, 12], everything)
     assert nothing["kl"].tolist() == [0.0, 0.0]
     assert whole["kl"][1] == 0.0 < whole["kl"][0]
+    half = swapped(bench, host, [3], everything[:2])
+    for name, of in (("kl", host), ("kl_donor", bench.run.theta(3))):
+        for split, end in (("val", ""), ("train", "_train")):
+            assert half[f"{name}{end}"][0] == bench.divergence(of, grafted(host, bench.run.theta(3), everything[:2]), split)
     assert whole["val_loss"][0] == bench.measured(bench.run.theta(0))["val_loss"]
 
 
@@ -131,6 +144,7 @@ def test_training_on_from_the_beginning_is_the_training(bench, tmp_path):
     same(again.states(0, 13), bench.run.states(0, 13))
     assert found.steps is None
     assert found.taken == 12
+    assert recorded(bench, again, Training(12, stop=2.0)) == found
     assert found.val_accuracy == bench.measured(bench.run.theta(12))["val_accuracy"]
 
 
@@ -141,6 +155,16 @@ def test_training_ends_where_the_aim_is_reached(bench, tmp_path):
     first = next(s for s in range(0, 13, 2) if bench.measured(bench.run.theta(s))["val_accuracy"] >= aim)
     found = trained_on(bench, bench.run.theta(0), Training(12, stop=aim, every=2), seed=0)
     assert found.steps == found.taken == first
+
+
+def test_what_begins_at_its_aim_reached_it_after_no_step(bench, tmp_path):
+    begun = bench.run.theta(12)
+    aim = Training(4, stop=bench.measured(begun)["val_accuracy"], every=2)
+    told = trained_on(bench, begun, aim, seed=0)
+    assert (told.steps, told.taken) == (0, 0)
+    kept = trained_on(bench, begun, aim, seed=0, path=tmp_path / "run")
+    assert kept.steps == 0 < kept.taken
+    assert recorded(bench, explaind.open(tmp_path / "run"), aim) == kept
 
 
 def test_patients_begin_as_their_kind_says(bench):
@@ -182,50 +206,6 @@ def test_what_was_interrupted_goes_on_and_nothing_is_trained_twice(bench, tmp_pa
     next(tmp_path.glob("*.json")).write_text("{")  # what is damaged is trained again
     transplants(bench, asked_for, training, tmp_path)
     assert len(count) in (8, 9)
-
-
-def test_medians_count_those_that_never_arrived():
-    kinds = ["transplant"] * 3 + ["random"] * 3
-    steps = np.array([10.0, 20.0, 60.0, 100.0, np.nan, 80.0])
-    table = Table("t", "", "", {"kind": np.array(kinds), "donor": np.full(6, 500), "steps": steps, "still": np.full(6, 300.0)})
-    found = compared(table, 200)
-    assert found["median"].tolist() == [20.0, 100.0]
-    assert found["most"].tolist() == [60.0, np.inf]
-    assert found["reached"].tolist() == [1.0, 2 / 3]
-    assert found["faster_than_run"].tolist() == [15.0, 3.0]
-    assert found["faster_than_random"].tolist() == [5.0, 1.0]
-    assert of_speedup._ratio(np.inf, 5.0) == np.inf
-    assert np.isnan(of_speedup._ratio(0.0, 0.0))
-    assert of_speedup._ratio(5.0, np.inf) == 0.0
-
-
-def outcomes(**kinds):
-    """A table of trainings of donor 500: {kind: steps by seed}, NaN where one did not arrive in 200."""
-    rows = [(kind, seed, steps) for kind, found in kinds.items() for seed, steps in enumerate(found)]
-    names, seeds, steps = (np.array(column) for column in zip(*rows, strict=True))
-    taken = np.nan_to_num(steps, nan=200.0)
-    donor, still = np.full(len(rows), 500), np.full(len(rows), 300.0)
-    return Table("t", "", "", {"kind": names, "donor": donor, "seed": seeds, "steps": steps, "taken": taken, "still": still})
-
-
-def test_factors_are_taken_seed_by_seed_and_have_an_interval():
-    table = outcomes(transplant=[10.0, 20.0, 40.0, 50.0, 100.0], random=[100.0, np.nan, 80.0, 100.0, 50.0])
-    found = speedup(table)
-    rows = {against: {name: found[name][i] for name in found.columns} for i, against in enumerate(found["against"].tolist())}
-    assert rows["run"]["median"] == rows["run"]["median_most"] == 300 / 40
-    assert (rows["run"]["low"], rows["run"]["high"]) == (3.0, 30.0)
-    # 10, at least 10, 2, 2, 0.5
-    assert (rows["random"]["median"], rows["random"]["median_most"]) == (2.0, 2.0)
-    assert (rows["random"]["low"], rows["random"]["high"]) == (0.5, np.inf)
-    assert found["confidence"].tolist() == [1 - 2 / 32] * 2
-
-
-def test_more_seeds_make_a_narrower_interval():
-    found = speedup(outcomes(transplant=[float(n) for n in range(1, 11)], random=[60.0] * 10))
-    row = found["against"].tolist().index("random")
-    assert found["confidence"][row] == pytest.approx(0.978515625)  # the second and the ninth of ten: 1 − 2 (1 + 10) / 1024
-    assert (found["low"][row], found["high"][row]) == (60 / 9, 60 / 2)
-    assert found["median"][row] == np.median(60 / np.arange(1, 11))
 
 
 def test_a_self_transplant_is_the_identity_bitwise(bench):
@@ -303,3 +283,26 @@ def test_transplant_on_the_command_line(bench, capsys):
     assert "another transplant has that name" in refused(capsys, *training[:5], "mix", *training[6:])
     assert "names what is not there" in refused(capsys, "transplant", run, "--from", "3", "--layers", "decodr")
     assert "no such state" in refused(capsys, "transplant", run, "--from", "99", "--layers", "decoder")
+    for option in (("--seeds", "2"), ("--name", "mine")):
+        assert "an option of a training, and nothing is trained; got " + " ".join(option) in refused(capsys, *training[:6], *option)
+
+
+def test_a_transplant_goes_on_wherever_its_run_lies_and_however_it_is_called(bench, tmp_path, capsys, monkeypatch):
+    run, wanted = shutil.copytree(bench.run.path, tmp_path / "one"), ("--layers", "decoder", "--train", "2", "--name", "mine")
+    assert asked(capsys, "transplant", run, "--from", f"{run}@3", *wanted)[0] == 0
+    done = run / "transplants" / "mine" / "seed-0" / "commit.json"
+    before = done.stat().st_mtime_ns
+    claim, file = json.loads((done.parents[1] / "transplant.json").read_text()), done.parents[1] / "transplant.json"
+    assert str(tmp_path) not in file.read_text()
+    monkeypatch.chdir(tmp_path)
+    assert asked(capsys, "transplant", "one", "--from", "one@3", *wanted)[0] == 0
+    run.rename("two")
+    monkeypatch.chdir("two")
+    assert asked(capsys, "transplant", ".", "--from", "../two@3", *wanted)[0] == 0
+    assert "another transplant has that name" in refused(capsys, "transplant", ".", "--from", "../two@4", *wanted)
+    done = tmp_path / "two" / "transplants" / "mine" / "seed-0" / "commit.json"
+    older = {"run": "elsewhere/one", **{key: claim[key] for key in claim if key != "identity"}, "from": "../two@3"}
+    (done.parents[1] / "transplant.json").write_text(json.dumps(older))  # claims that are not by identity stay readable
+    assert asked(capsys, "transplant", ".", "--from", "../two@3", *wanted)[0] == 0
+    assert "another transplant has that name" in refused(capsys, "transplant", ".", "--from", "3", *wanted)
+    assert done.stat().st_mtime_ns == before

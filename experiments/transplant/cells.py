@@ -30,7 +30,7 @@ def factor(row: Mapping[str, float]) -> str:
 def donors(side: str, table: Table, factors: Table, accuracies: Mapping[int, tuple[float, float]]) -> str:
     """Steps to the aim of every kind at every donor, and how many times sooner than its controls the kept side is."""
     kinds = [kind for kind in dict.fromkeys(table["kind"].tolist()) if kind not in ("transplant", "random", "memorised")]
-    against = [other for other in ("random", "shuffled", "whole") if len(factors.where(against=other))]
+    against = [other for other in ("random", "shuffled", "whole", "memorised") if len(factors.where(against=other))]
     rows = []
     for donor, (train, val) in accuracies.items():
         told = [_or_nothing(table.where(kind=kind, donor=donor)["steps"]) for kind in ("transplant", *kinds)]
@@ -41,7 +41,7 @@ def donors(side: str, table: Table, factors: Table, accuracies: Mapping[int, tup
     return markdown([*head, *(f"× {other}" for other in against)], rows)
 
 
-def apart(table: Table) -> str:
+def apart(side: str, table: Table) -> str:
     """Steps to the aim of what has one donor, or none: a row a kind."""
     found = []
     for kind in ("random", "memorised"):
@@ -49,7 +49,7 @@ def apart(table: Table) -> str:
         if len(mine):
             one = mine.where(donor=mine["donor"][0])
             found.append([kind, one["donor"][0] if kind == "memorised" else "", steps(one["steps"]), _ends(one)])
-    return markdown(["", "of step", "steps to the aim", "validation accuracy at the end, by seed"], found)
+    return markdown([f"control, {side} kept", "of step", "steps to the aim", "validation accuracy at the end, by seed"], found)
 
 
 def together(side: str, table: Table, accuracies: Mapping[int, tuple[float, float]]) -> str:

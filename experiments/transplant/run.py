@@ -3,18 +3,23 @@
 python experiments/transplant/run.py [--config configs/mod53.toml] [--every 100] [--seeds 5] [--share 0/2] [--small]
 
 Records the run that gives donors, keeps one side of it at every donor step (middle: attention and MLP; outer: embedding and decoder), draws
-the rest anew, and trains on until validation accuracy is 0.95. Beside each stand the controls of explaind/analysis/transplant.py. Every
-training is kept in --out and not done again. --share I/N does every N-th training and no more, for N processes at once; a run without it
-collects what all have done, does what is missing, and writes the tables, results.json and figures.
+the rest anew, and trains on until validation accuracy is 0.95. Beside each stand the controls of explaind/analysis/transplant.py. One side
+of every tenth step is also put into the finished network, and nothing trained: accuracy, divergence, confusions. Every training is kept in
+--out and not done again. --share I/N does every N-th training and no more, for N processes at once; a run without it collects what all
+have done, does what is missing, and writes the tables, results.json and figures.
 """
 
 import argparse
 import json
+import math
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import cells
 import numpy as np
+import swaps
 from matplotlib.figure import Figure
 
 import explaind
@@ -28,8 +33,9 @@ from explaind.tasks.training import train
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SIDES = {"middle": ("attention in", "attention out", "linear1", "linear2"), "outer": ("embedding", "decoder")}
-LAST = ("shuffled", "whole", "memorised", "frozen")
-SMALL = ("--task.p", "11", "--task.width", "16", "--task.mlp", "16", "--train.steps", "40")
+LAST = ("shuffled", "whole", "frozen")
+SMALL = {"task.p": 11, "task.width": 16, "task.mlp": 128, "task.train_fraction": 0.2, "train.steps": 40}
+SMALL |= {"optimizer.lr": 0.01, "optimizer.weight_decay": 0}  # learned by heart within these steps
 
 
 class Study:
@@ -39,7 +45,8 @@ class Study:
         self.given, self.out = given, Path(given.out)
         path = self.out / "donor"
         if not (path / "commit.json").exists() or not explaind.open(path).complete:
-            config = read(given.config, ["--train.threads", "1", *(SMALL if given.small else ())])
+            changed = {"train.threads": 1, **(SMALL if given.small else {})}
+            config = read(given.config, [part for name, value in changed.items() for part in (f"--{name}", str(value))])
             train(load(config.task.name, config.task.options), config, path, overwrite=True)
         self.run = explaind.open(path)
         self.bench = Bench(self.run)
@@ -49,15 +56,28 @@ class Study:
         self.found: dict[str, Any] = {"donors": self.donors, "seeds": given.seeds, "fresh": given.fresh, "steps": self.training.steps}
 
     def patients(self, side: str) -> list[Patient]:
-        """Every kind at every donor; with --last, controls that want a training for each donor at the last one alone."""
+        """Every kind at every donor; with --last, controls that want a training for each donor at the last one alone.
+
+        What has memorised is one donor, with which all others are compared.
+        """
         layers, seeds, fresh, kinds = self.sides[side], range(self.given.seeds), self.given.fresh, self.given.kinds
-        if not self.given.last:
-            return patients(self.donors, layers, seeds, fresh, kinds)
-        found = patients(self.donors, layers, seeds, fresh, [kind for kind in kinds if kind not in LAST])
-        found += patients(self.donors[-1:], layers, seeds, fresh, [kind for kind in kinds if kind in LAST and kind != "memorised"])
+        late = LAST if self.given.last else ()
+        found = patients(self.donors, layers, seeds, fresh, [kind for kind in kinds if kind not in (*late, "memorised")])
+        found += patients(self.donors[-1:], layers, seeds, fresh, [kind for kind in kinds if kind in late])
         if "memorised" in kinds:
-            found += patients([memorising(self.bench, self.training)], layers, seeds, fresh, ["memorised"])
+            found += patients([self.memorised], layers, seeds, fresh, ["memorised"])
         return found
+
+    @cached_property
+    def memorised(self) -> int:
+        """The donor from the memorisation phase."""
+        return memorising(self.bench, self.training)
+
+    @cached_property
+    def accuracies(self) -> dict[int, tuple[float, float]]:
+        """Of the run itself, on training and validation, at all donors of a swap and the host."""
+        found = {step: self.bench.measured(self.run.theta(step)) for step in (*range(0, self.run.steps, swaps.EVERY), self.run.steps)}
+        return {step: (one["train_accuracy"], one["val_accuracy"]) for step, one in found.items()}
 
     def share(self) -> None:
         """Some of the trainings, for one of several processes; those of late donors first."""
@@ -68,33 +88,43 @@ class Study:
 
     def all(self) -> None:
         """Everything, then tables, results and figures."""
-        last = self.run.theta(self.run.steps)
+        last, figures = self.run.theta(self.run.steps), self.out / "figures"
+        figures.mkdir(exist_ok=True)
         for side, layers in self.sides.items():
             table = transplants(self.bench, self.patients(side), self.training, self.out / "trainings")
             summed, factors = compared(table, self.training.steps), speedup(table)
-            swap = swapped(self.bench, last, self.donors, layers)
+            swap = swapped(self.bench, last, list(self.accuracies), layers)
             same = identities(self.run, self.donors, layers)
-            mixed = confused(self.bench, last, self.donors[-1:], layers)
-            for one in (table, summed, factors, swap, same, mixed):
+            confusion = confused(self.bench, last, swaps.telling(self.accuracies), layers)
+            for one in (table, summed, factors, swap, same, confusion):
                 stacked([one], side=[side]).write(self.out / "tables" / side)
                 self.found.setdefault(one.name, {})[side] = {column: one[column].tolist() for column in one.columns}
-            (self.out / "figures").mkdir(exist_ok=True)
-            _figure(side, summed, table).savefig(self.out / "figures" / f"{side}.png", dpi=120)
+            _figure(side, summed, table).savefig(figures / f"{side}.png", dpi=120)
+            swaps.curves(side, swap, self.accuracies).savefig(figures / f"{side}-swap.png", dpi=120)
+            swaps.confusions(side, confusion).savefig(figures / f"{side}-confusion.png", dpi=120)
             _print(side, summed, factors)
-            self._told(side, table, factors)
-        (self.out / "results.json").write_text(json.dumps(self.found, indent=1))
+            self._told(side, table, factors, swap, confusion)
+        (self.out / "results.json").write_text(json.dumps(strict(self.found), indent=1, allow_nan=False))
         print(self.out / "results.json")
 
-    def _told(self, side: str, table: Table, factors: Table) -> None:
+    def _told(self, side: str, table: Table, factors: Table, swap: Table, confusion: Table) -> None:
         """The tables of the README: printed, and kept as Markdown."""
-        accuracies = dict[int, tuple[float, float]]()
-        for donor in self.donors:
-            found = self.bench.measured(self.run.theta(donor))
-            accuracies[donor] = found["train_accuracy"], found["val_accuracy"]
-        told = (cells.donors(side, table, factors, accuracies), cells.apart(table), cells.together(side, table, accuracies))
-        text = "\n\n".join(told)
+        accuracies = {donor: self.accuracies[donor] for donor in self.donors}
+        trained = cells.donors(side, table, factors, accuracies), cells.apart(side, table), cells.together(side, table, accuracies)
+        text = "\n\n".join((*trained, swaps.since(side, swap), swaps.mixed(side, swap, confusion, self.accuracies)))
         (self.out / "tables" / f"{side}.md").write_text(text + "\n")
         print(text, flush=True)
+
+
+def strict(found: Any) -> Any:
+    """As strict JSON has it: what says nothing (NaN) is null, what never came (∞) is "inf"."""
+    if isinstance(found, Mapping):
+        return {key: strict(value) for key, value in found.items()}
+    if isinstance(found, Sequence) and not isinstance(found, str):
+        return [strict(value) for value in found]
+    if isinstance(found, float) and not math.isfinite(found):
+        return None if math.isnan(found) else str(found)
+    return found
 
 
 def _figure(side: str, summed: Table, table: Table) -> Figure:
@@ -135,9 +165,9 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int)
     parser.add_argument("--steps", type=int, help="of a training, at most; by default as many as the run's")
     parser.add_argument("--fresh", default="normal:0.1", help="how the other layers are drawn: normal:SCALE (the paper: 0.1) or init")
-    parser.add_argument("--kinds", nargs="+", choices=ALL_KINDS, default=list(KINDS))
+    parser.add_argument("--kinds", nargs="+", choices=ALL_KINDS, default=[*KINDS, "memorised"])
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="which side is kept")
-    parser.add_argument("--last", action="store_true", help="controls at the last donor alone, but for random; memorised may be asked for")
+    parser.add_argument("--last", action="store_true", help="controls at the last donor alone, but for random and memorised")
     parser.add_argument("--share")
     parser.add_argument("--small", action="store_true", help="a small prime and few steps, for a try")
     parser.add_argument("--out", default="runs/transplant")

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from explaind.analysis.table import Table, tabulated
+from explaind.errors import RequestError
 
 FOR_EVERY_DONOR = ("random", "memorised")
 """Controls that do not depend on the donor which they are compared with."""
@@ -17,9 +18,9 @@ def compared(table: Table, most: int) -> Table:
     """Medians over seeds, and how many times faster a transplant is than its controls: one row a kind and donor.
 
     reached       share of seeds that reached the aim
-    median, least, most_steps  of steps; a seed that did not reach it counts as more than `most`, so that a median may be infinite
+    median, least, most  of steps; a seed that did not reach it counts as more than `most`, so that a median may be infinite
     faster_than_run      still / median
-    faster_than_random   median of random / median, for the same seeds
+    faster_than_random   median of random / median; random is the same for every donor
     """
     return tabulated(
         "compared",
@@ -31,14 +32,15 @@ def compared(table: Table, most: int) -> Table:
 
 
 def _compared(table: Table, most: int) -> Iterator[dict[str, Any]]:
+    scratch = table.where(kind="random")
+    scratch = scratch.where(donor=scratch["donor"][0]) if len(scratch) else scratch
     for kind in dict.fromkeys(table["kind"].tolist()):
         for donor in dict.fromkeys(table["donor"].tolist()):
             mine = table.where(kind=kind, donor=donor)
             if not len(mine):
                 continue
-            steps, chance = (np.nan_to_num(t["steps"], nan=np.inf) for t in (mine, table.where(kind="random", donor=donor)))
+            steps, chance = (np.nan_to_num(t["steps"], nan=np.inf) for t in (mine, scratch))
             median = float(np.median(steps))
-            scratch = float(np.median(chance)) if len(chance) else np.nan
             yield {
                 "kind": kind,
                 "donor": donor,
@@ -48,7 +50,7 @@ def _compared(table: Table, most: int) -> Iterator[dict[str, Any]]:
                 "least": float(steps.min()),
                 "most": float(steps.max()),
                 "faster_than_run": _ratio(float(mine["still"][0]), median),
-                "faster_than_random": _ratio(scratch, median),
+                "faster_than_random": _ratio(float(np.median(chance)) if len(chance) else np.nan, median),
             }
 
 
@@ -66,7 +68,14 @@ def speedup(table: Table, kind: str = "transplant") -> Table:
 
     median, median_most  bounds of the median factor; the same number where every training arrived
     low, high            interval for the true median; `confidence` is the least probability with which it holds it
+
+    RequestError for memorised patients of several donors: all are compared with one.
     """
+    memorised = np.unique(table.where(kind="memorised")["donor"]).tolist()
+    if len(memorised) > 1:
+        raise RequestError(
+            "memorised patients of several donors", where=table.name, expected="one donor", got=memorised, do="keep that of memorising()"
+        )
     rows = []
     for donor in dict.fromkeys(table.where(kind=kind)["donor"].tolist()):
         for against in ("run", *(other for other in dict.fromkeys(table["kind"].tolist()) if other != kind)):

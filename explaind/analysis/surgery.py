@@ -74,14 +74,10 @@ def parameters_at(run: Run, task: Task, where: str, seed: int) -> dict[str, np.n
 
     RequestError, or StoreError, for what is not there.
     """
-    if where == "init" or where.startswith("normal:"):
+    if _is_drawn(where):
         return drawn(run, task, where, seed)
-    path, at, step = where.rpartition("@")
-    at = "" if "://" in where and not (step == "last" or step.isdecimal()) else at  # another one belongs to the URL
-    if not at and (where == "last" or where.isdecimal()):
-        return run.theta(run.steps if where == "last" else int(where))
-    other = open_run(path if at else where)
-    theta = other.theta(other.steps if not at or step == "last" else int(step) if step.isdecimal() else -1)
+    other, step = _state(run, where)
+    theta = other.theta(step)
     for layer in run.manifest.layers:
         got = theta[layer.name].shape if layer.name in theta else f"only {', '.join(list(theta)[:3])}"
         if got != layer.shape:
@@ -89,6 +85,14 @@ def parameters_at(run: Run, task: Task, where: str, seed: int) -> dict[str, np.n
                 "the other run has another model", where=other.path, expected=f"{layer.name} {layer.shape}", got=got, do="take a like run"
             )
     return {layer.name: theta[layer.name] for layer in run.manifest.layers}
+
+
+def stated(run: Run, where: str) -> str:
+    """The words of ``parameters_at``, but another run by its identity: the same however its path is spelled."""
+    if _is_drawn(where):
+        return where
+    other, step = _state(run, where)
+    return where if other is run else f"{other.identity}@{step}"
 
 
 def identities(run: Run, steps: Sequence[int], layers: Sequence[str]) -> Table:
@@ -112,6 +116,11 @@ def identities(run: Run, steps: Sequence[int], layers: Sequence[str]) -> Table:
 
 def _identical(one: Theta, two: Theta) -> bool:
     return list(one) == list(two) and all(one[n].shape == two[n].shape and one[n].tobytes() == two[n].tobytes() for n in one)
+
+
+def divergence(one: torch.Tensor, two: torch.Tensor) -> float:
+    """KL(one ‖ two), in nats, mean over queries, of log-probabilities [query, output]."""
+    return float((one.exp() * (one - two)).sum(-1).mean())
 
 
 class Bench:
@@ -163,8 +172,7 @@ class Bench:
 
     def divergence(self, theta: Theta, other: Theta, split: str = "val") -> float:
         """KL(theta ‖ other) of the predictions, mean over a split, in nats."""
-        one, two = self.log_probabilities(theta, split), self.log_probabilities(other, split)
-        return float((one.exp() * (one - two)).sum(-1).mean())
+        return divergence(self.log_probabilities(theta, split), self.log_probabilities(other, split))
 
     def confusion(self, theta: Theta, split: str = "val") -> np.ndarray:
         """How often each true class is taken for each class: [true, predicted]."""
@@ -174,6 +182,20 @@ class Bench:
         found = np.zeros((classes, classes), dtype=np.int64)
         np.add.at(found, (self.task.target(self.batches[split]).numpy(), predicted), 1)
         return found
+
+
+def _is_drawn(where: str) -> bool:
+    return where == "init" or where.startswith("normal:")
+
+
+def _state(run: Run, where: str) -> tuple[Run, int]:
+    """The run, or another one, and the step in it; −1 for what is no step."""
+    path, at, step = where.rpartition("@")
+    at = "" if "://" in where and not (step == "last" or step.isdecimal()) else at  # another one belongs to the URL
+    if not at and (where == "last" or where.isdecimal()):
+        return run, run.steps if where == "last" else int(where)
+    other = open_run(path if at else where)
+    return other, other.steps if not at or step == "last" else int(step) if step.isdecimal() else -1
 
 
 def _number(text: str) -> bool:

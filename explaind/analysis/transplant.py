@@ -6,7 +6,7 @@ random    the kept layers are drawn anew too: a training from scratch
 shuffled  the donor's tensors with their entries permuted: the same values and norms, and nothing that was learned
 whole     all layers are the donor's: what a fresh optimizer alone changes
 
-memorised  a donor from the memorisation phase, such as ``memorising`` finds
+memorised  one donor from the memorisation phase, such as ``memorising`` finds; all others are compared with it
 frozen  as transplant, but the kept layers stay as they are, so that only the others learn
 
 A self-transplant changes nothing, which ``surgery.identities`` says of every donor.
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from explaind.analysis.surgery import Bench, Theta, drawn, grafted, shuffled
+from explaind.analysis.surgery import Bench, Theta, divergence, drawn, grafted, shuffled
 from explaind.analysis.table import Table, tabulated
 from explaind.config import Config
 from explaind.errors import RequestError
@@ -66,12 +66,14 @@ def swapped(bench: Bench, host: Theta, donors: Sequence[int], layers: Sequence[s
     kl, kl_train              KL(host ‖ swapped) of the predictions, in nats, mean over the validation or the training split
     kl_donor, kl_donor_train  KL(donor ‖ swapped), likewise
     """
-    rows = []
+    rows, of_host = [], {split: bench.log_probabilities(host, split) for split in ("val", "train")}
     for step in donors:
         donor = bench.run.theta(step)
         theta, row = grafted(host, donor, layers), dict[str, float]()
-        for name, whole in (("kl", host), ("kl_donor", donor)):
-            row |= {name: bench.divergence(whole, theta), f"{name}_train": bench.divergence(whole, theta, "train")}
+        for split, end in (("val", ""), ("train", "_train")):
+            made = bench.log_probabilities(theta, split)
+            row |= {f"kl{end}": divergence(of_host[split], made)}
+            row |= {f"kl_donor{end}": divergence(bench.log_probabilities(donor, split), made)}
         rows.append({"donor": step, **bench.measured(theta), **row})
     return tabulated(
         "swap",
@@ -127,17 +129,18 @@ def trained_on(
 ) -> Outcome:
     """Train on from these parameters as the run was trained, with a fresh optimizer; recorded at `path` where one is given.
 
-    What generalises from the beginning takes no step, unless it is recorded. Layers that are `frozen` keep their parameters: they get no
-    gradient, so that the optimizer, decay included, leaves them alone. RequestError where nothing is left to train.
+    What generalises from the beginning reached the aim after 0 steps, and takes none, unless it is recorded: then it goes on to the first
+    look, so that there is a recording. Layers that are `frozen` keep their parameters: they get no gradient, so that the optimizer, decay
+    included, leaves them alone. RequestError where nothing is left to train.
     """
     model = copy.deepcopy(bench.put(theta)).train()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and name not in frozen)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise RequestError("nothing is left to train", got=f"{len(frozen)} frozen layers", do="freeze fewer")
-    last = bench.of(model)
-    if last["val_accuracy"] >= training.stop and path is None:
-        return Outcome(0, 0, **last)
+    first = last = bench.of(model)
+    if first["val_accuracy"] >= training.stop and path is None:
+        return _outcome(first, first, 0, training)
 
     def look(taken: int, model: nn.Module) -> bool:
         nonlocal last
@@ -147,7 +150,19 @@ def trained_on(
         return last["val_accuracy"] >= training.stop
 
     taken = fit(bench.task, configured(bench.run, training, seed), model, path, overwrite=True, progress=progress, stop=look)
-    return Outcome(taken if last["val_accuracy"] >= training.stop else None, taken, **last)
+    return _outcome(first, last, taken, training)
+
+
+def recorded(bench: Bench, run: Run, training: Training) -> Outcome:
+    """What became of a training that ``trained_on`` recorded."""
+    first, last = (bench.measured(run.theta(step)) for step in (0, run.steps))
+    return _outcome(first, last, run.steps, training)
+
+
+def _outcome(first: dict[str, float], last: dict[str, float], taken: int, training: Training) -> Outcome:
+    """Of a training with these measures before its first step and after its last one."""
+    arrived = (steps for steps, found in ((0, first), (taken, last)) if found["val_accuracy"] >= training.stop)
+    return Outcome(next(arrived, None), taken, **last)
 
 
 @dataclass(frozen=True)

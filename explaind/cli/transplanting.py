@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from explaind.analysis.surgery import Bench, grafted, layers_named, parameters_at
-from explaind.analysis.transplant import Outcome, Training, trained_on
+from explaind.analysis.surgery import Bench, grafted, layers_named, parameters_at, stated
+from explaind.analysis.transplant import Training, recorded, trained_on
 from explaind.cli.terminal import FINE, Json, app, printed, progress
 from explaind.errors import RequestError
 from explaind.ledger.by_name import task_of
@@ -51,24 +51,29 @@ def transplant(
     name
         Of the folder of the trainings.
     """
-    recorded = open_run(run)
-    bench = Bench(recorded, task_of(recorded))
-    chosen = layers_named(recorded, bench.task, [part.strip() for part in layers.split(",") if part.strip()])
+    source = open_run(run)
+    bench = Bench(source, task_of(source))
+    chosen = layers_named(source, bench.task, [part.strip() for part in layers.split(",") if part.strip()])
     if train < 0 or seeds < 1:
         raise RequestError("nothing to train", expected="--train of at least 0 and --seeds of at least 1", got=f"{train}, {seeds}")
-    facts: dict[str, Any] = {"run": str(recorded.path), "layers": list(chosen), "from": from_, "into": into}
+    if not train and (seeds > 1 or name):
+        got = f"--seeds {seeds}" if seeds > 1 else f"--name {name}"
+        raise RequestError("an option of a training, and nothing is trained", got=got, do="give --train, or leave it out")
+    facts: dict[str, Any] = {"layers": list(chosen), "from": from_, "into": into}
     if train:
-        folder = recorded.path / "transplants" / (name or f"{from_}-into-{into}".replace("/", "_"))
-        _claim(folder, {**facts, "train": train, "stop": stop})
+        folder = source.path / "transplants" / (name or f"{from_}-into-{into}".replace("/", "_"))
+        given = {**facts, "train": train, "stop": stop}
+        places = {"from": stated(source, from_), "into": stated(source, into)}
+        _claim(folder, {"identity": source.identity, **given, **places}, given)
         facts["trained"] = [_trained(bench, chosen, from_, into, Training(train, stop), seed, folder) for seed in range(seeds)]
     else:
-        host, donor = (parameters_at(recorded, bench.task, where, 0) for where in (into, from_))
+        host, donor = (parameters_at(source, bench.task, where, 0) for where in (into, from_))
         made = grafted(host, donor, chosen)
         facts["evaluated"] = {
             name: {**bench.measured(theta), "kl_from_host": bench.divergence(host, theta)}
             for name, theta in (("host", host), ("donor", donor), ("transplant", made))
         }
-    printed(facts, json, transplant_lines)
+    printed({"run": str(source.path), **facts}, json, transplant_lines)
     return FINE
 
 
@@ -83,13 +88,16 @@ def _trained(
         with progress(f"training seed {seed}") as show:
             found = trained_on(bench, theta, training, seed, path, show)
     else:
-        last = bench.measured(done.theta(done.steps))
-        found = Outcome(done.steps if last["val_accuracy"] >= training.stop else None, done.steps, **last)
+        found = recorded(bench, done, training)
     return {"seed": seed, "recorded": str(path), "stop": training.stop, **asdict(found)}
 
 
-def _claim(folder: Location, facts: dict[str, Any]) -> None:
-    """Say what the trainings of a folder are; RequestError where they are of another transplant."""
+def _claim(folder: Location, facts: dict[str, Any], older: dict[str, Any]) -> None:
+    """Say what the trainings of a folder are; RequestError where they are of another transplant.
+
+    Runs are claimed by their identity, since a path is spelled in many ways and may change. Older claims have the words that were given,
+    and the path of the run, which is not asked for: the folder is inside it.
+    """
     file = folder / "transplant.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -98,7 +106,7 @@ def _claim(folder: Location, facts: dict[str, Any]) -> None:
         found = _read(file)
     except OSError as error:
         raise schema.unwritable(file, error) from error
-    for key, value in facts.items():
+    for key, value in (older if "run" in found else facts).items():
         if found.get(key) != value:
             raise RequestError(
                 "another transplant has that name", where=folder, expected=f"{key} {found.get(key)}", got=value, do="choose another --name"
