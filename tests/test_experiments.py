@@ -17,11 +17,7 @@ import explaind
 from explaind.analysis.speedup import speedup
 from explaind.analysis.table import tabulated
 from explaind.cli import main
-<<<<<<< HEAD
-from explaind.errors import RequestError
 from tests.closeness import algebra
-=======
->>>>>>> fix-transplant
 
 FOLDER = Path(__file__).parents[1] / "experiments"
 
