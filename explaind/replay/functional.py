@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from explaind.errors import ReplayError
 from explaind.record.buffers import COUNTER, lazy, statistics
 from explaind.record.per_example import per_example
+from explaind.replay.recurrent import WrittenOut
 from explaind.replay.steps import Drawn
 from explaind.replay.surroundings import DifferentiableStatistics, Lifted, autocast_dtype, drawing, rounding_as
 from explaind.store.manifest import Layer
@@ -65,6 +66,7 @@ class Functional:
         self.model, self._device = own, device
         self._buffers = dict(own.named_buffers())
         self._counters: list[str] = []
+        self._recurrent = any(isinstance(module, nn.RNNBase) for module in own.modules())
         self._dtype, self._casts = dtype, dict[tuple[bool, ...], bool]()
         self._autocast: torch.dtype | None = None
 
@@ -115,7 +117,7 @@ class Functional:
     def _called(self, parameters: Mapping[str, Tensor], batch: Any) -> Tensor:
         own = tree_map(lambda leaf: leaf, batch)  # containers of its own, which a function may change
         before = _versions(own)
-        with DifferentiableStatistics() if self._moving else nullcontext():
+        with DifferentiableStatistics() if self._moving else nullcontext(), WrittenOut() if self._recurrent else nullcontext():
             try:
                 found: Tensor = functional_call(self._call, {f"model.{name}": tensor for name, tensor in parameters.items()}, (own,))
             except (RuntimeError, NotImplementedError) as error:
