@@ -66,6 +66,14 @@ CURVES = {
     "powers": lambda x: x**2 + x**3 + x**5 + (x * x + 1) ** 1.7 + (x * x + 1) ** -0.5 + 2.0**x,
     "quotients": lambda x: x / (x * x + 2) + 3 / (x.exp() + 1) + x / 2,
 }
+SHARP = {
+    "sharp softplus": lambda x: F.softplus(x, beta=100) + F.softplus(x, beta=-30),
+    "softplus that jumps": lambda x: F.softplus(x, beta=3, threshold=1.5),
+    "sharp elus": lambda x: F.celu(x, 0.01) + torch.ops.aten.elu(x, 2.0, 1.5, 70.0),
+    "steep powers": lambda x: x.cos() ** 60 + (x.cos() + 1.5) ** -40.5 + (x.cos() + 2) ** torch.tensor([30.0, 2.0, 0.3, -9.0]),
+    "moving exponents": lambda x: torch.tensor([2.0, 0.1, 3.0, 1.0]) ** x + (x * x + 1) ** x,
+}
+"""Curves on a scale of their own."""
 KINKED = {
     "relu": F.relu,
     "leaky relu": lambda x: F.leaky_relu(x, 0.2),
@@ -114,7 +122,7 @@ BRANCHING = {
     "a mask made of numbers": (lambda x: (x > 0).to(x.dtype).sum(0) * x + torch.where(x < 0.2, 1.0, x), [MATRIX]),
     "infinity that is not chosen": (lambda x: torch.where(x > 0, x, (x > -INF) / (MASK * 1.0)).masked_fill(~MASK, 0.0), [MATRIX]),
 }
-ALL = LINEAR | PRODUCTS | {k: (f, [MATRIX]) for k, f in (CURVES | KINKED).items()} | NORMALISED | SELECTED | BRANCHING
+ALL = LINEAR | PRODUCTS | {k: (f, [MATRIX]) for k, f in (CURVES | SHARP | KINKED).items()} | NORMALISED | SELECTED | BRANCHING
 
 
 def written(x, y):
@@ -180,6 +188,17 @@ def test_a_slope_is_the_mean_derivative_at_every_distance(name):
             for t, w in zip(nodes, weights, strict=True)
         )
         algebra(secant({"x": a}, {"x": b}, {"x": torch.ones(40)}, ONE), fine, f"{name} {size}", scale=1.0)
+
+
+@pytest.mark.parametrize("name", SHARP.keys() - {"moving exponents"})
+def test_a_sharp_curve_is_exact_in_float32_at_every_distance(name):
+    function, one = SHARP[name], ONE.float()
+    a = torch.linspace(-1, 1, 2004, dtype=torch.float32).reshape(-1, 4)
+    secant = Secant(lambda p, batch: function(p["x"]).float() * batch, {"x": a}, one)
+    for size in (0.001, 0.01, 0.05, 0.2, 0.29):
+        b = a + size
+        off = secant({"x": a}, {"x": b}, {"x": b - a}, one) - (function(b) - function(a))
+        assert (off.abs() <= 1e-5 * (1 + function(a).abs().amax(0))).all(), size
 
 
 @pytest.mark.parametrize(("a", "b"), [(-1.0, 1.0), (0.0, 1.0), (-1.0, 0.0), (0.0, 0.0), (1e-300, -1e-300), (-3e-9, 1e-9)])
