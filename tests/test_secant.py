@@ -9,6 +9,7 @@ from torch.func import functional_call, jacrev, jvp, vmap
 from torch.nn import functional as F
 
 from explaind.kernel.secant import NoSecant, Secant
+from explaind.kernel.secant.rules import RULES
 from explaind.replay.surroundings import differentiable
 from tests.cases import normal
 from tests.closeness import algebra, same
@@ -80,6 +81,8 @@ KINKED = {
     "elu": lambda x: F.elu(x) + F.selu(x) + F.celu(x, 0.5),
     "abs": torch.abs,
     "clamp": lambda x: x.clamp(-0.5, 0.7) + x.clamp(min=0.1) + F.hardtanh(x) + F.relu6(x),
+    "clamp between bounds that are crossed": lambda x: x.clamp(0.5, -0.25) + x * 2,
+    "clamp by tensors": lambda x: x.clamp(torch.tensor(-0.5), torch.full((1,), 0.7)) + torch.clamp_max(x, torch.tensor(0.3)),
     "hard swish": lambda x: F.hardswish(4 * x),
     "hard sigmoid": lambda x: F.hardsigmoid(4 * x),
 }
@@ -303,6 +306,10 @@ def test_a_model_for_every_row_of_a_batch_alone_and_transposed(name):
         (lambda x: x.masked_fill(x > 0, -INF).softmax(-1), "condition moves.*where"),
         (lambda x: x if x.sum() > 0 else -x, "trace"),
         (lambda x: x.topk(2).values, "topk"),
+        (lambda x: torch.scatter(x, 1, torch.tensor([[0], [1]]), 2.0, reduce="add"), "reduce='add'.*scatter"),
+        (lambda x: torch.scatter(x, 0, torch.tensor([[1, 0, 2, 3]]), 2.0, reduce="multiply"), "reduce='multiply'.*scatter"),
+        (lambda x: x.t().contiguous().as_strided((4,), (1,)), "memory.*as_strided"),
+        (lambda x: torch.div(x, 0.3, rounding_mode="floor"), "rounding_mode.*aten.div"),
         (lambda x: F.dropout(x, 0.5, training=True), "other values"),
         (lambda x: F.batch_norm(x, torch.zeros(4), torch.ones(4), training=True), "train mode"),
         (lambda x: torch.linalg.inv(x[:3, :3]), "inv|lu|solve"),
@@ -311,6 +318,15 @@ def test_a_model_for_every_row_of_a_batch_alone_and_transposed(name):
 def test_what_has_no_secant_is_refused_by_name(function, word):
     with pytest.raises(NoSecant, match=f"secant rule.*({word}).*rule='adaptive'"):
         Secant(lambda p, batch: function(p["x"]) * batch, {"x": normal(5, 4, seed=1)}, ONE)
+
+
+def test_a_rule_that_is_wrong_about_its_arguments_is_refused_by_name(monkeypatch):
+    def blind(op, x):  # right where the ends meet
+        return x.elementwise(torch.sin, x.a.cos())
+
+    monkeypatch.setitem(RULES, torch.ops.aten.sin, blind)
+    with pytest.raises(NoSecant, match="not the difference between its ends.*aten.sin"):
+        Secant(lambda p, batch: p["x"].exp().sin().cos() * batch, {"x": normal(5, 4, seed=1)}, ONE)
 
 
 def test_operations_on_the_batch_alone_need_no_rule():

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from explaind.kernel.secant.pair import Pair
-from explaind.kernel.secant.rules import refuse, rule
+from explaind.kernel.secant.rules import rule
+from explaind.kernel.secant.selecting import maximum, minimum
 from explaind.kernel.secant.slopes import ramp, share, smooth
 
 
@@ -133,13 +134,16 @@ def absolute(op: Any, x: Pair) -> Pair:
 
 
 @rule("clamp clamp_min clamp_max hardtanh")
-def clamp(op: Any, x: Pair, low: Any = None, high: Any = None) -> Pair:
+def clamp(op: Any, x: Any, low: Any = None, high: Any = None) -> Pair:
     if op is torch.ops.aten.clamp_max.default:
         low, high = None, low
     if op is torch.ops.aten.hardtanh.default:
         low, high = -1.0 if low is None else low, 1.0 if high is None else high
     if isinstance(low, (Tensor, Pair)) or isinstance(high, (Tensor, Pair)):
-        raise refuse(op, "its bounds are tensors")
+        above = x if low is None else maximum(op, x, low)
+        return above if high is None else minimum(op, above, high)
+    if low is not None and high is not None and low > high:  # the upper one is the later one
+        low = high
     slope = torch.ones_like(x.a) if low is None else ramp(x.a, x.b, low)
     if high is not None:
         slope = slope - ramp(x.a, x.b, high)
