@@ -13,7 +13,7 @@ from explaind.kernel.secant.selecting import maximum, minimum
 from explaind.kernel.secant.slopes import ramp, share, smooth
 
 
-@rule("expm1 erf erfc tanh sigmoid gelu silu mish sin cos atan sinh cosh asinh log_sigmoid")
+@rule("expm1 erf erfc tanh sigmoid gelu silu mish sin cos atan sinh cosh asinh")
 def curve(op: Any, x: Pair, *args: Any, **kwargs: Any) -> Pair:
     f = partial(_called, op, args, kwargs)
     return x.elementwise(f, smooth(f, x.a, x.b))
@@ -42,11 +42,6 @@ def celu(op: Any, x: Pair, alpha: float = 1) -> Pair:
     return _kinked(op, x, (alpha,), abs(alpha))
 
 
-@rule("selu")
-def selu(op: Any, x: Pair) -> Pair:
-    return _kinked(op, x, (), 1.0)
-
-
 def _kinked(op: Any, x: Pair, args: Any, scale: float) -> Pair:
     f = partial(_called, op, args, {})
     return x.elementwise(f, smooth(f, x.a, x.b, kinks=(0.0,), scale=scale))
@@ -55,11 +50,6 @@ def _kinked(op: Any, x: Pair, args: Any, scale: float) -> Pair:
 @rule("hardswish")
 def hardswish(op: Any, x: Pair) -> Pair:
     return x.elementwise(op, smooth(op, x.a, x.b, kinks=(-3.0, 3.0)))
-
-
-@rule("log_sigmoid_forward")
-def log_sigmoid(op: Any, x: Pair) -> Any:
-    return curve(torch.ops.aten.log_sigmoid.default, x), None
 
 
 @rule("exp")
@@ -95,11 +85,6 @@ def rsqrt(op: Any, x: Pair) -> Pair:
 @rule("reciprocal")
 def reciprocal(op: Any, x: Pair) -> Pair:
     return x.reciprocal()
-
-
-@rule("square")
-def square(op: Any, x: Pair) -> Pair:
-    return x.square()
 
 
 @rule("pow")

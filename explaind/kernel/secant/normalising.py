@@ -37,13 +37,13 @@ def _log_shares(x: Tensor, dim: Dims) -> Tensor:
     return torch.where(shares.isnan(), -torch.inf, shares)
 
 
-@rule("_softmax softmax _safe_softmax")
+@rule("_softmax _safe_softmax")
 def softmax(op: Any, x: Pair, dim: int, *_: Any, **__: Any) -> Pair:
     means, whole = _shares(x, dim)
     return Pair(x.a.softmax(dim), x.b.softmax(dim), means * (x.d - whole))
 
 
-@rule("_log_softmax log_softmax")
+@rule("_log_softmax")
 def log_softmax(op: Any, x: Pair, dim: int, *_: Any, **__: Any) -> Pair:
     return Pair(x.a.log_softmax(dim), x.b.log_softmax(dim), x.d - _shares(x, dim)[1])
 
