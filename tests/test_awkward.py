@@ -83,10 +83,6 @@ def decomposed(run, data, network, of=losses, measure=lambda model, tokens: mode
 @pytest.mark.parametrize("network", [Padded, Recurrent, Bagged])
 def test_padding_rows_and_operations_without_a_forward_mode(network, rule, tmp_path):
     run, data = recorded(tmp_path / "run", network)
-    if network is Bagged and rule == "secant":
-        with pytest.raises(NoSecant):
-            decomposed(run, data, network, rule=rule)
-        return
     ledger = decomposed(run, data, network, rule=rule, tol=1e-3)
     maxima = ledger.verify().maxima
     assert maxima["closure"] <= 1e-10
@@ -136,7 +132,8 @@ def test_the_norm_of_a_zero_vector_is_not_nan(rule, tmp_path):
 def test_a_rule_that_did_not_foresee_its_arguments_stops_the_secant_alone(tmp_path):
     class Powered(Padded):
         def forward(self, tokens):
-            return torch.tensor([2.0, 3.0], dtype=torch.float64) ** super().forward(tokens).tanh()
+            values = super().forward(tokens).tanh()
+            return values + torch.div(values + 2, 1000, rounding_mode="floor")
 
     run, data = recorded(tmp_path / "run", Powered, lr=0.01)
     with pytest.raises(NoSecant):

@@ -29,13 +29,13 @@ def opposite(op: Any, x: Pair) -> Pair:
     return -x + 1.0
 
 
-@rule("logical_and bitwise_and __and__")
+@rule("logical_and bitwise_and")
 def both(op: Any, x: Any, y: Any) -> Pair:
     pair: Pair = x * _number(y) if isinstance(x, Pair) else y * _number(x)
     return pair
 
 
-@rule("logical_or bitwise_or __or__")
+@rule("logical_or bitwise_or")
 def either(op: Any, x: Any, y: Any) -> Pair:
     x, y = _number(x), _number(y)
     pair: Pair = -both(op, -x + 1.0, -y + 1.0) + 1.0
@@ -71,10 +71,3 @@ def _infinite(value: Any) -> bool:
         return bool(value.isinf())
     except RuntimeError:  # of the batch, under vmap: no constant
         return False
-
-
-@rule("masked_fill")
-def masked_fill(op: Any, x: Any, mask: Any, value: Any) -> Pair:
-    like = at(x, "a")
-    value = value if isinstance(value, (Pair, Tensor)) else torch.as_tensor(value, dtype=like.dtype, device=like.device)
-    return where(aten.where.self, mask, value, x)

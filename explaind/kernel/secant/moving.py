@@ -21,13 +21,9 @@ def _change(value: Any) -> Any:
 
 
 @rule(
-    "view reshape _unsafe_view view_copy permute permute_copy transpose transpose_copy t t_copy expand expand_copy squeeze squeeze_copy",
-    "unsqueeze unsqueeze_copy slice slice_copy select select_copy alias alias_copy clone contiguous detach lift_fresh_copy cat stack",
-    "_to_copy to sum mean neg flip roll repeat gather index index_select take_along_dim diagonal diagonal_copy diag_embed tril triu",
-    "split split_copy split_with_sizes split_with_sizes_copy unbind unbind_copy unfold unfold_copy as_strided as_strided_copy",
-    "cumsum narrow_copy im2col col2im reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d pixel_shuffle",
-    "avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d upsample_nearest1d upsample_nearest2d",
-    "upsample_bilinear2d upsample_bicubic2d upsample_linear1d",
+    "reshape view_copy permute permute_copy transpose expand squeeze unsqueeze slice slice_copy select select_copy alias clone detach cat",
+    "_to_copy sum mean neg flip repeat gather index index_select diagonal unfold cumsum narrow_copy split_copy split_with_sizes",
+    "unbind_copy avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d upsample_bilinear2d upsample_bicubic2d",
 )
 def linear(op: Any, *args: Any, **kwargs: Any) -> Any:
     a, b, d = (op(*(pick(v) for v in args), **kwargs) for pick in (lambda v: at(v, "a"), lambda v: at(v, "b"), _change))
@@ -36,6 +32,11 @@ def linear(op: Any, *args: Any, **kwargs: Any) -> Any:
     if not a.is_floating_point():
         raise refuse(op, "it rounds to whole numbers")
     return Pair(a, b, d)
+
+
+@rule("as_strided")
+def as_strided(op: Any, *_: Any) -> Any:
+    raise refuse(op, "what it reads depends on how its argument lies in memory")
 
 
 @rule("embedding")
@@ -54,11 +55,6 @@ def sub(op: Any, x: Any, y: Any, alpha: float = 1) -> Any:
     return _sum(x, y * -alpha)
 
 
-@rule("rsub")
-def rsub(op: Any, x: Any, y: Any, alpha: float = 1) -> Any:
-    return _sum(y, x * -alpha)
-
-
 def _sum(x: Any, y: Any) -> Pair:
     pair: Pair = x + y if isinstance(x, Pair) else y + x
     return pair
@@ -69,9 +65,11 @@ def pad(op: Any, x: Pair, widths: Any, value: float = 0) -> Pair:
     return Pair(op(x.a, widths, value), op(x.b, widths, value), op(x.d, widths, 0.0))
 
 
-@rule("select_scatter slice_scatter scatter scatter_add index_put index_add diagonal_scatter masked_scatter")
+@rule("select_scatter slice_scatter scatter scatter_add index_put diagonal_scatter masked_scatter")
 def written(op: Any, into: Any, *args: Any, **kwargs: Any) -> Pair:
     """Writing values into a tensor, where both may be pairs: linear in the two together."""
+    if kwargs.get("reduce"):
+        raise refuse(op, f"it writes with reduce={kwargs['reduce']!r}")
     if not any(isinstance(v, Pair) for v in args):  # constants are written: they do not change
         args_d = [torch.zeros_like(v) if isinstance(v, Tensor) and v.is_floating_point() else v for v in args]
         if op is aten.scatter.value:
@@ -89,7 +87,7 @@ def copy(op: Any, into: Any, x: Pair, *_: Any) -> Pair:
     return x.linear(lambda t: t.expand(shape)) if isinstance(x, Pair) else into * 0.0 + x
 
 
-@rule("native_dropout dropout")
+@rule("native_dropout")
 def dropout(op: Any, x: Pair, p: float, train: bool | None) -> Any:
     if train and p > 0:
         raise refuse(op, "dropout is on")

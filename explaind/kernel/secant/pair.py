@@ -55,6 +55,8 @@ class Pair:
             return product(torch.mul, self, other)
         return Pair(self.a * other, self.b * other, self.d * other)
 
+    __radd__, __rmul__ = __add__, __mul__
+
     def __truediv__(self, other: "Pair | Tensor | float") -> "Pair":
         return self * (other.reciprocal() if isinstance(other, Pair) else 1.0 / other)
 

@@ -10,7 +10,7 @@ from explaind.kernel.secant.pair import Pair, at, product
 from explaind.kernel.secant.rules import RULES, rule
 
 
-@rule("mul mm bmm mv dot vdot outer")
+@rule("mul mm bmm")
 def bilinear(op: Any, x: Any, y: Any) -> Pair:
     return product(op, x, y)
 
@@ -27,7 +27,7 @@ def linear(op: Any, x: "Pair | Tensor", weight: Pair, bias: Any = None) -> Pair:
 RULES[F.linear] = linear
 
 
-@rule("addmm addmv baddbmm")
+@rule("addmm addmv")
 def added(op: Any, bias: Any, x: Any, y: Any, beta: float = 1, alpha: float = 1) -> Pair:
     if isinstance(x, Pair) or isinstance(y, Pair):
         whole = product(torch.matmul, x, y)
@@ -38,7 +38,7 @@ def added(op: Any, bias: Any, x: Any, y: Any, beta: float = 1, alpha: float = 1)
     return whole + (bias * beta if beta != 1 else bias)
 
 
-@rule("div true_divide")
+@rule("div")
 def div(op: Any, x: Any, y: Any) -> Pair:
     if isinstance(x, Pair):
         return x / y

@@ -6,7 +6,7 @@ reverse pass through it is the transpose: the gradient ḡ of the secant path ru
 """
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,8 +18,9 @@ from torch.utils._pytree import tree_flatten
 from explaind.kernel.gradients import alike
 from explaind.kernel.points import Function
 from explaind.kernel.secant import branching, elementwise, moving, normalising, products, selecting
+from explaind.kernel.secant.checking import Checked, made_up
 from explaind.kernel.secant.pair import Pair, at, has_pair
-from explaind.kernel.secant.rules import RULES, NoSecant, refuse
+from explaind.kernel.secant.rules import RULES, refuse
 from explaind.kernel.secant.tracing import last_uses, traced
 
 Parameters = Mapping[str, Tensor]
@@ -65,20 +66,20 @@ class Secant:
         self._graph: GraphModule = traced(flat, [*start.values(), *(leaves[i] for i in self._tensors)], len(start))
         self._frees = last_uses(self._graph.graph)
         with torch.no_grad():
-            pair = self._tried(start, batch)
-            if pair.a.shape != (whole := function(start, batch)).shape or not alike(pair.a, whole):
-                raise refuse("the traced function", "its graph gives other values than the function itself")
+            self._check(function, start, batch)
 
-    def _tried(self, start: Parameters, batch: Any) -> Pair:
-        try:
-            return self.pair(start, start, {name: torch.zeros_like(t) for name, t in start.items()}, batch)
-        except NoSecant:
-            raise
-        except Exception as error:  # arguments that no rule foresaw stop this rule alone
-            raise refuse("the traced function", str(error).strip().splitlines()[0][:160] if str(error) else type(error).__name__) from error
+    def _check(self, function: Function, start: Parameters, batch: Any) -> None:
+        end = made_up(start)
+        pair = self._run(Checked(self._value), start, end, {n: end[n] - start[n] for n in start}, batch)
+        for value, whole in ((pair.a, function(start, batch)), (pair.b, function(end, batch))):
+            if whole.isfinite().all() and not (value.shape == whole.shape and alike(value, whole)):
+                raise refuse("the traced function", "its graph gives other values than the function itself")
 
     def pair(self, start: Parameters, end: Parameters, change: Parameters, batch: Any) -> Pair:
         """h at both ends, and its change for any change of the parameters."""
+        return self._run(self._value, start, end, change, batch)
+
+    def _run(self, value: Callable[..., Any], start: Parameters, end: Parameters, change: Parameters, batch: Any) -> Pair:
         leaves = tree_flatten(batch)[0]
         given = [Pair(start[n], end[n], change[n]) for n in self.names] + [leaves[i] for i in self._tensors]
         values: dict[Node, Any] = {}
@@ -91,7 +92,7 @@ class Secant:
                 args, kwargs = (map_arg(v, values.__getitem__) for v in (node.args, node.kwargs))
                 if node.op == "output":
                     return _result(args[0])
-                values[node] = self._value(node, args, kwargs)
+                values[node] = value(node, args, kwargs)
             for done in self._frees.get(node, ()):
                 del values[done]
         raise AssertionError("a graph ends with its output")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from explaind.kernel.secant.pair import Pair
+from explaind.kernel.secant.pair import Pair, at
 from explaind.kernel.secant.rules import rule
 from explaind.kernel.secant.slopes import difference, quotient, ramp
 
@@ -60,9 +60,12 @@ def smallest(op: Any, x: Pair, dim: int | None = None, keepdim: bool = False) ->
 @rule("maximum")
 def maximum(op: Any, x: Any, y: Any) -> Pair:
     """max(x, y) = y + max(x − y, 0)."""
-    lead = x - y if isinstance(x, Pair) else -(y - x)
-    pair: Pair = lead.elementwise(torch.relu, ramp(lead.a, lead.b)) + y
-    return pair
+    if not isinstance(x, Pair):
+        x, y = y, x
+    a, b = (torch.maximum(x_end, y_end) for x_end, y_end in ((x.a, at(y, "a")), (x.b, at(y, "b"))))
+    lead = x - y
+    change = ramp(lead.a, lead.b) * lead.d
+    return Pair(a, b, change + y.d if isinstance(y, Pair) else change)
 
 
 @rule("minimum")

@@ -12,7 +12,10 @@ from torch.func import jvp
 Elementwise = Callable[[Tensor], Tensor]
 
 REACH = {torch.float64: 0.02, torch.float32: 0.3}
-"""Where b − a is smaller, the quotient would lose digits to cancellation, and three Gauss nodes of f′ are exact to rounding."""
+"""Where b − a is smaller, the quotient would lose digits to cancellation, and three Gauss nodes of f′ are exact to rounding.
+
+For an f that varies on the scale of 1, as tanh does; a scaled f(β x) has a reach of 1/β of it.
+"""
 NODES = ((0.5 - 0.15**0.5, 5 / 18), (0.5, 8 / 18), (0.5 + 0.15**0.5, 5 / 18))
 
 
@@ -32,11 +35,10 @@ def derivative(f: Elementwise, x: Tensor) -> Tensor:
     return jvp(f, (x,), (torch.ones_like(x),))[1]
 
 
-def smooth(f: Elementwise, a: Tensor, b: Tensor, kinks: Sequence[float] = (), relative: bool = False) -> Tensor:
-    """Slope of an f that is smooth but for kinks. relative: f varies on the scale of |x| itself, as powers do."""
+def smooth(f: Elementwise, a: Tensor, b: Tensor, kinks: Sequence[float] = (), scale: float | Tensor = 1.0) -> Tensor:
+    """Slope of an f that is smooth but for kinks. scale: of x, on which f varies; it may differ from element to element."""
     run = difference(a, b)
-    reach = 0.2 * REACH[a.dtype] * torch.minimum(a.abs(), b.abs()) if relative else REACH[a.dtype]
-    far = run.abs() > reach
+    far = run.abs() > REACH[a.dtype] * scale
     for kink in kinks:
         far = far | ((a - kink) * (b - kink) < 0)
     start = torch.where(far, b, a)  # where the quotient serves, keep f′ away from what may lie between

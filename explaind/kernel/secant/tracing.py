@@ -10,9 +10,10 @@ from torch._decomp import core_aten_decompositions
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
+from torch.nn.modules import transformer
 from torch.overrides import TorchFunctionMode
 
-from explaind.kernel.secant.rules import NoSecant
+from explaind.kernel.secant.rules import NoSecant, refuse
 
 Flat = Callable[..., Tensor]
 """(*tensors) -> Tensor."""
@@ -24,13 +25,11 @@ WHOLE = ("logsumexp", "_safe_softmax", "var", "leaky_relu", "silu", "softplus", 
 """Operations that have a secant of their own and are not taken apart."""
 
 
-class _OneHot(TorchFunctionMode):
-    """one_hot without its look at the values, which no graph can hold."""
+class _WrittenOut(TorchFunctionMode):
+    """Functions that look at values, or hold their result in a way that no rule is for, by others that give the same."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.one_hot:
-            return _one_hot(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        return WRITTEN.get(func, func)(*args, **(kwargs or {}))
 
 
 def _one_hot(index: Tensor, num_classes: int = -1) -> Tensor:
@@ -39,14 +38,42 @@ def _one_hot(index: Tensor, num_classes: int = -1) -> Tensor:
     return (index.unsqueeze(-1) == torch.arange(num_classes, device=index.device)).long()
 
 
+def _bilinear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    whole = torch.einsum("...i,oij,...j->...o", x, weight, y)
+    return whole if bias is None else whole + bias
+
+
+def _embedding_bag(index: Tensor, weight: Tensor, offsets: Any = None, max_norm: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+    """Bags as rows of the index, whose embeddings are summed or averaged."""
+    names = ("norm_type", "scale_grad_by_freq", "mode", "sparse", "per_sample_weights", "include_last_offset", "padding_idx")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    mode, factors, padding = given.get("mode", "mean"), given.get("per_sample_weights"), given.get("padding_idx")
+    if index.ndim != 2 or max_norm is not None or mode == "max":
+        raise refuse("embedding_bag", "it has a rule for bags of two dimensions, summed or averaged, without max_norm")
+    rows = F.embedding(index, weight) if factors is None else F.embedding(index, weight) * factors.unsqueeze(-1)
+    if padding is None:
+        return rows.sum(1) if mode == "sum" else rows.mean(1)
+    held = (index != padding % len(weight)).to(rows.dtype).unsqueeze(-1)
+    whole = (rows * held).sum(1)
+    return whole if mode == "sum" else whole / held.sum(1).clamp(min=1.0)
+
+
+WRITTEN: dict[Any, Any] = {F.one_hot: _one_hot, F.bilinear: _bilinear, F.embedding_bag: _embedding_bag}
+
+
 @contextmanager
 def _taken_apart() -> Iterator[None]:
-    """Without oneDNN, which would hold a whole LSTM as one operation."""
-    before = torch._C._get_mkldnn_enabled()
+    """Without oneDNN, which would hold a whole LSTM as one operation, and without a look at whether an attention mask is causal.
+
+    A causal mask is then applied as any other.
+    """
+    before, detect = torch._C._get_mkldnn_enabled(), transformer._detect_is_causal_mask
     torch._C._set_mkldnn_enabled(False)
+    transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: bool(is_causal)
     try:
         yield
     finally:
+        transformer._detect_is_causal_mask = detect
         torch._C._set_mkldnn_enabled(before)
 
 
@@ -54,9 +81,10 @@ def traced(function: Flat, examples: Sequence[Tensor], parameters: int) -> fx.Gr
     """The graph of function(*examples), without in-place operations; NoSecant where there is none. The first examples are parameters."""
     table = {op: how for op, how in core_aten_decompositions().items() if op._schema.name.removeprefix("aten::") not in WHOLE}
     try:
-        with torch.no_grad(), _OneHot(), _taken_apart():
+        with torch.no_grad(), _WrittenOut(), _taken_apart():
             graph = make_fx(function, decomposition_table=table)(*examples)
-            graph = make_fx(functionalize(graph, remove="mutations"))(*examples)
+            constants = _taken_out(graph)
+            graph = make_fx(functionalize(graph, remove="mutations"))(*examples, *constants)
     except NoSecant:
         raise
     except Exception as error:  # whatever stops the tracer (branches on values, mostly) stops this rule alone
@@ -66,10 +94,37 @@ def traced(function: Flat, examples: Sequence[Tensor], parameters: int) -> fx.Gr
             got=why,
             do="use rule='auto', which falls back to the adaptive rule, or rule='adaptive'",
         ) from error
+    _put_back(graph, constants)
     _restore_linear(graph.graph, parameters)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
+
+
+def _taken_out(graph: fx.GraphModule) -> list[Tensor]:
+    """The graph's constants, which become its last inputs: functionalize follows what is written into its inputs alone."""
+    nodes = graph.graph.nodes
+    found: dict[str, fx.Node] = {}
+    for node in [n for n in nodes if n.op == "get_attr" and isinstance(getattr(graph, n.target), Tensor)]:
+        if node.target not in found:
+            with graph.graph.inserting_after([n for n in nodes if n.op == "placeholder"][-1]):
+                found[node.target] = graph.graph.placeholder(node.target.strip("_"))
+        node.replace_all_uses_with(found[node.target])
+        graph.graph.erase_node(node)
+    graph.recompile()
+    return [getattr(graph, name) for name in found]
+
+
+def _put_back(graph: fx.GraphModule, constants: Sequence[Tensor]) -> None:
+    """The last inputs become constants again, which no run of the graph writes to."""
+    inputs = [n for n in graph.graph.nodes if n.op == "placeholder"]
+    for i, (node, constant) in enumerate(zip(inputs[len(inputs) - len(constants) :], constants, strict=True)):
+        for written in [n for n in node.users if n.target is aten.copy_.default and n.args[0] is node]:
+            graph.graph.erase_node(written)
+        graph.register_buffer(f"constant_{i}", constant)
+        with graph.graph.inserting_before(node):
+            node.replace_all_uses_with(graph.graph.get_attr(f"constant_{i}"))
+        graph.graph.erase_node(node)
 
 
 def _restore_linear(graph: fx.Graph, parameters: int) -> None:
