@@ -37,7 +37,7 @@ def balance_figure(tables: dict[int, Table]) -> Figure:
         for name, color in (("data", "C0"), ("decay", "C3"), ("both", "black")):
             axes.plot(steps, values[name][:, :, column].mean(0), color=color, label=name)
             axes.fill_between(steps, values[name][:, :, column].min(0), values[name][:, :, column].max(0), color=color, alpha=0.15)
-        axes.set(yscale="symlog", title=layers[column])
+        axes.set(title=layers[column])
         axes.title.set_fontsize(9)
     figure.axes[0].legend(frameon=False, fontsize=8)
     figure.supxlabel("step")
