@@ -118,6 +118,10 @@ class Config:
                 plain[table] = {"name": plain[table]["name"], **plain[table]["options"]}
         return plain
 
+    def of_training(self) -> dict[str, Any]:
+        """The tables that make a training, without what is asked of it afterwards."""
+        return {name: table for name, table in self.to_json().items() if name not in ("decompose", "report")}
+
 
 class Text(typing.Protocol):
     """A file somewhere."""

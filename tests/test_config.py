@@ -11,6 +11,7 @@ from explaind.tasks import load
 from explaind.tasks.training import train
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
+MOD53 = Path(__file__).parents[1] / "configs" / "mod53.toml"
 SMALL = """
 [task]
 name = "modular"
@@ -137,3 +138,12 @@ def test_the_long_configuration_keeps_its_record_small(tmp_path):
     train(load(few.task.name, few.task.options), few, tmp_path / "run")
     run = explaind.open(tmp_path / "run")
     assert (run.complete, run.steps, run.manifest.thin is not None, run.manifest.block) == (True, 4, True, 2)
+
+
+def test_what_is_asked_of_a_run_does_not_make_its_training_another_one():
+    """By which kept trainings are known."""
+    plain = read(MOD53)
+    asked = read(MOD53, ["--decompose.tol", "0.5", "--report.dpi", "30"])
+    assert asked.to_json() != plain.to_json()
+    assert asked.of_training() == plain.of_training()
+    assert read(MOD53, ["--train.seed", "7"]).of_training() != plain.of_training()

@@ -48,7 +48,7 @@ class Race:
 
 def raced(config: Config, folder: Path) -> Race:
     """Train as a configuration says, or read what became of it: one small file each, written when it is done."""
-    told = {"config": config.to_json(), "aim": AIM, "every": EVERY, "torch": torch.__version__}
+    told = {"config": config.of_training(), "aim": AIM, "every": EVERY, "torch": torch.__version__}
     path = folder / f"{hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:24]}.json"
     if path.exists():
         return Race(**json.loads(path.read_text())["race"])

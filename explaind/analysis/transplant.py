@@ -194,7 +194,7 @@ class Patient:
 
 def outcome(bench: Bench, patient: Patient, training: Training, folder: Path) -> Outcome:
     """Train a patient, or read what became of it from `folder`: one small file each, written when it is done."""
-    config = configured(bench.run, training, patient.seed).to_json()
+    config = configured(bench.run, training, patient.seed).of_training()
     told = asdict(patient)
     if patient.kind in ("random", "whole"):  # one training serves all for which it is the same
         told |= {"layers": None, "donor": patient.donor if patient.kind == "whole" else None}
