@@ -45,18 +45,6 @@ def balance_figure(tables: dict[int, Table]) -> Figure:
     return figure
 
 
-def components_figure(tables: dict[str, Table], classes: np.ndarray) -> Figure:
-    """The samples in the plane of their first two principal components, by layer; coloured by class, which is a number mod p."""
-    figure = Figure(figsize=(3 * len(tables), 3), layout="constrained")
-    for place, (layer, table) in enumerate(tables.items()):
-        axes = figure.add_subplot(1, len(tables), place + 1)
-        first, second = (table.where(component=k)["coordinate"] for k in (0, 1))
-        drawn = axes.scatter(first, second, c=classes, cmap="twilight", s=14)
-        axes.set(xticks=[], yticks=[], title=layer)
-    figure.colorbar(drawn, ax=figure.axes, label="answer")
-    return figure
-
-
 def cosine_figure(matrices: dict[tuple[int, str], np.ndarray], steps: Sequence[int], groups: Sequence[str]) -> Figure:
     figure = Figure(figsize=(2.2 * len(steps), 2.2 * len(groups)), layout="constrained")
     for place, (group, step) in enumerate((g, s) for g in groups for s in steps):

@@ -17,7 +17,7 @@ from typing import Any
 import grokfast
 import numpy as np
 import telling
-from drawing import balance_figure, components_figure, cosine_figure, progress_figure, shares_figure
+from drawing import balance_figure, cosine_figure, progress_figure, shares_figure
 from material import MOD53, Material
 from matplotlib.figure import Figure
 from races import FILTERS, OPERATIONS, Race, races
@@ -32,6 +32,7 @@ from explaind.analysis.credit import balance, layer_shares, sampling_error
 from explaind.analysis.progress import key_frequencies, progress
 from explaind.analysis.table import Table, stacked
 from explaind.kernel.groups import REST, grouping
+from explaind.report.figures import scatter
 
 LOOKS = (200, 250, 500, 1100, 1900)
 """The steps at which the paper draws its cosine matrices."""
@@ -123,7 +124,8 @@ class Study(Material):
             order = np.argsort(classes, kind="stable")
             ordered = {at: matrix[np.ix_(order, order)] for at, matrix in matrices.items()}
             self._figure(f"cosines-{seed}", cosine_figure(ordered, looks, list(groups)))
-            self._figure(f"kernel_pca-{seed}", components_figure({group: components[looks[-1], group] for group in groups}, classes))
+            points = {group: components[looks[-1], group].grid("component", "sample", "coordinate")[2][:2] for group in groups}
+            self._figure(f"kernel_pca-{seed}", scatter(points, classes, f"kernel PCA of step {looks[-1]}, seed {seed}", "answer"))
             print(f"seed {seed}: key frequencies {self.keys[seed]}", flush=True)
         self._told("similarity", telling.similarity(self.found["similarity"]))
         self._told("components", telling.components(planes))
