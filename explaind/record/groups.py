@@ -17,26 +17,29 @@ class Groups:
         self._optimizers, self._rules, self._params = optimizers, rules, params
         self._options = max(len(rule.options) for rule in rules)
         self._held: list[list[int]] | None = None
-        self._places, self._strangers = np.zeros(0, np.int64), list[Tensor]()
+        self._places, self._strangers = list[int](), list[Tensor]()
         self._read, self._hyper = list[tuple[float, ...]](), np.zeros(0)
 
     def all(self) -> list[dict[str, Any]]:
         """As they stand."""
         return [group for optimizer in self._optimizers for group in optimizer.param_groups]
 
-    def places(self) -> np.ndarray:
-        """Which of them each parameter is in, −1 for none: int64 [layer]."""
+    @property
+    def places(self) -> list[int]:
+        """Which of them each parameter is in, −1 for none; as ``strangers`` or ``hyper`` found it last."""
+        return self._places
+
+    def _look(self) -> None:
         held = [list(map(id, group["params"])) for group in self.all()]
         if held != self._held:  # what is held here keeps its id, strangers included
             place = {own: k for k, ids in enumerate(held) for own in ids}
             recorded = {id(p) for p in self._params}
             self._strangers = [p for group in self.all() for p in group["params"] if id(p) not in recorded]
-            self._held, self._places = held, np.array([place.get(id(p), -1) for p in self._params], np.int64)
-        return self._places
+            self._held, self._places, self._read = held, [place.get(id(p), -1) for p in self._params], []
 
     def strangers(self) -> list[Tensor]:
         """Parameters in them that are not recorded."""
-        self.places()
+        self._look()
         return self._strangers
 
     def hyper(self) -> np.ndarray:
@@ -44,11 +47,11 @@ class Groups:
 
         The same array as long as they say the same; nobody may write into it.
         """
-        before, places = self._places, self.places()
+        self._look()
         now = [rule.read(g) for rule, optimizer in zip(self._rules, self._optimizers, strict=True) for g in optimizer.param_groups]
-        if now != self._read or places is not before:
+        if now != self._read:
             table = np.full((len(now) + 1, self._options), np.nan)  # the last row is for those in no group
             for row, values in zip(table, now, strict=False):
                 row[: len(values)] = values
-            self._read, self._hyper = now, table[places]
+            self._read, self._hyper = now, table[self._places]
         return self._hyper

@@ -9,6 +9,8 @@ from torch import Tensor
 from explaind.store.manifest import Layer
 from explaind.store.row import Pieces
 
+NOWHERE = list[int](), Pieces([np.empty(0)])
+
 
 class Views:
     """Makes vectors [param] of one tensor a layer; bfloat16 and float16 embed in float32 without loss."""
@@ -17,7 +19,7 @@ class Views:
         self._layers, self._dtype, self._device = layers, dtype, device
         self._rooms: dict[str, Tensor] = {}
         self._numpy = torch.empty(0, dtype=dtype).numpy().dtype
-        self._known: dict[str, list[tuple[int, np.ndarray]]] = {}
+        self._known: dict[str, tuple[list[int], Pieces]] = {}
 
     def pieces(self, tensors: Sequence[Tensor | None], room: str) -> Pieces:
         """A vector that changes with the tensors; None stands for zeros.
@@ -33,21 +35,22 @@ class Views:
         """The same of tensors that stay where they are from step to step."""
         if self._device.type != "cpu":
             return self.pieces(tensors, room)
-        known = self._known.setdefault(room, [(-1, np.empty(0, self._numpy))] * len(self._layers))
-        for i, (tensor, (pointer, piece)) in enumerate(zip(tensors, known, strict=True)):
-            # The known piece keeps its memory alive: another tensor cannot have come to stand there.
-            there = tensor.data_ptr() == pointer and tensor.dtype is self._dtype
-            if not there or not tensor.is_contiguous() or tensor.numel() != len(piece):
-                layer = self._layers[i]
-                known[i] = tensor.data_ptr() if self._there(layer, tensor) else -1, self._piece(layer, tensor, room)
-        return Pieces([piece for _, piece in known])
+        pointers, known = self._known.get(room, NOWHERE)
+        # The known pieces keep their memory alive: no other tensor can have come to stand there.
+        stay = [
+            tensor.data_ptr() == pointer and tensor.dtype is self._dtype and tensor.is_contiguous() and tensor.numel() == len(piece)
+            for tensor, pointer, piece in zip(tensors, pointers, known.parts, strict=False)
+        ]
+        if not stay or not all(stay):
+            there = [self._there(layer, tensor) for layer, tensor in zip(self._layers, tensors, strict=True)]
+            known = Pieces([self._piece(layer, tensor, room) for layer, tensor in zip(self._layers, tensors, strict=True)])
+            self._known[room] = [tensor.data_ptr() if here else -1 for tensor, here in zip(tensors, there, strict=True)], known
+        return known
 
     def glanced(self, tensors: Sequence[Tensor], room: str) -> Pieces:
         """The same, of tensors that ``lasting`` has looked at closely a moment ago: do they still stand where they stood?"""
-        known = self._known.get(room, ())
-        if [tensor.data_ptr() for tensor in tensors] == [pointer for pointer, _ in known]:
-            return Pieces([piece for _, piece in known])
-        return self.lasting(tensors, room)
+        pointers, known = self._known.get(room, NOWHERE)
+        return known if [tensor.data_ptr() for tensor in tensors] == pointers else self.lasting(tensors, room)
 
     def _piece(self, layer: Layer, tensor: Tensor | None, room: str) -> np.ndarray:
         if tensor is None:

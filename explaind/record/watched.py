@@ -174,15 +174,15 @@ class Watched:
 
     def moments(self, optimizer: int, theta: np.ndarray | None, remembered: list[dict[str, Tensor]]) -> list[Moment | None]:
         """The step that one optimizer has just made from theta [param]; None for parameters that it did not step."""
-        found, groups, places = list[Moment | None](), self._groups.all(), self._groups.places().tolist()
-        for p, layer, place, before, (_, state) in zip(self._params, self.layers, places, remembered, self._states(), strict=True):
+        found, groups, states = list[Moment | None](), self._groups.all(), self._optimizers[optimizer].state
+        for p, layer, place, before in zip(self._params, self.layers, self._groups.places, remembered, strict=True):
             if layer.optimizer != optimizer or place < 0 or p.grad is None:
                 found.append(None)
                 continue
             own = None
             if theta is not None:
                 own = torch.from_numpy(theta[layer.offset : layer.offset + layer.size].reshape(layer.shape)).to(p)
-            found.append(Moment(own, p.grad, before, state, groups[place]))
+            found.append(Moment(own, p.grad, before, states.get(p, {}), groups[place]))
         return found
 
     def no_scalars(self) -> np.ndarray | None:

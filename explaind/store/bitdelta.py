@@ -36,7 +36,9 @@ from zarr.registry import register_codec
 
 NAME = "explaind.bitdelta"
 CELLS = 1 << 18
-"""Numbers of a tile: few enough for a processor's cache, enough columns to sort."""
+"""Numbers of a tile: enough columns to sort."""
+TOGETHER = 1 << 19
+"""Numbers of the tiles that are worked on together: every call of numpy lets another thread have the interpreter, and asks for it again."""
 SAMPLE = 16
 """One column in so many says how often to difference."""
 ORDERS = 3
@@ -72,22 +74,8 @@ def unfolded(numbers: np.ndarray) -> np.ndarray:
     return out.view(f"i{numbers.itemsize}")
 
 
-def differenced(numbers: np.ndarray, order: int) -> np.ndarray:
-    """Row k differenced down the rows min(k, order) times; overflow wraps round, and wraps back."""
-    for k in range(order):
-        numbers = _once_more(numbers, k)
-    return numbers
-
-
-def _once_more(numbers: np.ndarray, k: int) -> np.ndarray:
-    """What was differenced k times."""
-    after = numbers.copy()
-    after[k + 1 :] -= numbers[k:-1]
-    return after
-
-
 def summed(differences: np.ndarray, order: int) -> np.ndarray:
-    """What ``differenced`` was given."""
+    """What was differenced down the rows so often, as ``_run`` does it: overflow wraps round, and wraps back."""
     numbers = differences.copy()
     for k in reversed(range(order)):
         for above, row in pairwise(numbers[k:]):  # numpy's own accumulate goes down the columns, one number a cache line
@@ -101,12 +89,14 @@ def packed(values: np.ndarray) -> bytes:
     kept, rest = len(bits), bits[-1, -1] if bits.size else bits.dtype.type(0)
     while kept and (bits[kept - 1] == rest).all():
         kept -= 1
-    parts, crc, rooms = [HEAD.pack(kept, int(rest) & 0xFFFF_FFFF_FFFF_FFFF)], 0, None
+    parts, crc = [HEAD.pack(kept, int(rest) & 0xFFFF_FFFF_FFFF_FFFF)], 0
     tiles = list(_tiles(kept, bits.shape[1]))
-    for (start, stop), order in zip(tiles, _orders(bits[:kept], tiles), strict=True):
-        if rooms is None:  # the first tile is the largest; memory that was used already is much faster
-            rooms = np.empty((2, kept * (stop - start) + EIGHT), bits.dtype)
-        parts += _tile(bits[:kept, start:stop], order, *rooms)
+    runs = list(_runs(tiles, _orders(bits[:kept], tiles), kept))
+    # Memory that was used already is much faster.
+    rooms = np.empty((2, kept * max((stop - start for start, stop, _ in runs), default=0) + EIGHT), bits.dtype)
+    for start, stop, order in runs:
+        for part in _run(bits[:kept, start:stop], order, tiles[0][1], *rooms):
+            parts += part
     for part in parts:
         crc = zlib.crc32(part, crc)
     return b"".join([CRC.pack(crc), *parts])
@@ -117,6 +107,18 @@ def _tiles(rows: int, columns: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + wide, columns)) for start in range(0, columns if rows else 0, wide))
 
 
+def _runs(tiles: Sequence[tuple[int, int]], orders: Sequence[int], rows: int) -> Iterator[tuple[int, int, int]]:
+    """Neighbouring tiles of one order, as (start, stop, order): no more than are worked on together."""
+    start, stop, order = 0, 0, -1
+    for (left, right), own in zip(tiles, orders, strict=True):
+        if stop and (own != order or (right - start) * rows > TOGETHER):
+            yield start, stop, order
+            start = left
+        stop, order = right, own
+    if stop:
+        yield start, stop, order
+
+
 def _orders(bits: np.ndarray, tiles: Sequence[tuple[int, int]]) -> list[int]:
     """How often to difference each tile: what leaves the fewest bits."""
     if not tiles:
@@ -124,15 +126,17 @@ def _orders(bits: np.ndarray, tiles: Sequence[tuple[int, int]]) -> list[int]:
     chosen = [np.arange(start, stop, SAMPLE) for start, stop in tiles]
     firsts = np.cumsum([0, *map(len, chosen[:-1])])
     numbers, left = turned(bits[:, np.concatenate(chosen)]), list[np.ndarray]()
-    for k in range(min(ORDERS, len(bits) - 1) + 1):
-        numbers = _once_more(numbers, k - 1) if k else numbers
-        left.append(np.add.reduceat(_widths(folded(numbers)), firsts, dtype=np.int64))
+    most = _settled(len(bits))
+    for k in range(most + 1):
+        numbers = np.subtract(numbers[1:], numbers[:-1]) if k else numbers
+        ends = [folded(end(numbers[most - k :], axis=0)) for end in (np.max, np.min)]
+        left.append(np.add.reduceat(_length(np.maximum(*ends)), firsts, dtype=np.int64))
     found: list[int] = np.argmin(left, axis=0).tolist()
     return found
 
 
-def _tile(bits: np.ndarray, order: int, room: np.ndarray, other: np.ndarray) -> tuple[bytes, bytes, bytes]:
-    """Differenced so often, in rooms of the size of the tile, and some more."""
+def _run(bits: np.ndarray, order: int, wide: int, room: np.ndarray, other: np.ndarray) -> Iterator[tuple[bytes, bytes, bytes]]:
+    """Tiles of so many columns, differenced so often; in rooms of their size, and some more."""
     size, shape = bits.size, bits.shape
     numbers, spare = (whole[:size].reshape(shape) for whole in (room, other))
     turned(bits, out=numbers)
@@ -141,17 +145,25 @@ def _tile(bits: np.ndarray, order: int, room: np.ndarray, other: np.ndarray) -> 
         np.subtract(numbers[k + 1 :], numbers[k:-1], out=spare[k + 1 :])
         numbers, spare, room, other = spare, numbers, other, room
     residuals = folded(numbers, out=spare)
-    widths = _widths(residuals)
-    np.take(residuals, np.argsort(widths, kind="stable"), axis=1, out=numbers.view(residuals.dtype), mode="clip")
-    room[size:] = 0
-    table = blosc.compress(widths, b"zstd", 1, blosc.SHUFFLE)
-    alike = blosc.compress(room[: size + -size % EIGHT], b"lz4", LEVEL, blosc.BITSHUFFLE)
-    return TILE_HEAD.pack(order, len(table), len(alike)), table, alike
+    widths = _length(residuals[_settled(len(residuals)) :].max(axis=0))
+    columns = np.argsort(np.arange(shape[1]) // wide * 256 + widths, kind="stable")
+    for start in range(0, shape[1], wide):
+        own = columns[start : start + wide]
+        count = shape[0] * len(own)
+        np.take(residuals, own, axis=1, out=room[:count].reshape(shape[0], -1).view(residuals.dtype), mode="clip")
+        room[count : count + EIGHT] = 0
+        table = blosc.compress(widths[start : start + wide], b"zstd", 1, blosc.SHUFFLE)
+        alike = blosc.compress(room[: count + -count % EIGHT], b"lz4", LEVEL, blosc.BITSHUFFLE)
+        yield TILE_HEAD.pack(order, len(table), len(alike)), table, alike
 
 
-def _widths(residuals: np.ndarray) -> np.ndarray:
-    """uint8 [column]: bits of the largest, the first rows apart: they hold starting values, which are alike in size."""
-    largest = residuals[min(ORDERS, len(residuals) - 1) :].max(axis=0)
+def _settled(rows: int) -> int:
+    """The first row whose residual is differenced in full at every order: those above hold starting values, which are alike in size."""
+    return min(ORDERS, rows - 1)
+
+
+def _length(largest: np.ndarray) -> np.ndarray:
+    """uint8 [column]: bits that an unsigned number takes."""
     return np.frexp(largest.astype(np.float64))[1].astype(np.uint8)
 
 

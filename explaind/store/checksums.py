@@ -22,7 +22,7 @@ def theta_checksum(theta: Vector, layers: Sequence[Layer], previous: np.ndarray)
 def step_checksum(row: StepRow, mode: int, previous: int, thin: np.ndarray | None = None) -> int:
     """crc32 of everything else that a step recorded, continued from the previous step's; thin: with theta's checksum before the step."""
     small = (row.batch, row.part, row.weight, row.hyper, row.age, np.int32(mode))
-    previous = zlib.crc32(b"".join([np.ascontiguousarray(values).data for values in small]), previous)
+    previous = zlib.crc32(b"".join([values.tobytes() for values in small]), previous)
     gap = np.int64(row.gap) if row.gap else None
     precision = np.float64(row.precision) if row.precision else None
     for values in (
@@ -59,6 +59,6 @@ def constants_checksum(constants: Mapping[str, np.ndarray], fingerprint: np.ndar
 
 def crc32(values: Vector | np.generic, previous: int = 0) -> int:
     """Of the bytes of an array, which is not copied for it."""
-    for part in values.parts if isinstance(values, Pieces) else (values,):
-        previous = zlib.crc32(np.ascontiguousarray(part).data, previous)
+    for part in values.parts if isinstance(values, Pieces) else (np.ascontiguousarray(values),):
+        previous = zlib.crc32(part.data, previous)
     return previous
