@@ -9,10 +9,14 @@ from torch import Tensor
 
 from explaind.record.hooks import Hook
 
+CPU = torch.device("cpu")
+
 
 def random_state(device: torch.device) -> Tensor:
     """State of the generators that a forward pass may draw from: the host's, then the device's where that has its own. uint8 [byte]."""
     host = torch.get_rng_state()
+    if device == CPU:  # sooner told than the type
+        return host
     return torch.cat([host, torch.cuda.get_rng_state(device)]) if device.type == "cuda" else host
 
 
@@ -82,7 +86,8 @@ class Incoming:
     def drew(self, batch: MicroBatch) -> bool:
         """Whether its forward pass drew random numbers."""
         if batch.drew is None:
-            batch.drew = not torch.equal(batch.random, random_state(self._device))
+            # As bytes: to compare so few numbers, tensors take twice as long.
+            batch.drew = batch.random.numpy().tobytes() != random_state(self._device).numpy().tobytes()
         return batch.drew
 
     @property
@@ -121,8 +126,8 @@ class _Grown(Hook):
 
 def precision_of(device: torch.device) -> float:
     """ε of the numbers that autocast computes in now; 0 where it is off."""
-    on = torch.is_autocast_enabled(device.type)
-    return torch.finfo(torch.get_autocast_dtype(device.type)).eps if on else 0.0
+    kind = "cpu" if device == CPU else device.type
+    return torch.finfo(torch.get_autocast_dtype(kind)).eps if torch.is_autocast_enabled(kind) else 0.0
 
 
 def _mark(gradient: Tensor) -> tuple[int, int]:

@@ -95,8 +95,8 @@ def packed(values: np.ndarray) -> bytes:
     # Memory that was used already is much faster.
     rooms = np.empty((2, kept * max((stop - start for start, stop, _ in runs), default=0) + EIGHT), bits.dtype)
     for start, stop, order in runs:
-        for part in _run(bits[:kept, start:stop], order, tiles[0][1], *rooms):
-            parts += part
+        for tile in _run(bits[:kept, start:stop], order, tiles[0][1], *rooms):
+            parts += tile
     for part in parts:
         crc = zlib.crc32(part, crc)
     return b"".join([CRC.pack(crc), *parts])
