@@ -37,8 +37,9 @@ from zarr.registry import register_codec
 NAME = "explaind.bitdelta"
 CELLS = 1 << 18
 """Numbers of a tile: enough columns to sort."""
-TOGETHER = 1 << 19
-"""Numbers of the tiles that are worked on together: every call of numpy lets another thread have the interpreter, and asks for it again."""
+TOGETHER = 1 << 12
+"""Columns of the tiles that are worked on together: every call of numpy lets another thread have the interpreter, and asks for it again.
+Rows of more would not stay in a processor's cache."""
 SAMPLE = 16
 """One column in so many says how often to difference."""
 ORDERS = 3
@@ -91,7 +92,7 @@ def packed(values: np.ndarray) -> bytes:
         kept -= 1
     parts, crc = [HEAD.pack(kept, int(rest) & 0xFFFF_FFFF_FFFF_FFFF)], 0
     tiles = list(_tiles(kept, bits.shape[1]))
-    runs = list(_runs(tiles, _orders(bits[:kept], tiles), kept))
+    runs = list(_runs(tiles, _orders(bits[:kept], tiles)))
     # Memory that was used already is much faster.
     rooms = np.empty((2, kept * max((stop - start for start, stop, _ in runs), default=0) + EIGHT), bits.dtype)
     for start, stop, order in runs:
@@ -107,11 +108,11 @@ def _tiles(rows: int, columns: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + wide, columns)) for start in range(0, columns if rows else 0, wide))
 
 
-def _runs(tiles: Sequence[tuple[int, int]], orders: Sequence[int], rows: int) -> Iterator[tuple[int, int, int]]:
+def _runs(tiles: Sequence[tuple[int, int]], orders: Sequence[int]) -> Iterator[tuple[int, int, int]]:
     """Neighbouring tiles of one order, as (start, stop, order): no more than are worked on together."""
     start, stop, order = 0, 0, -1
     for (left, right), own in zip(tiles, orders, strict=True):
-        if stop and (own != order or (right - start) * rows > TOGETHER):
+        if stop and (own != order or right - start > TOGETHER):
             yield start, stop, order
             start = left
         stop, order = right, own
@@ -125,7 +126,7 @@ def _orders(bits: np.ndarray, tiles: Sequence[tuple[int, int]]) -> list[int]:
         return []
     chosen = [np.arange(start, stop, SAMPLE) for start, stop in tiles]
     firsts = np.cumsum([0, *map(len, chosen[:-1])])
-    numbers, left = turned(bits[:, np.concatenate(chosen)]), list[np.ndarray]()
+    numbers, left = turned(np.take(bits, np.concatenate(chosen), axis=1)), list[np.ndarray]()
     most = _settled(len(bits))
     for k in range(most + 1):
         numbers = np.subtract(numbers[1:], numbers[:-1]) if k else numbers
@@ -146,13 +147,12 @@ def _run(bits: np.ndarray, order: int, wide: int, room: np.ndarray, other: np.nd
         numbers, spare, room, other = spare, numbers, other, room
     residuals = folded(numbers, out=spare)
     widths = _length(residuals[_settled(len(residuals)) :].max(axis=0))
-    columns = np.argsort(np.arange(shape[1]) // wide * 256 + widths, kind="stable")
     for start in range(0, shape[1], wide):
-        own = columns[start : start + wide]
-        count = shape[0] * len(own)
-        np.take(residuals, own, axis=1, out=room[:count].reshape(shape[0], -1).view(residuals.dtype), mode="clip")
+        own = widths[start : start + wide]
+        count, columns = shape[0] * len(own), start + np.argsort(own, kind="stable")
+        np.take(residuals, columns, axis=1, out=room[:count].reshape(shape[0], -1).view(residuals.dtype), mode="clip")
         room[count : count + EIGHT] = 0
-        table = blosc.compress(widths[start : start + wide], b"zstd", 1, blosc.SHUFFLE)
+        table = blosc.compress(own, b"zstd", 1, blosc.SHUFFLE)
         alike = blosc.compress(room[: count + -count % EIGHT], b"lz4", LEVEL, blosc.BITSHUFFLE)
         yield TILE_HEAD.pack(order, len(table), len(alike)), table, alike
 
