@@ -49,7 +49,13 @@ def sync(paths: Iterable[Path]) -> None:
 
 def sync_folders(files: Iterable[Path], top: Path) -> None:
     """Sync the folders that these files stand in, up to the top one."""
-    sync({folder for file in files for folder in file.parents if folder == top or top in folder.parents})
+    found, end = {str(top)}, str(top)
+    for file in files:
+        folder = os.path.dirname(file)
+        while folder not in found and len(folder) > len(end):
+            found.add(folder)
+            folder = os.path.dirname(folder)
+    sync(map(Path, sorted(found)))
 
 
 def sync_tree(top: Path, known: Path) -> None:

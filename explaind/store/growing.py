@@ -103,7 +103,7 @@ class Filed(Growing):
         """folder: of the array."""
         super().__init__(array)
         self._folder, self._encode = folder, _encoder(array)
-        self._metadata = json.loads((folder / "zarr.json").read_bytes())
+        self._around = _around_shape(json.loads((folder / "zarr.json").read_bytes()))
         self._told = self.shape  # by the file
         self._staged, self._gone = list[tuple[Path, Path]](), list[Path]()
         self._lock = Lock()  # one thread may put rows while another settles
@@ -140,8 +140,8 @@ class Filed(Growing):
 
     def _text(self) -> bytes:
         """The metadata as zarr writes it."""
-        self._metadata["shape"] = list(self.shape)
-        return json.dumps(self._metadata, indent=zarr.config.get("json_indent")).encode()
+        before, between, after = self._around
+        return (before + between.join(map(str, self.shape)) + after).encode()
 
     def _resize(self, shape: tuple[int, ...]) -> None:
         if any(new < old for new, old in zip(shape, self.shape, strict=True)):
@@ -191,6 +191,12 @@ class Filed(Growing):
                 left.unlink()
                 self._gone.append(left)
         self._staged = [move for move in self._staged if move[1] != file]
+
+
+def _around_shape(metadata: dict[str, Any]) -> tuple[str, str, str]:
+    """The text of metadata before the numbers of their shape, between them, and behind: it is written for every span anew."""
+    before, between, after = json.dumps({**metadata, "shape": ["?", "?"]}, indent=zarr.config.get("json_indent")).split('"?"')
+    return before, between, after
 
 
 def _beside(file: Path, text: bytes) -> tuple[Path, Path]:

@@ -145,7 +145,10 @@ def write_vectors(array: Growing, at: int, log: Log, places: Sequence[Place | No
         some = places[top : top + long]
         for start in range(0, array.shape[1], across):
             stop = min(start + across, array.shape[1])
-            values = np.full((len(some), stop - start), array.fill, array.dtype)
+            wide = all(place is not None and length(place) >= stop for place in some)
+            values = np.empty((len(some), stop - start), array.dtype)
+            if not wide:
+                values.fill(array.fill)
             for i, place in enumerate(some):
                 if place is None:
                     there = array.read(at + top + i, start, stop)

@@ -70,8 +70,11 @@ class Places(Mapping[str, Place]):
     """From there on; the same from step to step, mostly."""
 
     def __getitem__(self, name: str) -> Place:
-        place = self.layout[name]
-        return place._replace(at=self.at + place.at)
+        at, dtype, shape = self.layout[name]
+        return Place(self.at + at, dtype, shape)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.layout
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.layout)
