@@ -103,3 +103,19 @@ def test_gradients_too_large_for_a_norm_are_finite(tmp_path):
 def test_a_rule_that_says_it_does_not_read_parameters_gets_none():
     with pytest.raises(RuleError, match="reads_theta = True"):
         _ = Moment(None, torch.zeros(1), {}, {}, {}).theta
+
+
+def test_options_are_read_anew_where_parameters_change_places_between_groups(tmp_path):
+    model = nn.Linear(3, 2)
+    optimizer = optim.SGD([{"params": [model.weight], "lr": 0.1}, {"params": [model.bias], "lr": 0.2}])
+    with explaind.record(optimizer, model, tmp_path / "run") as recorder:
+        for step in range(2):
+            if step:
+                one, other = optimizer.param_groups
+                one["params"], other["params"] = other["params"], one["params"]
+            recorder.examples([0, 1])
+            optimizer.zero_grad()
+            model(torch.ones(2, 3)).mean().backward()
+            optimizer.step()
+    rows = explaind.open(tmp_path / "run").block(0, 2).rows
+    assert [row.hyper[:, 0].tolist() for row in rows] == [[0.1, 0.2], [0.2, 0.1]]
