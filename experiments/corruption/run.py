@@ -28,7 +28,6 @@ from torch.utils.data import TensorDataset
 import explaind
 from explaind.errors import ExplaindError
 from explaind.record import recorder as recording
-from explaind.store.tail import following, records
 
 STEPS, SECONDS, MEMORY = 40, 30, 3 << 30
 GOOD = ("detected", "harmless")
@@ -63,7 +62,7 @@ def everything(path: Path) -> tuple[list[str], dict[str, Any]]:
     blocks = [run.block(start, min(start + 16, run.steps)) for start in range(0, run.steps, 16)] if run.manifest.thin is None else []
     found: dict[str, Any] = {
         "steps": (run.steps, run.complete),
-        "logged": [asdict(record) for record in following(records(path), run.steps)],
+        "logged": [asdict(record) for record in run.logged_behind(run.steps)],
         "manifest": json.dumps(run.manifest.to_json(), sort_keys=True),
         "theta": run.stored_states(0, run.steps + 1),
         "rows": [asdict(row) for block in blocks for row in block.rows],

@@ -197,9 +197,9 @@ def info(path: str, /, *, spool: Spool = None, json: Json = False) -> int:
         printed({"ledger": str(place), **ledger_facts(open_ledger(path))}, json, ledger_lines)
     else:
         recorded = open_run(place)
-        sound = recorded.sound()
-        held = {"steps": recorded.steps, "sound": sound, "logged": recorded.logged}
-        printed({**run_facts(recorded.first(sound)), **held, "ledgers": [str(p) for p in ledgers_of(place)]}, json, info_lines)
+        sound = recorded.first(recorded.sound())
+        held = {"steps": recorded.steps, "sound": sound.steps, "log_damage": sound.log_damage}
+        printed({**run_facts(sound), **held, "ledgers": [str(p) for p in ledgers_of(place)]}, json, info_lines)
     return FINE
 
 

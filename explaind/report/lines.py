@@ -118,6 +118,8 @@ def info_lines(facts: dict[str, Any]) -> list[str]:
         lines.append(f"  DAMAGED     {of}: explaind verify says what is not, explaind repair cuts the rest off")
     if facts["logged"]:
         lines.append(f"  log         {facts['logged']} more steps: explaind repair takes them up")
+    if facts["log_damage"]:
+        lines.append(f"  DAMAGED     {facts['log_damage']}")
     lines += [f"  task        {json.dumps(config['task'])}"] if "task" in config else []
     return lines + [f"  ledger      {path}" for path in facts["ledgers"]]
 

@@ -3,12 +3,27 @@
 import json
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from explaind.store.manifest import Layer
 from explaind.store.row import Pieces, StepRow, Vector
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """How far the checksums of a run have come, before a step."""
+
+    theta: np.ndarray
+    """Of the parameters before it: uint32 [layer]."""
+    step: int
+    """Of all else that the step before it recorded; 0 before the first."""
+
+    def link(self, name: str) -> int:
+        """crc32 of both, and of the run's name: what was recorded behind other steps, or in another run, goes on from another link."""
+        return zlib.crc32(self.theta.tobytes(), zlib.crc32(f"{name} {self.step}".encode()))
 
 
 def theta_checksum(theta: Vector, layers: Sequence[Layer], previous: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ import numpy as np
 import zarr
 
 from explaind.errors import RequestError, StoreError
+from explaind.store.checksums import Chain
 from explaind.store.committed import Committed
 from explaind.store.damage import damage
 from explaind.store.gradients import first_damaged, having_gradients, rows_of
@@ -21,8 +22,8 @@ from explaind.store.location import Where
 from explaind.store.manifest import ROUNDINGS
 from explaind.store.opening import COPY, opened, reading
 from explaind.store.row import StepRow
-from explaind.store.spool import log_of, logged
-from explaind.store.tail import Record, following, has_log
+from explaind.store.spool import log_of, logged, named
+from explaind.store.tail import NAMES, Record, following, has_log
 from explaind.store.writer import Begun
 
 
@@ -225,7 +226,7 @@ class Run(Committed):
         rows = self.block(start, steps).rows if steps > start else ()
         states, crcs = self.states(start, steps + 1), self.checksums(start, steps + 1)
         found = [Record(start + i, row, states[i + 1], crcs[i + 1]) for i, row in enumerate(rows)]
-        return Begun(start, sum(s < start for s in self.starts), crcs[0], self._crc_before(start), tuple(found), self.modes, self.sums)
+        return Begun(start, sum(s < start for s in self.starts), self._chain(start), tuple(found), self.modes, self.sums)
 
     def _begun_thin(self, steps: int, theta: np.ndarray) -> Begun:
         start = steps - steps % self.manifest.span
@@ -233,19 +234,44 @@ class Run(Committed):
         rows = self.block(start, steps).rows if steps > start else ()
         found = [Record(start + i, row, nothing, crcs[i + 1]) for i, row in enumerate(rows)]
         found[-1:] = [Record(record.step, record.row, theta, record.crc) for record in found[-1:]]
-        return Begun(start, start // self.manifest.block, crcs[0], self._crc_before(start), tuple(found), self.modes, self.sums)
+        return Begun(start, start // self.manifest.block, self._chain(start), tuple(found), self.modes, self.sums)
 
-    def _crc_before(self, step: int) -> int:
-        return int(self.step_checksums(step - 1, step)[0]) if step else 0
+    def _chain(self, step: int) -> Chain:
+        return Chain(self.checksums(step, step + 1)[0], int(self.step_checksums(step - 1, step)[0]) if step else 0)
 
     @property
     def logged(self) -> int:
         """Steps behind the committed ones that the tail log of a killed recording still holds; ``explaind repair`` takes them up."""
-        return len(self.logged_behind(self.steps))
+        return len(having_gradients(self, self._log(self.steps)[0]))
 
     def logged_behind(self, steps: int) -> list[Record]:
-        """What the tail log holds of the steps behind so many, without a gap."""
-        return having_gradients(self, following(self.log(), steps))
+        """What the tail log holds of the steps behind so many, without a gap; StoreError where those are another run's."""
+        found, other = self._log(steps)
+        if other is not None:
+            raise other
+        return having_gradients(self, found)
+
+    @property
+    def log_damage(self) -> str | None:
+        """What is wrong with the log, in words; None where its steps go on from the committed ones."""
+        other = self._log(self.steps)[1]
+        return None if other is None else str(other)
+
+    def _log(self, steps: int) -> tuple[list[Record], StoreError | None]:
+        """The records that go on from so many steps; and what is wrong, where the log holds others behind them."""
+        log = self.log()
+        if not log:
+            return [], None
+        own, others = following(log, steps, self._chain(steps).link(named(self.attributes)))
+        if not others:
+            return own, None
+        return own, StoreError(
+            "the log holds steps of another run",
+            where=log_of(self.path, self.attributes),
+            expected="each to go on from the one before it",
+            got="a step that does not",
+            do=f"put the run's own zarr.json, {' and '.join(NAMES)} back, or remove the logs: what is committed stays",
+        )
 
     def log(self) -> list[Record]:
         """The sound records of its tail log, in order; of a run at a URL, where it was recorded on this machine."""
@@ -275,7 +301,8 @@ class Run(Committed):
         self._kept.clear()
         behind = self.forgotten()
         older = f"{behind} steps stand behind those that the commit marker tells of, and there is no log: the marker is an older one"
-        return [*damage(self), *([older] if behind else [])]
+        log = self.log_damage
+        return [*damage(self), *([older] if behind else []), *([log] if log else [])]
 
     def forgotten(self) -> int:
         """Steps behind the committed ones that nobody vouches for: whoever writes them has a log, and takes them away when it ends."""

@@ -1,7 +1,7 @@
 """A run on disk: names, axes, dtypes and chunks of its arrays. In one file: exporting.py.
 
 run/
-  zarr.json          attributes: schema version, manifest; of a run that was recorded to a URL the name of the recording (spool.py)
+  zarr.json          attributes: schema version, manifest, and a name that no other run has, "recording" (spool.py)
   commit.json        how many steps are safely on disk; readers clamp to it
   tail.log, tail.odd.log   steps since then, while the run is written or after it was killed (tail.py); of one at a URL in its spool
   theta              [state, param]          parameters before step `state` (one row more than steps)
@@ -49,7 +49,7 @@ from explaind.store.location import Location, is_free, names_in, store_of
 from explaind.store.remote import Remote, RemoteError
 
 VERSIONS: Mapping[str, int] = {"run": 3, "ledger": 2}
-"""Of the schema, by what it is of. A change that older runs do not have is a new one, and a step in upgrading.py."""
+"""Of the schema, by what it is of. A change that older runs cannot be read without is a new one, and a step in upgrading.py."""
 CHUNK_SLOTS = 1 << 10
 """Examples of a batch in one chunk."""
 CHUNK_BYTES = 1 << 16

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from explaind.store import schema
+from explaind.store.checksums import Chain
 from explaind.store.growing import Growing, filled
 from explaind.store.row import StepRow
 from explaind.store.tail import Log, Place
@@ -26,9 +27,10 @@ class Entry:
 
     row: StepRow
     mode: int
-    crc_step: int
-    crc_theta: np.ndarray
-    """Of the parameters that it led to."""
+    chain: Chain
+    """Behind it."""
+    link: int
+    """Of this chain."""
     places: Mapping[str, Place]
 
 
@@ -38,12 +40,11 @@ class Span:
 
     start: int
     log: Log
-    crc_theta: np.ndarray
-    """Of the parameters before its first step: uint32 [layer]."""
-    crc_step: int
-    """Of the step before that."""
+    chain: Chain
+    """Before its first step."""
+    link: int
     opening: Place | None = None
-    """Where these stand; None: they are on disk already."""
+    """Where the parameters before its first step stand; None: they are on disk already."""
     modes: tuple[tuple[bool, ...], ...] = ()
     entries: list[Entry] = field(default_factory=list)
 
@@ -53,14 +54,9 @@ class Span:
         return self.start + len(self.entries)
 
     @property
-    def last_crc_theta(self) -> np.ndarray:
-        """Of the parameters behind its last step: uint32 [layer]."""
-        return self.entries[-1].crc_theta if self.entries else self.crc_theta
-
-    @property
-    def last_crc_step(self) -> int:
-        """Of its last step."""
-        return self.entries[-1].crc_step if self.entries else self.crc_step
+    def last(self) -> "Span | Entry":
+        """What has the chain and the link behind its last step."""
+        return self.entries[-1] if self.entries else self
 
     def states(self) -> list[Place | None]:
         """Where the parameters before its first step and after each of its steps stand."""
@@ -68,7 +64,7 @@ class Span:
 
     def checksums(self) -> np.ndarray:
         """Of these parameters: uint32 [state, layer]."""
-        return np.stack([self.crc_theta, *(entry.crc_theta for entry in self.entries)])
+        return np.stack([self.chain.theta, *(entry.chain.theta for entry in self.entries)])
 
     def vectors(self) -> Iterator[tuple[str, list[Place]]]:
         """Arrays of vectors, with the place of each row."""
@@ -87,7 +83,7 @@ class Span:
 
         if not rows:
             return {}
-        nothing = np.full((len(self.crc_theta), 2), np.nan)
+        nothing = np.full((len(self.chain.theta), 2), np.nan)
         found = {
             "batch": padded("batch", -1),
             "part": padded("part", -1),
@@ -95,7 +91,7 @@ class Span:
             "hyper": np.stack([row.hyper for row in rows]),
             "age": np.stack([row.age for row in rows]),
             "mode": np.array([entry.mode for entry in self.entries]),
-            "checksum_step": np.array([entry.crc_step for entry in self.entries], dtype=np.uint32),
+            "checksum_step": np.array([entry.chain.step for entry in self.entries], dtype=np.uint32),
             "gap": np.array([row.gap for row in rows]),
             "precision": np.array([row.precision for row in rows]),
             "consumed": np.stack([nothing if row.consumed is None else row.consumed for row in rows]),

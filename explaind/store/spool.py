@@ -5,7 +5,8 @@ time holds it: a recording that is killed is found again on this machine, and a 
 elsewhere sees what was committed. Nothing keeps a recorder of another machine away; but who writes reads the marker again before replacing
 it, and stops where somebody else has (``commit``).
 
-The spool bears the name of the recording, which the run has in its attributes: steps of another one are neither taken up nor overwritten.
+Every run has a name in its attributes, which no other run has. The links of its log begin with it, and a spool bears it: steps of another
+run are neither taken up nor overwritten.
 """
 
 import secrets
@@ -29,12 +30,12 @@ NAME = "recording"
 def begin(place: Location, attributes: Mapping[str, Any]) -> tuple[zarr.Group, Tail]:
     """The group of a new run and its log; StoreError where something is there already, or somebody is recording."""
     schema.check_new(place)
+    attributes = {**attributes, NAME: secrets.token_hex(16)}
     if isinstance(place, Path):
         return _begun(place, attributes)
-    recording = secrets.token_hex(16)
-    log = _held(place, recording)
+    log = _held(place, named(attributes))
     try:
-        return schema.create_group(place, "run", {**attributes, NAME: recording}), log
+        return schema.create_group(place, "run", attributes), log
     except BaseException:
         let_go(place, log, remove=True)
         raise
@@ -55,9 +56,15 @@ def _begun(place: Path, attributes: Mapping[str, Any]) -> tuple[zarr.Group, Tail
         raise
 
 
-def go_on(place: Location) -> Tail:
-    """The log of a run that is gone on with; StoreError where somebody is recording it."""
-    return _beside(place) if isinstance(place, Path) else _held(place, _named(schema.open_group(place, "run").attrs))
+def go_on(place: Location) -> tuple[str, Tail]:
+    """Name and log of a run that is gone on with; StoreError where somebody is recording it."""
+    name = named(schema.open_group(place, "run").attrs)
+    return name, _beside(place) if isinstance(place, Path) else _held(place, name)
+
+
+def named(attributes: Mapping[str, Any]) -> str:
+    """The name of a run; where an older explaind gave it none, what its manifest says must do."""
+    return str(attributes.get(NAME) or text_checksum(attributes.get("manifest")))
 
 
 def let_go(place: Location, log: Tail, remove: bool) -> None:
@@ -74,7 +81,7 @@ def log_of(place: Location, attributes: Mapping[str, Any]) -> Path | None:
     """Where the log of this run stands; None where this machine has none."""
     if isinstance(place, Path):
         return place
-    return place.spool if _told(place.spool) == _named(attributes) else None
+    return place.spool if _told(place.spool) == named(attributes) else None
 
 
 def logged(place: Location, attributes: Mapping[str, Any]) -> list[Record]:
@@ -147,11 +154,6 @@ def _check_empty(place: Remote) -> None:
             got=f"{len(found)} up to step {found[-1].step}",
             do="remove this folder if they are not wanted, or name another spool",
         )
-
-
-def _named(attributes: Mapping[str, Any]) -> str:
-    """A run that was copied to its URL, and not recorded there, has no name; what its manifest says must do."""
-    return str(attributes.get(NAME) or text_checksum(attributes.get("manifest")))
 
 
 def _told(spool: Path) -> str | None:

@@ -51,6 +51,8 @@ class Record:
     """Empty where a thin run has forgotten it."""
     crc: np.ndarray | None = None
     """Its checksum then, uint32 [layer]."""
+    links: tuple[int, int] | None = None
+    """Of the run's checksums before and behind it (checksums.py); None in a log that an older explaind wrote."""
 
 
 class Place(NamedTuple):
@@ -140,7 +142,8 @@ class Log:
             for name, v in held.items():
                 self._layout[name] = Place(self._bytes, v.dtype, v.shape)
                 self._bytes += v.size * v.dtype.itemsize
-        return f'{{"step": {record.step}, {self._told}\n'.encode()
+        links = "" if record.links is None else f'"links": [{record.links[0]}, {record.links[1]}], '
+        return f'{{"step": {record.step}, {links}{self._told}\n'.encode()
 
     def _write(self, views: Sequence[Any]) -> None:
         """Behind the last whole record, whatever an interrupted one has left there."""
@@ -310,22 +313,26 @@ def _unpacked(payload: memoryview) -> Record:
     theta, crc = arrays.pop("theta"), arrays.pop("crc", None)
     optional: dict[str, Any] = {name: arrays.get(name) for name in ARRAYS}
     row = StepRow(**optional, mode=tuple(bool(m) for m in told["mode"]), gap=int(told["gap"]), precision=float(told["precision"]))
-    return Record(int(told["step"]), row, theta, crc)
+    before, behind = told.get("links", (None, None))
+    return Record(int(told["step"]), row, theta, crc, None if before is None else (int(before), int(behind)))
 
 
-def following(found: Sequence[Record], step: int) -> list[Record]:
-    """The records of step `step` and those right after it, without a gap, up to the last whose parameters are known."""
-    wanted = dict[int, Record]()
+def following(found: Sequence[Record], step: int, link: int | None = None) -> tuple[list[Record], bool]:
+    """The records of step `step` and those right after it, without a gap, up to the last whose parameters are known.
+
+    Each goes on from the one before it, and the first from this link. And whether there is one behind them that does not.
+    """
+    known = dict[int, list[Record]]()
     for record in found:
-        if record.step not in wanted or record.theta.size:
-            wanted[record.step] = record
+        known.setdefault(record.step, []).append(record)
     out = list[Record]()
-    while step in wanted:
-        out.append(wanted[step])
+    while fitting := [r for r in known.get(step, ()) if link is None or r.links is None or r.links[0] == link]:
+        out.append(max(fitting, key=lambda record: record.theta.size))
+        link = None if out[-1].links is None else out[-1].links[1]
         step += 1
     while out and not out[-1].theta.size:
         out.pop()
-    return out
+    return out, step in known
 
 
 def check_idle(folder: Path, of: object = None) -> None:

@@ -35,9 +35,10 @@ class ThinWriter(RunWriter):
             with self._guarded:
                 self._forget()
 
-    def _take(self, record: Record, places: Mapping[str, Place] | None = None) -> None:
-        super()._take(record, places)
+    def _take(self, record: Record, places: Mapping[str, Place] | None = None) -> Record:
+        linked = super()._take(record, places)
         self._known = self._known if record.row.groups is None else record.row.groups
+        return linked
 
     def _forget(self) -> None:
         """Of the steps at hand, the last alone keeps its parameters in the log."""
@@ -45,9 +46,11 @@ class ThinWriter(RunWriter):
         entries, old = span.entries, span.log
 
         def kept() -> Iterator[Record]:
+            before = span.link
             for i, entry in enumerate(entries):
-                last = i == len(entries) - 1
-                yield Record(span.start + i, whole(entry, old), old.read(entry.places["theta"]) if last else FORGOTTEN, entry.crc_theta)
+                theta = old.read(entry.places["theta"]) if entry is entries[-1] else FORGOTTEN
+                yield Record(span.start + i, whole(entry, old), theta, entry.chain.theta, (before, entry.link))
+                before = entry.link
 
         span.log = self._tail.begin(self._number, kept())
         span.entries = [replace(entry, places=places) for entry, places in zip(entries, span.log.places, strict=True)]

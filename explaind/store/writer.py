@@ -6,7 +6,7 @@ training holds it up, a span later; nothing is lost or changes its order.
 
 import json
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 import zarr
 
 from explaind.store import schema, spool
-from explaind.store.checksums import constants_checksum, crc32, step_checksum, text_checksum, theta_checksum
+from explaind.store.checksums import Chain, constants_checksum, crc32, step_checksum, text_checksum, theta_checksum
 from explaind.store.durable import lowest, sync_tree
 from explaind.store.growing import Growing, growing, settle
 from explaind.store.layout import columns, rows, rows_of_chunk
@@ -38,10 +38,8 @@ class Begun:
     start: int
     anchors: int
     """Momenta that the run holds of the spans before."""
-    crc_theta: np.ndarray
-    """Of the parameters before step `start`: uint32 [layer]."""
-    crc_step: int
-    """Of the step before it."""
+    chain: Chain
+    """Before step `start`."""
     records: tuple[Record, ...]
     """The steps from there on."""
     modes: tuple[tuple[bool, ...], ...]
@@ -68,6 +66,7 @@ class RunWriter:
         self._set(path, manifest, 0, 0, [])
         known = lowest(path) if isinstance(path, Path) else None
         group, self._tail = spool.begin(path, {"manifest": manifest.to_json()})
+        self._name = spool.named(group.attrs)
         with self._guarded:
             self._columns = self._create(group, momentum, preconditioner, codec)
             for name, values in constants.items():
@@ -80,7 +79,8 @@ class RunWriter:
             settle(self._columns.values(), path, synced=False)
             if isinstance(path, Path) and known is not None:
                 sync_tree(path, known)
-            self._span = Span(0, self._tail.begin(0, ()), crc, 0)
+            chain = Chain(crc, 0)
+            self._span = Span(0, self._tail.begin(0, ()), chain, chain.link(self._name))
             self._sums = {"manifest": text_checksum(manifest.to_json()), "constants": constants_checksum(constants, fingerprint)}
             self._mark(0, complete=False, modes=())
 
@@ -111,14 +111,16 @@ class RunWriter:
         self = cls.__new__(cls)
         self._set(path, manifest, begun.start, begun.anchors, list(begun.modes))
         self._columns = {name: growing(array, path) for name, array in schema.growing(path).items()}
-        self._tail, self._sums = spool.go_on(path), dict(begun.sums)
-        known = [*begun.records, *logged]
+        self._name, self._tail = spool.go_on(path)
+        self._sums = dict(begun.sums)
+        link = begun.chain.link(self._name)
+        known = list(self._linked([*begun.records, *logged], begun.chain, link))
         now, later = known[: manifest.span], known[manifest.span :]
         with self._guarded:
             schema.tidy(path)
             # The log holds the whole span again before the marker gives up what stands behind the steps that are kept.
             log = self._tail.begin(self._number, now)
-            self._span = Span(begun.start, log, begun.crc_theta, begun.crc_step)
+            self._span = Span(begun.start, log, begun.chain, link)
             self._mark(begun.start + len(begun.records), complete=False, modes=begun.modes)
             for record, places in zip(now, log.places, strict=True):
                 self._take(record, places)
@@ -143,7 +145,7 @@ class RunWriter:
     @property
     def crc_theta(self) -> np.ndarray:
         """Of the parameters after the last step, continuing the one of those before it: uint32 [layer]."""
-        return self._span.last_crc_theta
+        return self._span.last.chain.theta
 
     def add(self, row: StepRow, theta: Vector) -> None:
         """Take step ``self.steps``, which led to the parameters theta [param]; neither is looked at afterwards.
@@ -153,8 +155,7 @@ class RunWriter:
         with self._guarded:
             if self._writing is not None and self._writing.done():
                 self._writing.result()
-            record = Record(self.steps, self._without_gradients(row), theta)
-            self._take(record)
+            record = self._take(Record(self.steps, self._without_gradients(row), theta))
             if len(self._span.entries) >= self.manifest.span:
                 self._turn(record)
 
@@ -167,15 +168,31 @@ class RunWriter:
         self._columns["gradient"].put(self.steps, values, AHEAD)
         return replace(row, gradients=None, gradients_crc=np.array([crc32(values)], np.uint32))
 
-    def _take(self, record: Record, places: Mapping[str, Place] | None = None) -> None:
-        """places: where the log has it already."""
-        row, span = record.row, self._span
-        mode = self._mode(row.mode)
-        crc_step = step_checksum(row, mode, span.last_crc_step, None if self.manifest.thin is None else span.last_crc_theta)
-        crc = theta_checksum(record.theta, self.manifest.layers, span.last_crc_theta) if record.crc is None else record.crc
-        where = span.log.append(record) if places is None else places
-        span.entries.append(Entry(light(row), mode, crc_step, crc, where))
+    def _take(self, record: Record, places: Mapping[str, Place] | None = None) -> Record:
+        """Into the log and the span, linked to the step before it; places: where the log has it already."""
+        span = self._span
+        before = span.last
+        mode, chain = self._behind(record, before.chain)
+        link = chain.link(self._name)
+        linked = Record(record.step, record.row, record.theta, record.crc, (before.link, link))
+        where = span.log.append(linked) if places is None else places
+        span.entries.append(Entry(light(record.row), mode, chain, link, where))
         self.steps = span.stop
+        return linked
+
+    def _behind(self, record: Record, chain: Chain) -> tuple[int, Chain]:
+        """Its mode, and how far the checksums come with it."""
+        mode = self._mode(record.row.mode)
+        step = step_checksum(record.row, mode, chain.step, None if self.manifest.thin is None else chain.theta)
+        crc = theta_checksum(record.theta, self.manifest.layers, chain.theta) if record.crc is None else record.crc
+        return mode, Chain(crc, step)
+
+    def _linked(self, records: Iterable[Record], chain: Chain, link: int) -> Iterator[Record]:
+        """Consecutive steps, each with its links."""
+        for record in records:
+            before, chain = link, self._behind(record, chain)[1]
+            link = chain.link(self._name)
+            yield replace(record, links=(before, link))
 
     def _mode(self, mode: tuple[bool, ...]) -> int:
         if mode not in self._modes:
@@ -195,7 +212,7 @@ class RunWriter:
         opening = self._opening(last)
         log = self._tail.begin(self._number, [*opening, *later]) if later else self._tail.turn(self._number, opening)
         where = log.places[0]["theta"] if opening else None
-        self._span = Span(full.stop, log, full.last_crc_theta, full.last_crc_step, where)
+        self._span = Span(full.stop, log, full.last.chain, full.last.link, where)
         for record, places in zip(later, log.places[len(opening) :], strict=False):
             self._take(record, places)
         if len(later) >= self.manifest.span:
