@@ -267,7 +267,7 @@ class Watched:
 
     def _surely_finite(self, grads: list[Tensor]) -> bool:
         """Whether one number says so of all: a norm is not finite where any number is not, or where it is too large itself."""
-        return not grads or math.isfinite(sum(map(float, torch._foreach_norm(grads))))
+        return not grads or math.isfinite(sum([norm.item() for norm in torch._foreach_norm(grads)]))
 
     def _check_finite(self, grads: list[tuple[str, Tensor]], step: int) -> None:
         for name, grad in grads:
