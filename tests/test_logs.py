@@ -2,26 +2,34 @@
 
 import re
 import shutil
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import zarr
 
 import explaind
 from explaind.cli import main
 from explaind.errors import StoreError
-from explaind.store import tail
+from explaind.store import tail, writer
+from explaind.store.exporting import export_run, import_run
 from explaind.store.repair import Repair, repair
-from explaind.store.tail import Log
+from explaind.store.tail import Log, Tail
+from explaind.store.writer import RunWriter
 from tests import cases
 from tests.closeness import same
 from tests.test_corruption import edit
+from tests.test_resumed_recording import Loop
 
 OTHERS = {"again": {"seed": 0}, "start": {"seed": 1}, "batches": {"shift": 1}, "optimizer": {"name": "adam"}}
 """How another recording of the same model may differ."""
 
 
-def left(path, steps, seed=0, shift=0, name="adamw", **options):
+def left(path, steps, seed=0, shift=0, name="adamw", waiting=None, **options):
     """What a kill leaves of a recording, whose committed steps are those of whole spans."""
     model = cases.PLAIN.model()
     generator = torch.Generator().manual_seed(seed)
@@ -38,8 +46,11 @@ def left(path, steps, seed=0, shift=0, name="adamw", **options):
                 optimizer.zero_grad()
                 cases.losses(model, cases.DATA[ids]).mean().backward()
                 optimizer.step()
-            recorder._writer._wait()
+            if waiting is None:
+                recorder._writer._wait()
             shutil.copytree(recorder._writer.path, path)
+            if waiting is not None:
+                waiting()
     return explaind.open(path)
 
 
@@ -58,10 +69,6 @@ def copied(tmp_path_factory):
     return made
 
 
-def steps_of(log):
-    return [record.step for record in tail._sound(log.read_bytes())]
-
-
 @pytest.mark.parametrize("names", [tail.NAMES[:1], tail.NAMES[1:], tail.NAMES], ids=["even", "odd", "both"])
 @pytest.mark.parametrize("options", [{}, {"thin": 3}, {"gradients": "store"}], ids=["full", "thin", "gradients"])
 @pytest.mark.parametrize("steps", [2, 5, 8])
@@ -70,11 +77,8 @@ def test_the_log_of_another_run_is_refused_in_words(differing, steps, options, n
     run, other = copied(tmp_path / "run", steps, **options), copied(tmp_path / "other", steps, **options, **OTHERS[differing])
     held = run.logged
     assert (run.steps + held, run.damage(), other.damage()) == (steps, [], [])
-    latest = max(filter(lambda name: (run.path / name).exists(), tail.NAMES), key=lambda name: steps_of(run.path / name))
-    for name in names:
-        if (other.path / name).exists():
-            shutil.copy(other.path / name, run.path / name)
-    if latest not in names:
+    replaced = [shutil.copy(other.path / name, run.path / name) for name in names if (other.path / name).exists()]
+    if not replaced:
         assert (run.logged, run.damage(), repair(run.path).after) == (held, [], steps)
         return
     [told] = run.damage()
@@ -88,14 +92,30 @@ def test_the_log_of_another_run_is_refused_in_words(differing, steps, options, n
     assert (repair(run.path).after, explaind.open(run.path).damage()) == (run.steps, [])
 
 
-def test_of_two_logs_that_hold_a_step_the_one_that_goes_on_from_the_run_is_taken(tmp_path):
-    """The other log may be an older one, with the same step in it."""
-    run, other = left(tmp_path / "run", 8), left(tmp_path / "other", 8, shift=1)
-    want = [record.theta for record in run.logged_behind(run.steps)]
-    assert {run.steps} <= {*steps_of(other.path / tail.NAMES[1])} & {*steps_of(run.path / tail.NAMES[0])}
-    shutil.copy(other.path / tail.NAMES[1], run.path / tail.NAMES[1])
-    for got, theta in zip(run.logged_behind(run.steps), want, strict=True):
-        same(got.theta, theta)
+@pytest.mark.parametrize("steps", [2, 3, 14])
+def test_the_log_of_a_run_that_is_elsewhere_is_told_too(steps, tmp_path):
+    """Nothing in it is a step that is looked for, and those that are looked for are gone."""
+    run, other = left(tmp_path / "run", 8), left(tmp_path / "other", steps)
+    shutil.copy(other.path / tail.NAMES[0], run.path / tail.NAMES[0])
+    assert (run.steps, run.logged) == (5, 1)
+    export_run(run.path, tmp_path / "run.zip")
+    assert "steps of another run" in run.damage()[0]
+    with pytest.raises(StoreError, match="log holds steps of another run"):
+        import_run(tmp_path / "run.zip", f"memory://{tmp_path.name}/run")
+
+
+def test_of_two_records_of_a_step_the_one_that_goes_on_is_taken(tmp_path):
+    """The other one was made before the run was gone on with at an earlier step."""
+    run = left(tmp_path / "run", 8)
+    found = run.logged_behind(run.steps)
+    before, behind = found[0].links
+    old = [replace(record, links=(record.links[0] ^ 1, record.links[1] ^ 1)) for record in found]
+    for records in ([*old, *found], [*found, *old]):
+        own, others = tail.following(records, run.steps, before, found[0].run)
+        assert [record.links for record in own] == [record.links for record in found]
+        assert not others
+    assert [tail.following(found, run.steps, link, found[0].run)[0] for link in (before ^ 1, behind)] == [[], []]
+    assert tail.following([*found[:2], *old[2:]], run.steps, before)[1]
 
 
 def test_a_log_that_an_older_explaind_wrote_is_taken_up(tmp_path, monkeypatch):
@@ -122,3 +142,69 @@ def test_info_counts_the_logged_steps_that_repair_takes_up(chunk, sound, more, t
     assert (f"{more} more steps" in said) == (more > 0)
     assert repair(run.path) == Repair(before=5, after=sound + more, regained=more, lost=max(0, 5 - sound - more))
     assert explaind.open(run.path).damage() == []
+
+
+@pytest.mark.parametrize("state", [3, 5])
+def test_a_damaged_committed_step_is_not_put_down_to_the_log(state, tmp_path):
+    run = left(tmp_path / "run", 8)
+    array = zarr.open_array(run.path / "checksum_theta", mode="r+")
+    array[state] = np.asarray(array[state]) ^ 1
+    assert run.logged == 3
+    assert not any("another run" in words for words in explaind.open(run.path).damage())
+    assert repair(run.path).after == 8
+
+
+class AtOnce(ThreadPoolExecutor):
+    def submit(self, function, *words):
+        done = Future()
+        done.set_result(function(*words))
+        return done
+
+
+def test_a_repair_that_is_killed_loses_no_logged_step(tmp_path, monkeypatch):
+    """At any moment, and not even where the chunks were two spans behind the training."""
+    going, write, copies = threading.Event(), RunWriter._write, list[Path]()
+
+    def slow(self, span, *words, **options):
+        if span.start == 3:
+            going.wait()
+        write(self, span, *words, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunWriter, "_write", slow)
+        run = left(tmp_path / "run", 8, waiting=going.set)
+    assert (run.steps, run.logged) == (2, 6)
+
+    def copied_before(plain):
+        def call(*words, **options):
+            copies.append(shutil.copytree(run.path, tmp_path / f"copy{len(copies)}"))
+            return plain(*words, **options)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "ThreadPoolExecutor", AtOnce)  # no file is put in its place while it is copied
+        patch.setattr(Log, "append", copied_before(Log.append))
+        patch.setattr(Tail, "begin", copied_before(Tail.begin))
+        patch.setattr(RunWriter, "_mark", copied_before(RunWriter._mark))
+        repair(run.path)
+    assert len(copies) > 10
+    for copy in copies:
+        found = explaind.open(copy)
+        assert (found.steps + found.logged, found.damage(), repair(copy).after) == (8, [], 8)
+
+
+@pytest.mark.parametrize("at", [1, 2, 4])
+def test_a_thin_recording_that_goes_on_within_a_block_is_sound_at_every_step(at, tmp_path):
+    """The block that it goes on with is in the log until it is full, whatever older steps stand in its place."""
+    with pytest.MonkeyPatch.context() as patch:
+        cases.shorten_blocks(patch)
+        Loop(tmp_path / "run").record(6, thin=3)
+        loop = Loop(tmp_path / "run").load(at)
+        with explaind.record(loop.optimizer, loop.model, loop.path, data=cases.DATA, thin=3, resume=True) as recorder:
+            for step in range(at, at + 4):
+                recorder._writer._wait()
+                shutil.copytree(loop.path, tmp_path / f"killed{step}")
+                run = explaind.open(tmp_path / f"killed{step}")
+                assert (run.steps + run.logged, run.damage()) == (step, [])
+                loop.step(recorder)

@@ -21,9 +21,9 @@ class Chain:
     step: int
     """Of all else that the step before it recorded; 0 before the first."""
 
-    def link(self, name: str) -> int:
-        """crc32 of both, and of the run's name: what was recorded behind other steps, or in another run, goes on from another link."""
-        return zlib.crc32(self.theta.tobytes(), zlib.crc32(f"{name} {self.step}".encode()))
+    def link(self) -> int:
+        """crc32 of both: what was recorded behind other steps goes on from another link."""
+        return zlib.crc32(self.theta.tobytes(), self.step)
 
 
 def theta_checksum(theta: Vector, layers: Sequence[Layer], previous: np.ndarray) -> np.ndarray:

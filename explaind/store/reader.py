@@ -13,7 +13,7 @@ import numpy as np
 import zarr
 
 from explaind.errors import RequestError, StoreError
-from explaind.store.checksums import Chain
+from explaind.store.checksums import Chain, text_checksum
 from explaind.store.committed import Committed
 from explaind.store.damage import damage
 from explaind.store.gradients import first_damaged, having_gradients, rows_of
@@ -258,11 +258,13 @@ class Run(Committed):
         return None if other is None else str(other)
 
     def _log(self, steps: int) -> tuple[list[Record], StoreError | None]:
-        """The records that go on from so many steps; and what is wrong, where the log holds others behind them."""
+        """The records that go on from so many steps; and what is wrong, where the log holds others as well."""
         log = self.log()
         if not log:
             return [], None
-        own, others = following(log, steps, self._chain(steps).link(named(self.attributes)))
+        if not self._ends_sound(steps):  # what goes on from there cannot be told: it is up to whoever looks at what is sound
+            return following(log, steps)[0], None
+        own, others = following(log, steps, self._chain(steps).link(), text_checksum(named(self.attributes)))
         if not others:
             return own, None
         return own, StoreError(
@@ -270,8 +272,13 @@ class Run(Committed):
             where=log_of(self.path, self.attributes),
             expected="each to go on from the one before it",
             got="a step that does not",
-            do=f"put the run's own zarr.json, {' and '.join(NAMES)} back, or remove the logs: what is committed stays",
+            do=f"put the run's own zarr.json, {' and '.join(NAMES)} back, or remove the one that is not: what is committed stays",
         )
+
+    def _ends_sound(self, steps: int) -> bool:
+        """Whether the last of so many steps is what was recorded, and the parameters behind it."""
+        last = max(0, steps - 1)
+        return self._holds(last if self.manifest.thin is None else last - last % self.manifest.block, steps)
 
     def log(self) -> list[Record]:
         """The sound records of its tail log, in order; of a run at a URL, where it was recorded on this machine."""
@@ -301,8 +308,8 @@ class Run(Committed):
         self._kept.clear()
         behind = self.forgotten()
         older = f"{behind} steps stand behind those that the commit marker tells of, and there is no log: the marker is an older one"
-        log = self.log_damage
-        return [*damage(self), *([older] if behind else []), *([log] if log else [])]
+        found, log = damage(self), self.log_damage
+        return [*found, *([older] if behind else []), *([log] if log else [])]
 
     def forgotten(self) -> int:
         """Steps behind the committed ones that nobody vouches for: whoever writes them has a log, and takes them away when it ends."""

@@ -47,7 +47,7 @@ def repair(where: Where, spool: str | os.PathLike[str] | None = None) -> Repair:
 def recovered(path: Location) -> Run:
     """A run with its log taken up; damage is left where it is."""
     run = open_run(path)
-    if run.logged:
-        going_on(path, run.manifest, run.begun(run.steps), run.logged_behind(run.steps)).close(complete=False)
+    if logged := run.logged_behind(run.steps):
+        going_on(path, run.manifest, run.begun(run.steps), logged).close(complete=False)
         run = open_run(path)
     return run

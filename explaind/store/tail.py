@@ -52,7 +52,9 @@ class Record:
     crc: np.ndarray | None = None
     """Its checksum then, uint32 [layer]."""
     links: tuple[int, int] | None = None
-    """Of the run's checksums before and behind it (checksums.py); None in a log that an older explaind wrote."""
+    """Of the run's checksums before and behind it (checksums.py)."""
+    run: int | None = None
+    """crc32 of the run's name; neither this nor links are in a log that an older explaind wrote."""
 
 
 class Place(NamedTuple):
@@ -142,7 +144,7 @@ class Log:
             for name, v in held.items():
                 self._layout[name] = Place(self._bytes, v.dtype, v.shape)
                 self._bytes += v.size * v.dtype.itemsize
-        links = "" if record.links is None else f'"links": [{record.links[0]}, {record.links[1]}], '
+        links = "" if record.links is None else f'"run": {record.run}, "links": [{record.links[0]}, {record.links[1]}], '
         return f'{{"step": {record.step}, {links}{self._told}\n'.encode()
 
     def _write(self, views: Sequence[Any]) -> None:
@@ -313,18 +315,24 @@ def _unpacked(payload: memoryview) -> Record:
     theta, crc = arrays.pop("theta"), arrays.pop("crc", None)
     optional: dict[str, Any] = {name: arrays.get(name) for name in ARRAYS}
     row = StepRow(**optional, mode=tuple(bool(m) for m in told["mode"]), gap=int(told["gap"]), precision=float(told["precision"]))
-    before, behind = told.get("links", (None, None))
-    return Record(int(told["step"]), row, theta, crc, None if before is None else (int(before), int(behind)))
+    if "links" not in told:
+        return Record(int(told["step"]), row, theta, crc)
+    before, behind = told["links"]
+    return Record(int(told["step"]), row, theta, crc, (int(before), int(behind)), int(told["run"]))
 
 
-def following(found: Sequence[Record], step: int, link: int | None = None) -> tuple[list[Record], bool]:
+def following(found: Sequence[Record], step: int, link: int | None = None, run: int | None = None) -> tuple[list[Record], bool]:
     """The records of step `step` and those right after it, without a gap, up to the last whose parameters are known.
 
-    Each goes on from the one before it, and the first from this link. And whether there is one behind them that does not.
+    Each goes on from the one before it, and the first from this link. And whether there are others: of another run than this, or one
+    behind them that does not go on.
     """
-    known = dict[int, list[Record]]()
+    known, others = dict[int, list[Record]](), False
     for record in found:
-        known.setdefault(record.step, []).append(record)
+        if run is None or record.run is None or record.run == run:
+            known.setdefault(record.step, []).append(record)
+        else:
+            others = True
     out = list[Record]()
     while fitting := [r for r in known.get(step, ()) if link is None or r.links is None or r.links[0] == link]:
         out.append(max(fitting, key=lambda record: record.theta.size))
@@ -332,7 +340,7 @@ def following(found: Sequence[Record], step: int, link: int | None = None) -> tu
         step += 1
     while out and not out[-1].theta.size:
         out.pop()
-    return out, step in known
+    return out, others or step in known
 
 
 def check_idle(folder: Path, of: object = None) -> None:

@@ -49,11 +49,15 @@ class ThinWriter(RunWriter):
             before = span.link
             for i, entry in enumerate(entries):
                 theta = old.read(entry.places["theta"]) if entry is entries[-1] else FORGOTTEN
-                yield Record(span.start + i, whole(entry, old), theta, entry.chain.theta, (before, entry.link))
+                yield Record(span.start + i, whole(entry, old), theta, entry.chain.theta, (before, entry.link), self._run)
                 before = entry.link
 
         span.log = self._tail.begin(self._number, kept())
         span.entries = [replace(entry, places=places) for entry, places in zip(entries, span.log.places, strict=True)]
+
+    def _usable(self, begun: Begun) -> int:
+        """Whole blocks: the parameters in the middle of one are in the log."""
+        return begun.start
 
     def _opening(self, last: Record) -> list[Record]:
         """Nothing: the parameters before a span are written with the span before it."""

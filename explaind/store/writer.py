@@ -66,7 +66,7 @@ class RunWriter:
         self._set(path, manifest, 0, 0, [])
         known = lowest(path) if isinstance(path, Path) else None
         group, self._tail = spool.begin(path, {"manifest": manifest.to_json()})
-        self._name = spool.named(group.attrs)
+        self._run = text_checksum(spool.named(group.attrs))
         with self._guarded:
             self._columns = self._create(group, momentum, preconditioner, codec)
             for name, values in constants.items():
@@ -80,7 +80,7 @@ class RunWriter:
             if isinstance(path, Path) and known is not None:
                 sync_tree(path, known)
             chain = Chain(crc, 0)
-            self._span = Span(0, self._tail.begin(0, ()), chain, chain.link(self._name))
+            self._span = Span(0, self._tail.begin(0, ()), chain, chain.link())
             self._sums = {"manifest": text_checksum(manifest.to_json()), "constants": constants_checksum(constants, fingerprint)}
             self._mark(0, complete=False, modes=())
 
@@ -111,18 +111,18 @@ class RunWriter:
         self = cls.__new__(cls)
         self._set(path, manifest, begun.start, begun.anchors, list(begun.modes))
         self._columns = {name: growing(array, path) for name, array in schema.growing(path).items()}
-        self._name, self._tail = spool.go_on(path)
-        self._sums = dict(begun.sums)
-        link = begun.chain.link(self._name)
+        name, self._tail = spool.go_on(path)
+        self._run, self._sums = text_checksum(name), dict(begun.sums)
+        link = begun.chain.link()
         known = list(self._linked([*begun.records, *logged], begun.chain, link))
         now, later = known[: manifest.span], known[manifest.span :]
         with self._guarded:
             schema.tidy(path)
-            # The log holds the whole span again before the marker gives up what stands behind the steps that are kept.
-            log = self._tail.begin(self._number, now)
+            # The log holds all that is kept again before the marker gives up what stands behind it, and the other log what it has.
+            log = self._tail.begin(self._number, known)
             self._span = Span(begun.start, log, begun.chain, link)
-            self._mark(begun.start + len(begun.records), complete=False, modes=begun.modes)
-            for record, places in zip(now, log.places, strict=True):
+            self._mark(self._usable(begun), complete=False, modes=begun.modes)
+            for record, places in zip(now, log.places, strict=False):
                 self._take(record, places)
             if len(now) < manifest.span:
                 self._tail.begin(self._number + 1, ())  # what it holds is older
@@ -130,6 +130,10 @@ class RunWriter:
                 self._turn(now[-1], later)
                 self._wait()
         return self
+
+    def _usable(self, begun: Begun) -> int:
+        """Steps that a reader finds in the arrays of what is gone on with."""
+        return begun.start + len(begun.records)
 
     @property
     def block(self) -> int:
@@ -173,8 +177,8 @@ class RunWriter:
         span = self._span
         before = span.last
         mode, chain = self._behind(record, before.chain)
-        link = chain.link(self._name)
-        linked = Record(record.step, record.row, record.theta, record.crc, (before.link, link))
+        link = chain.link()
+        linked = Record(record.step, record.row, record.theta, record.crc, (before.link, link), self._run)
         where = span.log.append(linked) if places is None else places
         span.entries.append(Entry(light(record.row), mode, chain, link, where))
         self.steps = span.stop
@@ -191,8 +195,8 @@ class RunWriter:
         """Consecutive steps, each with its links."""
         for record in records:
             before, chain = link, self._behind(record, chain)[1]
-            link = chain.link(self._name)
-            yield replace(record, links=(before, link))
+            link = chain.link()
+            yield replace(record, links=(before, link), run=self._run)
 
     def _mode(self, mode: tuple[bool, ...]) -> int:
         if mode not in self._modes:
