@@ -266,22 +266,15 @@ class RunWriter:
         if end and "gradient" in self._columns:
             array = self._columns["gradient"]
             array.trim((span.stop, self._columns["batch"].shape[1], array.shape[2]))
-        vectors = list(span.vectors())
-        anchors = max([self._anchors, *(self._anchors + len(places) for name, places in vectors if name in ANCHORED)])
-        if end:  # the training waits: both halves at once
-            writing = self._thread.submit(self._write_vectors, span, vectors)
-            steps = self._write_states(span, end, anchors)
-            writing.result()
-        else:
-            self._write_vectors(span, vectors)
-            steps = self._write_states(span, end, anchors)
+        first = anchors = self._anchors
+        for name, places in span.vectors():
+            at = first if name in ANCHORED else span.start
+            write_vectors(self._columns[name], at, span.log, places)
+            anchors = max(anchors, at + len(places)) if name in ANCHORED else anchors
+        steps = self._write_states(span, end, anchors)
         settle(self._columns.values(), self.path)
         self._mark(steps, complete, span.modes)
         self._anchors = anchors  # not before: what is interrupted here may be closed again
-
-    def _write_vectors(self, span: Span, vectors: Iterable[tuple[str, Sequence[Place]]]) -> None:
-        for name, places in vectors:
-            write_vectors(self._columns[name], self._anchors if name in ANCHORED else span.start, span.log, places)
 
     def _write_states(self, span: Span, end: bool, anchors: int) -> int:
         """The parameters of a span; how many steps can be used then, whose parameters afterwards are on disk too.
