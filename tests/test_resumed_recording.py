@@ -20,9 +20,10 @@ import explaind
 from explaind.cli import main
 from explaind.errors import RecordError, StoreError
 from explaind.store import schema
+from explaind.store.logs import following
 from explaind.store.repair import Repair, repair
 from explaind.store.row import StepRow
-from explaind.store.tail import NAMES, Log, Record, following, records
+from explaind.store.tail import NAMES, Log, Record, records
 from tests import cases
 from tests.closeness import same
 

@@ -198,7 +198,7 @@ def info(path: str, /, *, spool: Spool = None, json: Json = False) -> int:
     else:
         recorded = open_run(place)
         sound = recorded.first(recorded.sound())
-        held = {"steps": recorded.steps, "sound": sound.steps, "log_damage": sound.log_damage}
+        held = {"steps": recorded.steps, "sound": sound.steps}
         printed({**run_facts(sound), **held, "ledgers": [str(p) for p in ledgers_of(place)]}, json, info_lines)
     return FINE
 

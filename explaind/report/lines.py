@@ -116,10 +116,10 @@ def info_lines(facts: dict[str, Any]) -> list[str]:
     if damaged:
         of = f"{facts['sound']} steps are sound of the {facts['steps']} recorded"
         lines.append(f"  DAMAGED     {of}: explaind verify says what is not, explaind repair cuts the rest off")
-    if facts["logged"] and not facts["log_damage"]:
-        lines.append(f"  log         {facts['logged']} more steps: explaind repair takes them up")
     if facts["log_damage"]:
         lines.append(f"  DAMAGED     {facts['log_damage']}")
+    elif facts["logged"]:
+        lines.append(f"  log         {facts['logged']} more steps: explaind repair takes them up")
     lines += [f"  task        {json.dumps(config['task'])}"] if "task" in config else []
     return lines + [f"  ledger      {path}" for path in facts["ledgers"]]
 

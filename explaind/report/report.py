@@ -87,11 +87,13 @@ def report_tables(analysed: Mapping[str, Table], measure: str, settings: Report,
 def run_facts(run: Run) -> dict[str, Any]:
     """What a run says of itself."""
     m = run.manifest
+    logged, log_damage = run.log_facts()
     return {
         "path": str(run.path),
         "steps": run.steps,
         "complete": run.complete,
-        "logged": run.logged,
+        "logged": logged,
+        "log_damage": log_damage,
         "model": m.model,
         "optimizer": m.optimizer,
         "parameters": m.params,

@@ -21,9 +21,14 @@ class Chain:
     step: int
     """Of all else that the step before it recorded; 0 before the first."""
 
+    @property
     def link(self) -> int:
         """crc32 of both: what was recorded behind other steps goes on from another link."""
         return zlib.crc32(self.theta.tobytes(), self.step)
+
+    def behind(self, row: StepRow, mode: int, theta: np.ndarray, thin: bool) -> "Chain":
+        """With one more step; theta: the checksum of the parameters that it led to, which continues this one."""
+        return Chain(theta, step_checksum(row, mode, self.step, self.theta if thin else None))
 
 
 def theta_checksum(theta: Vector, layers: Sequence[Layer], previous: np.ndarray) -> np.ndarray:

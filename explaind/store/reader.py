@@ -13,7 +13,8 @@ import numpy as np
 import zarr
 
 from explaind.errors import RequestError, StoreError
-from explaind.store.checksums import Chain, text_checksum
+from explaind.store import logs
+from explaind.store.checksums import Chain
 from explaind.store.committed import Committed
 from explaind.store.damage import damage
 from explaind.store.gradients import first_damaged, having_gradients, rows_of
@@ -22,8 +23,8 @@ from explaind.store.location import Where
 from explaind.store.manifest import ROUNDINGS
 from explaind.store.opening import COPY, opened, reading
 from explaind.store.row import StepRow
-from explaind.store.spool import log_of, logged, named
-from explaind.store.tail import NAMES, Record, following, has_log
+from explaind.store.spool import log_of
+from explaind.store.tail import Record, has_log
 from explaind.store.writer import Begun
 
 
@@ -226,7 +227,7 @@ class Run(Committed):
         rows = self.block(start, steps).rows if steps > start else ()
         states, crcs = self.states(start, steps + 1), self.checksums(start, steps + 1)
         found = [Record(start + i, row, states[i + 1], crcs[i + 1]) for i, row in enumerate(rows)]
-        return Begun(start, sum(s < start for s in self.starts), self._chain(start), tuple(found), self.modes, self.sums)
+        return Begun(start, sum(s < start for s in self.starts), self.chain(start), tuple(found), self.modes, self.sums)
 
     def _begun_thin(self, steps: int, theta: np.ndarray) -> Begun:
         start = steps - steps % self.manifest.span
@@ -234,55 +235,33 @@ class Run(Committed):
         rows = self.block(start, steps).rows if steps > start else ()
         found = [Record(start + i, row, nothing, crcs[i + 1]) for i, row in enumerate(rows)]
         found[-1:] = [Record(record.step, record.row, theta, record.crc) for record in found[-1:]]
-        return Begun(start, start // self.manifest.block, self._chain(start), tuple(found), self.modes, self.sums)
+        return Begun(start, start // self.manifest.block, self.chain(start), tuple(found), self.modes, self.sums)
 
-    def _chain(self, step: int) -> Chain:
+    def chain(self, step: int) -> Chain:
+        """How far the checksums have come before a step."""
         return Chain(self.checksums(step, step + 1)[0], int(self.step_checksums(step - 1, step)[0]) if step else 0)
 
     @property
     def logged(self) -> int:
         """Steps behind the committed ones that the tail log of a killed recording still holds; ``explaind repair`` takes them up."""
-        return len(having_gradients(self, self._log(self.steps)[0]))
+        return self.log_facts()[0]
 
     def logged_behind(self, steps: int) -> list[Record]:
         """What the tail log holds of the steps behind so many, without a gap; StoreError where those are another run's."""
-        found, other = self._log(steps)
+        found, other = logs.behind(self, steps)
         if other is not None:
             raise other
         return having_gradients(self, found)
 
-    @property
-    def log_damage(self) -> str | None:
-        """What is wrong with the log, in words; None where its steps go on from the committed ones."""
-        other = self._log(self.steps)[1]
-        return None if other is None else str(other)
+    def log_facts(self) -> tuple[int, str | None]:
+        """``logged``; and what is wrong with the log, in words, None where its steps go on from the committed ones."""
+        found, other = logs.behind(self, self.steps)
+        return len(having_gradients(self, found)), None if other is None else str(other)
 
-    def _log(self, steps: int) -> tuple[list[Record], StoreError | None]:
-        """The records that go on from so many steps; and what is wrong, where the log holds others as well."""
-        log = self.log()
-        if not log:
-            return [], None
-        if not self._ends_sound(steps):  # what goes on from there cannot be told: it is up to whoever looks at what is sound
-            return following(log, steps)[0], None
-        own, others = following(log, steps, self._chain(steps).link(), text_checksum(named(self.attributes)))
-        if not others:
-            return own, None
-        return own, StoreError(
-            "the log holds steps of another run",
-            where=log_of(self.path, self.attributes),
-            expected="each to go on from the one before it",
-            got="a step that does not",
-            do=f"put the run's own zarr.json, {' and '.join(NAMES)} back, or remove the one that is not: what is committed stays",
-        )
-
-    def _ends_sound(self, steps: int) -> bool:
+    def ends_sound(self, steps: int) -> bool:
         """Whether the last of so many steps is what was recorded, and the parameters behind it."""
         last = max(0, steps - 1)
         return self._holds(last if self.manifest.thin is None else last - last % self.manifest.block, steps)
-
-    def log(self) -> list[Record]:
-        """The sound records of its tail log, in order; of a run at a URL, where it was recorded on this machine."""
-        return logged(self.path, self.attributes)
 
     def sound(self) -> int:
         """Steps up to the first fault of what is stored: all of them where ``damage`` finds none."""
@@ -308,7 +287,7 @@ class Run(Committed):
         self._kept.clear()
         behind = self.forgotten()
         older = f"{behind} steps stand behind those that the commit marker tells of, and there is no log: the marker is an older one"
-        found, log = damage(self), self.log_damage
+        found, log = damage(self), self.log_facts()[1]
         return [*found, *([older] if behind else []), *([log] if log else [])]
 
     def forgotten(self) -> int:

@@ -29,8 +29,6 @@ class Entry:
     mode: int
     chain: Chain
     """Behind it."""
-    link: int
-    """Of this chain."""
     places: Mapping[str, Place]
 
 
@@ -42,7 +40,6 @@ class Span:
     log: Log
     chain: Chain
     """Before its first step."""
-    link: int
     opening: Place | None = None
     """Where the parameters before its first step stand; None: they are on disk already."""
     modes: tuple[tuple[bool, ...], ...] = ()
@@ -54,9 +51,9 @@ class Span:
         return self.start + len(self.entries)
 
     @property
-    def last(self) -> "Span | Entry":
-        """What has the chain and the link behind its last step."""
-        return self.entries[-1] if self.entries else self
+    def end(self) -> Chain:
+        """Behind its last step."""
+        return self.entries[-1].chain if self.entries else self.chain
 
     def states(self) -> list[Place | None]:
         """Where the parameters before its first step and after each of its steps stand."""

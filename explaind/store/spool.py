@@ -5,7 +5,7 @@ time holds it: a recording that is killed is found again on this machine, and a 
 elsewhere sees what was committed. Nothing keeps a recorder of another machine away; but who writes reads the marker again before replacing
 it, and stops where somebody else has (``commit``).
 
-Every run has a name in its attributes, which no other run has. The links of its log begin with it, and a spool bears it: steps of another
+Every run has a name in its attributes, which no other run has. The steps of its log bear it (logs.py), and its spool: those of another
 run are neither taken up nor overwritten.
 """
 

@@ -3,9 +3,10 @@
 Two files take turns, a span of steps each: while one is made into chunks the other takes the steps to come. It begins with the step before
 its first, which the span before has too: of that one the parameters that it led to belong to this span's chunks.
 
-A file of records, each a length, a crc32 and a payload: one line of JSON that names arrays with dtype and shape, then their bytes. Reading
-ends at the first record that is cut off or does not fit its crc. Appends reach the operating system at every step. A file that is used
-again holds, behind its new steps, some of the span before the last; they are known by their numbers, and are in chunks by then.
+A file of records, each a length, a crc32 and a payload: one line of JSON that names the run, the step, what that goes on from (logs.py) and
+arrays with dtype and shape, then their bytes. Reading ends at the first record that is cut off or does not fit its crc. Appends reach the
+operating system at every step. A file that is used again holds, behind its new steps, some of the span before the last; they are known by
+their numbers, and are in chunks by then.
 """
 
 import json
@@ -41,6 +42,16 @@ KINDS = "biuf"
 BUSY = "this run is being recorded, by another process or by a recorder of this one that was not closed"
 
 
+class Links(NamedTuple):
+    """Where a step belongs."""
+
+    run: int
+    """crc32 of the run's name."""
+    before: int
+    """Of the run's checksums (``checksums.Chain``) before it."""
+    behind: int
+
+
 @dataclass(frozen=True)
 class Record:
     """A step, and the parameters that it led to."""
@@ -51,10 +62,8 @@ class Record:
     """Empty where a thin run has forgotten it."""
     crc: np.ndarray | None = None
     """Its checksum then, uint32 [layer]."""
-    links: tuple[int, int] | None = None
-    """Of the run's checksums before and behind it (checksums.py)."""
-    run: int | None = None
-    """crc32 of the run's name; neither this nor links are in a log that an older explaind wrote."""
+    links: Links | None = None
+    """None in a log that an older explaind wrote."""
 
 
 class Place(NamedTuple):
@@ -144,7 +153,7 @@ class Log:
             for name, v in held.items():
                 self._layout[name] = Place(self._bytes, v.dtype, v.shape)
                 self._bytes += v.size * v.dtype.itemsize
-        links = "" if record.links is None else f'"run": {record.run}, "links": [{record.links[0]}, {record.links[1]}], '
+        links = "" if record.links is None else f'"links": {list(record.links)}, '
         return f'{{"step": {record.step}, {links}{self._told}\n'.encode()
 
     def _write(self, views: Sequence[Any]) -> None:
@@ -315,32 +324,7 @@ def _unpacked(payload: memoryview) -> Record:
     theta, crc = arrays.pop("theta"), arrays.pop("crc", None)
     optional: dict[str, Any] = {name: arrays.get(name) for name in ARRAYS}
     row = StepRow(**optional, mode=tuple(bool(m) for m in told["mode"]), gap=int(told["gap"]), precision=float(told["precision"]))
-    if "links" not in told:
-        return Record(int(told["step"]), row, theta, crc)
-    before, behind = told["links"]
-    return Record(int(told["step"]), row, theta, crc, (int(before), int(behind)), int(told["run"]))
-
-
-def following(found: Sequence[Record], step: int, link: int | None = None, run: int | None = None) -> tuple[list[Record], bool]:
-    """The records of step `step` and those right after it, without a gap, up to the last whose parameters are known.
-
-    Each goes on from the one before it, and the first from this link. And whether there are others: of another run than this, or one
-    behind them that does not go on.
-    """
-    known, others = dict[int, list[Record]](), False
-    for record in found:
-        if run is None or record.run is None or record.run == run:
-            known.setdefault(record.step, []).append(record)
-        else:
-            others = True
-    out = list[Record]()
-    while fitting := [r for r in known.get(step, ()) if link is None or r.links is None or r.links[0] == link]:
-        out.append(max(fitting, key=lambda record: record.theta.size))
-        link = None if out[-1].links is None else out[-1].links[1]
-        step += 1
-    while out and not out[-1].theta.size:
-        out.pop()
-    return out, others or step in known
+    return Record(int(told["step"]), row, theta, crc, Links(*map(int, told["links"])) if "links" in told else None)
 
 
 def check_idle(folder: Path, of: object = None) -> None:

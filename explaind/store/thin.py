@@ -46,11 +46,11 @@ class ThinWriter(RunWriter):
         entries, old = span.entries, span.log
 
         def kept() -> Iterator[Record]:
-            before = span.link
+            before = span.chain
             for i, entry in enumerate(entries):
                 theta = old.read(entry.places["theta"]) if entry is entries[-1] else FORGOTTEN
-                yield Record(span.start + i, whole(entry, old), theta, entry.chain.theta, (before, entry.link), self._run)
-                before = entry.link
+                yield Record(span.start + i, whole(entry, old), theta, entry.chain.theta, self._links(before, entry.chain))
+                before = entry.chain
 
         span.log = self._tail.begin(self._number, kept())
         span.entries = [replace(entry, places=places) for entry, places in zip(entries, span.log.places, strict=True)]

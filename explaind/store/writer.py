@@ -16,7 +16,7 @@ import numpy as np
 import zarr
 
 from explaind.store import schema, spool
-from explaind.store.checksums import Chain, constants_checksum, crc32, step_checksum, text_checksum, theta_checksum
+from explaind.store.checksums import Chain, constants_checksum, crc32, text_checksum, theta_checksum
 from explaind.store.durable import lowest, sync_tree
 from explaind.store.growing import Growing, growing, settle
 from explaind.store.layout import columns, rows, rows_of_chunk
@@ -25,7 +25,7 @@ from explaind.store.manifest import Manifest
 from explaind.store.remote import Remote
 from explaind.store.row import StepRow, Vector, between
 from explaind.store.span import ANCHORED, Entry, Span, light, write_vectors
-from explaind.store.tail import Place, Record
+from explaind.store.tail import Links, Place, Record
 
 AHEAD = 64
 """Steps that the array of gradients is made longer by at once; readers go by the marker."""
@@ -79,8 +79,7 @@ class RunWriter:
             settle(self._columns.values(), path, synced=False)
             if isinstance(path, Path) and known is not None:
                 sync_tree(path, known)
-            chain = Chain(crc, 0)
-            self._span = Span(0, self._tail.begin(0, ()), chain, chain.link())
+            self._span = Span(0, self._tail.begin(0, ()), Chain(crc, 0))
             self._sums = {"manifest": text_checksum(manifest.to_json()), "constants": constants_checksum(constants, fingerprint)}
             self._mark(0, complete=False, modes=())
 
@@ -113,14 +112,13 @@ class RunWriter:
         self._columns = {name: growing(array, path) for name, array in schema.growing(path).items()}
         name, self._tail = spool.go_on(path)
         self._run, self._sums = text_checksum(name), dict(begun.sums)
-        link = begun.chain.link()
-        known = list(self._linked([*begun.records, *logged], begun.chain, link))
+        known = list(self._linked([*begun.records, *logged], begun.chain))
         now, later = known[: manifest.span], known[manifest.span :]
         with self._guarded:
             schema.tidy(path)
             # The log holds all that is kept again before the marker gives up what stands behind it, and the other log what it has.
             log = self._tail.begin(self._number, known)
-            self._span = Span(begun.start, log, begun.chain, link)
+            self._span = Span(begun.start, log, begun.chain)
             self._mark(self._usable(begun), complete=False, modes=begun.modes)
             for record, places in zip(now, log.places, strict=False):
                 self._take(record, places)
@@ -149,7 +147,7 @@ class RunWriter:
     @property
     def crc_theta(self) -> np.ndarray:
         """Of the parameters after the last step, continuing the one of those before it: uint32 [layer]."""
-        return self._span.last.chain.theta
+        return self._span.end.theta
 
     def add(self, row: StepRow, theta: Vector) -> None:
         """Take step ``self.steps``, which led to the parameters theta [param]; neither is looked at afterwards.
@@ -174,29 +172,28 @@ class RunWriter:
 
     def _take(self, record: Record, places: Mapping[str, Place] | None = None) -> Record:
         """Into the log and the span, linked to the step before it; places: where the log has it already."""
-        span = self._span
-        before = span.last
-        mode, chain = self._behind(record, before.chain)
-        link = chain.link()
-        linked = Record(record.step, record.row, record.theta, record.crc, (before.link, link), self._run)
-        where = span.log.append(linked) if places is None else places
-        span.entries.append(Entry(light(record.row), mode, chain, link, where))
-        self.steps = span.stop
+        before = self._span.end
+        mode, chain = self._behind(record, before)
+        linked = Record(record.step, record.row, record.theta, record.crc, self._links(before, chain))
+        where = self._span.log.append(linked) if places is None else places
+        self._span.entries.append(Entry(light(record.row), mode, chain, where))
+        self.steps = self._span.stop
         return linked
 
-    def _behind(self, record: Record, chain: Chain) -> tuple[int, Chain]:
+    def _behind(self, record: Record, before: Chain) -> tuple[int, Chain]:
         """Its mode, and how far the checksums come with it."""
         mode = self._mode(record.row.mode)
-        step = step_checksum(record.row, mode, chain.step, None if self.manifest.thin is None else chain.theta)
-        crc = theta_checksum(record.theta, self.manifest.layers, chain.theta) if record.crc is None else record.crc
-        return mode, Chain(crc, step)
+        crc = theta_checksum(record.theta, self.manifest.layers, before.theta) if record.crc is None else record.crc
+        return mode, before.behind(record.row, mode, crc, self.manifest.thin is not None)
 
-    def _linked(self, records: Iterable[Record], chain: Chain, link: int) -> Iterator[Record]:
-        """Consecutive steps, each with its links."""
+    def _links(self, before: Chain, behind: Chain) -> Links:
+        return Links(self._run, before.link, behind.link)
+
+    def _linked(self, records: Iterable[Record], chain: Chain) -> Iterator[Record]:
+        """Consecutive steps, each with its links, and the checksum of the parameters that it led to."""
         for record in records:
-            before, chain = link, self._behind(record, chain)[1]
-            link = chain.link()
-            yield replace(record, links=(before, link), run=self._run)
+            before, chain = chain, self._behind(record, chain)[1]
+            yield replace(record, crc=chain.theta, links=self._links(before, chain))
 
     def _mode(self, mode: tuple[bool, ...]) -> int:
         if mode not in self._modes:
@@ -216,7 +213,7 @@ class RunWriter:
         opening = self._opening(last)
         log = self._tail.begin(self._number, [*opening, *later]) if later else self._tail.turn(self._number, opening)
         where = log.places[0]["theta"] if opening else None
-        self._span = Span(full.stop, log, full.last.chain, full.last.link, where)
+        self._span = Span(full.stop, log, full.end, where)
         for record, places in zip(later, log.places[len(opening) :], strict=False):
             self._take(record, places)
         if len(later) >= self.manifest.span:
