@@ -10,8 +10,9 @@ from pathlib import Path
 NO_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 """What filesystems say that sync no folders."""
 WRITE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
-AT_ONCE = 4
-"""Files that are synced at a time: a disk that is asked for several makes one journey of it."""
+AT_ONCE, SHARE = 4, 64
+"""Files that are synced at a time: a disk that is asked for several makes one journey of it. But threads stand in the training's way, and
+each is to have so many files to do."""
 
 
 @cache
@@ -38,10 +39,11 @@ def write_file(path: Path, text: bytes) -> None:
 def sync(paths: Iterable[Path]) -> None:
     """Have the disk write files, and the names that stand in folders. OSError where it does not."""
     known = list(paths)
-    if len(known) == 1:
+    count = min(AT_ONCE, len(known) // SHARE)
+    if count < 2:
         _sync(known)
         return
-    shares = [_threads().submit(_sync, known[i::AT_ONCE]) for i in range(AT_ONCE)]
+    shares = [_threads().submit(_sync, known[i::count]) for i in range(count)]
     wait(shares)
     for share in shares:
         share.result()
