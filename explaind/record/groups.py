@@ -1,6 +1,6 @@
 """The parameter groups of optimizers, which may change from step to step: most often they don't, and little is done then."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,6 +8,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from explaind.rules.rule import Rule
+
+PLAIN = (bool, int, float, str, type(None))
+"""Kinds of options that are what they were as long as they are equal."""
 
 
 class Groups:
@@ -17,41 +20,60 @@ class Groups:
         self._optimizers, self._rules, self._params = optimizers, rules, params
         self._options = max(len(rule.options) for rule in rules)
         self._held: list[list[int]] | None = None
-        self._places, self._strangers = list[int](), list[Tensor]()
-        self._read, self._hyper = list[tuple[float, ...]](), np.zeros(0)
+        self.places = list[int]()
+        """Which of the groups each parameter is in, −1 for none; as ``look`` found it last."""
+        self.strangers = list[Tensor]()
+        """Parameters in them that are not recorded; likewise."""
+        self._told = list[_Told]()
+        self._hyper = np.zeros(0)
 
     def all(self) -> list[dict[str, Any]]:
         """As they stand."""
+        if len(self._optimizers) == 1:
+            return self._optimizers[0].param_groups
         return [group for optimizer in self._optimizers for group in optimizer.param_groups]
 
-    @property
-    def places(self) -> list[int]:
-        """Which of them each parameter is in, −1 for none; as ``strangers`` or ``hyper`` found it last."""
-        return self._places
-
-    def _look(self) -> None:
-        held = [list(map(id, group["params"])) for group in self.all()]
+    def look(self) -> None:
+        """See which parameters are in which group now."""
+        held = [[*map(id, group["params"])] for group in self.all()]
         if held != self._held:  # what is held here keeps its id, strangers included
             place = {own: k for k, ids in enumerate(held) for own in ids}
             recorded = {id(p) for p in self._params}
-            self._strangers = [p for group in self.all() for p in group["params"] if id(p) not in recorded]
-            self._held, self._places, self._read = held, [place.get(id(p), -1) for p in self._params], []
-
-    def strangers(self) -> list[Tensor]:
-        """Parameters in them that are not recorded."""
-        self._look()
-        return self._strangers
+            self.strangers = [p for group in self.all() for p in group["params"] if id(p) not in recorded]
+            self._held, self.places, self._told = held, [place.get(id(p), -1) for p in self._params], []
 
     def hyper(self) -> np.ndarray:
-        """What they say of every parameter: float64 [layer, option], nan where there is nothing.
+        """What they say of every parameter, as ``look`` found them: float64 [layer, option], nan where there is nothing.
 
         The same array as long as they say the same; nobody may write into it.
         """
-        self._look()
-        now = [rule.read(g) for rule, optimizer in zip(self._rules, self._optimizers, strict=True) for g in optimizer.param_groups]
-        if now != self._read:
-            table = np.full((len(now) + 1, self._options), np.nan)  # the last row is for those in no group
-            for row, values in zip(table, now, strict=False):
-                row[: len(values)] = values
-            self._read, self._hyper = now, table[self._places]
+        groups = self.all()
+        if not self._told or not all(map(_Told.stands, self._told, groups)):
+            rules = [rule for rule, optimizer in zip(self._rules, self._optimizers, strict=True) for _ in optimizer.param_groups]
+            now = [rule.read(group) for rule, group in zip(rules, groups, strict=True)]
+            if not self._told or now != [told.read for told in self._told]:
+                table = np.full((len(now) + 1, self._options), np.nan)  # the last row is for those in no group
+                for row, values in zip(table, now, strict=False):
+                    row[: len(values)] = values
+                self._hyper = table[self.places]
+            self._told = [_Told(group, read) for group, read in zip(groups, now, strict=True)]
         return self._hyper
+
+
+class _Told:
+    """What a group said when it was read: where it says the same still, a rule need not read it again."""
+
+    def __init__(self, group: Mapping[str, Any], read: tuple[float, ...]) -> None:
+        self.read = read
+        self._keys = [key for key in group if key != "params"]
+        self._values = [group[key] for key in self._keys]
+        self._plain = all(map(_plain, self._values))
+
+    def stands(self, group: Mapping[str, Any]) -> bool:
+        """Whether that is sure."""
+        return self._plain and [*map(group.get, self._keys)] == self._values
+
+
+def _plain(value: object) -> bool:
+    """Whether a value is no other one as long as it is equal: no tensor, and no list, whose numbers may change in place."""
+    return isinstance(value, PLAIN) or (isinstance(value, tuple) and all(map(_plain, value)))

@@ -62,18 +62,19 @@ class Incoming:
         for hook in self._hooks:
             hook.remove()
 
-    def add(self, ids: np.ndarray, weights: np.ndarray) -> None:
-        """Announce a micro-batch: ids and weights [batch]."""
+    def add(self, ids: np.ndarray, weights: np.ndarray, precision: float = 0.0) -> None:
+        """Announce a micro-batch: ids and weights [batch]; precision: of its forward pass at least, as in ``lower``."""
         for batch in self.pending:
             batch.over = bool(batch.reached)
         if self._reduced:
-            self._left = [None if p.grad is None else _mark(p.grad) for p in self._params]
-        self.pending.append(MicroBatch(ids, weights, random_state(self._device), precision=precision_of(self._device)))
+            self._left = [None if p.grad is None else (p.grad._cdata, p.grad._version) for p in self._params]
+        precision = max(precision, precision_of(self._device))
+        self.pending.append(MicroBatch(ids, weights, random_state(self._device), precision=precision))
 
     def lower(self, precision: float) -> None:
         """The forward pass of the last micro-batch is computed by autocast."""
-        for batch in self.pending[-1:]:
-            batch.precision = max(batch.precision, precision)
+        if precision and self.pending:
+            self.pending[-1].precision = max(self.pending[-1].precision, precision)
 
     def taken(self) -> list[MicroBatch]:
         """The micro-batches that the gradients as they stand are sums of; one that was taken away alone (frozen by hand) does not count."""
@@ -93,42 +94,38 @@ class Incoming:
     @property
     def untouched(self) -> bool:
         """Whether every gradient is what backward passes left: not clipped, scaled or put there by hand."""
-        return all(p.grad is None or self._left[i] == _mark(p.grad) for i, p in enumerate(self._params))
+        for p, left in zip(self._params, self._left, strict=True):
+            grad = p.grad
+            if grad is not None and left != (grad._cdata, grad._version):
+                return False
+        return True
 
     def _stands(self, batch: MicroBatch) -> bool:
         there = [self._begun[i] == begun for i, begun in batch.reached.items() if self._params[i].grad is not None]
         return all(there) and (bool(there) or not batch.reached)
 
-    def grown(self, index: int, param: Tensor) -> None:
-        """Torch has just accumulated the gradient of a parameter."""
-        grad, left = param.grad, self._left[index]
-        assert grad is not None
-        now = grad._cdata, grad._version
-        if left is None or now != (left[0], left[1] + 1):
-            self._begun[index] += 1
-        self._left[index] = now
-        for batch in self.pending:
-            if not batch.over:
-                if batch.drew is None:
-                    self.drew(batch)
-                batch.reached[index] = self._begun[index]
-
 
 class _Grown(Hook):
-    """``Incoming.grown`` of a parameter: called for every one in every backward pass."""
+    """Torch has just accumulated the gradient of a parameter. It says so for every one, in every backward pass: all is done right here."""
 
     def __init__(self, incoming: Incoming, index: int) -> None:
         self._incoming, self._index = incoming, index
 
     def __call__(self, param: Tensor) -> None:
-        self._incoming.grown(self._index, param)
+        own, index, grad = self._incoming, self._index, param.grad
+        assert grad is not None
+        left = own._left[index]
+        now = own._left[index] = grad._cdata, grad._version
+        if left is None or now != (left[0], left[1] + 1):
+            own._begun[index] += 1
+        for batch in own.pending:
+            if not batch.over:
+                if batch.drew is None:
+                    own.drew(batch)
+                batch.reached[index] = own._begun[index]
 
 
 def precision_of(device: torch.device) -> float:
     """ε of the numbers that autocast computes in now; 0 where it is off."""
     kind = "cpu" if device == CPU else device.type
     return torch.finfo(torch.get_autocast_dtype(kind)).eps if torch.is_autocast_enabled(kind) else 0.0
-
-
-def _mark(gradient: Tensor) -> tuple[int, int]:
-    return gradient._cdata, gradient._version

@@ -4,6 +4,7 @@ import os
 import platform
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -138,8 +139,7 @@ class Recorder:
         if self._windows.recorded:
             if self._storing is not None:
                 self._announce(self._storing, len(checked))
-            self._incoming.add(checked, factors)
-            self._incoming.lower(self._told)
+            self._incoming.add(checked, factors, self._told)
 
     def _announce(self, storing: Storing, count: int) -> None:
         """Refuse examples whose gradients there is no room for, before anything is computed of them."""
@@ -181,15 +181,11 @@ class Recorder:
         self._incoming.lower(precision_of(self._watched.device))
 
     def _hooked(self, index: int, optimizer: torch.optim.Optimizer) -> list[RemovableHandle]:
-        def before(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._before(index, optimizer, args[1] if len(args) > 1 else kwargs.get("closure"))
-
-        def after(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._after(index, optimizer)
-
+        before, after = partial(self._before, index), partial(self._after, index)
         return [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
 
-    def _before(self, index: int, optimizer: torch.optim.Optimizer, closure: Any) -> None:
+    def _before(self, index: int, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
         self._refuse_if_over()
         try:
             if self._update is not None and index in self._update.stepped:
@@ -198,7 +194,7 @@ class Recorder:
                 return
             if self._update is None or not self._update.stepped:  # if there is one, it failed: this is made in its place
                 self._update = self._begin(closure)
-            if closure is None:  # with one, the gradient is made during the step
+            if closure is None and index not in self._update.checked:  # with one, the gradient is made during the step
                 self._gather(self._update, index)
         except RecordError as error:
             raise self._fail(error) from None
@@ -215,7 +211,7 @@ class Recorder:
             self._storing.begin_step(closure is not None)
         return Update(self._watched, self._first or behind, self._filtering)
 
-    def _after(self, index: int, optimizer: torch.optim.Optimizer) -> None:
+    def _after(self, index: int, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         update = self._update
         if _skips(optimizer):
             return
@@ -223,7 +219,8 @@ class Recorder:
             self._windows.stepped(index)
             return
         try:
-            self._gather(update, index)
+            if index not in update.checked:
+                self._gather(update, index)
             update.step(index)
         except RecordError as error:
             raise self._fail(error) from None
@@ -231,15 +228,14 @@ class Recorder:
             self._finish()
 
     def _gather(self, update: Update, index: int) -> None:
-        """Look at the gradients that an optimizer consumes, once a step."""
-        if index not in update.checked:
-            self._watched.check_gradients(index, self.steps)
-            update.checked.add(index)
-            if self._filtering is None:
-                update.look(index, touched=not self._incoming.untouched)
-            self._take(update)
-            if self._storing is not None:
-                self._storing.consume(update.taken, index, self.steps, self._incoming.untouched)
+        """Look at the gradients that an optimizer consumes."""
+        self._watched.check_gradients(index, self.steps)
+        update.checked.add(index)
+        if self._filtering is None:
+            update.look(index, touched=not self._incoming.untouched)
+        self._take(update)
+        if self._storing is not None:
+            self._storing.consume(update.taken, index, self.steps, self._incoming.untouched)
 
     def _take(self, update: Update) -> None:
         """Whose gradient the step consumes."""

@@ -25,7 +25,7 @@ class Update:
         self._frozen: list[Tensor | None] = [None] * len(watched.layers)
         self._several = len(watched.rules) > 1
         self._lasting = not self._several
-        self._hyper, self._owned = watched.hyper(), False
+        self._hyper, self._owned = watched.hyper(again=True), False
         self._scalars = watched.no_scalars()
         self._active = [-1] * len(watched.layers)
         self.checked: set[int] = set()
@@ -49,7 +49,7 @@ class Update:
     def step(self, optimizer: int) -> None:
         """One optimizer has just stepped."""
         self.stepped.add(optimizer)
-        hyper = self._watched.hyper()
+        hyper = self._watched.hyper(again=True)
         for i, moment in enumerate(self._watched.moments(optimizer, self._theta, self._remembered)):
             if moment is None:
                 continue
@@ -57,11 +57,12 @@ class Update:
             self._active[i] = self._ages[i]
             if hyper is not self._hyper:
                 self._changed(i, hyper[i])
-            frozen, facts = rule.frozen(moment), rule.facts(moment)
+            frozen = rule.frozen(moment)
             self._lasting = self._lasting and id(frozen) in map(id, moment.state.values())
             # Of several optimizers another may still change what this one has just used.
             self._frozen[i] = frozen.detach().clone() if frozen is not None and self._several else frozen
             if self._scalars is not None:
+                facts = rule.facts(moment)
                 self._scalars[i, : len(facts)] = facts
 
     def _changed(self, layer: int, hyper: np.ndarray) -> None:

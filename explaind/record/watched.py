@@ -32,6 +32,9 @@ class Watched:
             raise RecordError("a lazy module has no parameters yet", where=name, do="run one batch through the model before it is recorded")
         self.model, self._optimizers = model, tuple(optimizers)
         self.rules: tuple[Rule, ...] = tuple(rule_of(optimizer) for optimizer in optimizers)
+        self.has_momentum = any(rule.momentum is not None for rule in self.rules)
+        self.has_frozen = any(rule.frozen_state is not None for rule in self.rules)
+        """Whether any rule freezes a tensor."""
         self._check_owners(dict(model.named_parameters()))
         owners = {id(p): k for k, optimizer in enumerate(optimizers) for group in optimizer.param_groups for p in group["params"]}
         own = {name: p for name, p in model.named_parameters() if id(p) in owners or _matches(name, watch)}
@@ -49,7 +52,7 @@ class Watched:
         for p in self._params:
             self.dtype = torch.promote_types(self.dtype, p.dtype)
         self._views = Views(self.layers, self.dtype, self.device)
-        self._remembers = any(rule.remembers for rule in self.rules)
+        self._remembers, self._reads = (any(getattr(rule, what) for rule in self.rules) for what in ("remembers", "reads_theta"))
         self._groups = Groups(self._optimizers, self.rules, self._params)
         self._scalars = max(len(rule.scalars) for rule in self.rules)
         self.hyper()  # refuse an option without a rule now rather than at the first step
@@ -102,16 +105,6 @@ class Watched:
             for rule, optimizer in zip(self.rules, self._optimizers, strict=True)
         )
 
-    @property
-    def has_momentum(self) -> bool:
-        """Whether any rule has one."""
-        return any(rule.momentum is not None for rule in self.rules)
-
-    @property
-    def has_frozen(self) -> bool:
-        """Whether any rule freezes a tensor."""
-        return any(rule.frozen_state is not None for rule in self.rules)
-
     def _states(self) -> list[tuple[Rule, dict[str, Any]]]:
         """The rule and the optimizer's state of every parameter; a buffer has no state."""
         pairs = zip(self._params, self.layers, strict=True)
@@ -144,7 +137,7 @@ class Watched:
 
     def before(self) -> np.ndarray | None:
         """A copy of the parameters [param], where a rule must know what a step began with; the next call writes into the same memory."""
-        return self._views.flat(self._params, "before") if any(rule.reads_theta for rule in self.rules) else None
+        return self._views.flat(self._params, "before") if self._reads else None
 
     def momentum(self) -> np.ndarray | None:
         """A copy of the optimizers' momentum [param]; None where no rule has one. The next call writes into the same memory."""
@@ -189,17 +182,24 @@ class Watched:
         """Room for the numbers that the rules need of every update: zeros, float64 [layer, scalar]; None where none needs any."""
         return np.zeros((len(self.layers), self._scalars)) if self._scalars else None
 
-    def hyper(self) -> np.ndarray:
-        """Hyper-parameters of every parameter's group, as they stand: float64 [layer, option], nan where there is none. For reading."""
+    def hyper(self, again: bool = False) -> np.ndarray:
+        """Hyper-parameters of every parameter's group, as they stand: float64 [layer, option], nan where there is none. For reading.
+
+        again: the groups hold the parameters that they held in ``check_unchanged``.
+        """
+        if not again:
+            self._groups.look()
         return self._groups.hyper()
 
     def mode(self) -> tuple[bool, ...]:
         """Whether each module is in train mode."""
+        found = list[bool]()
         for module, children in self._tree:
             if [*module._modules.values()] != children:
                 self._tree = _tree(self.model)
-                break
-        return tuple([module.training for module, _ in self._tree])
+                return self.mode()
+            found.append(module.training)
+        return tuple(found)
 
     def constants(self) -> dict[str, np.ndarray]:
         """Frozen parameters and buffers, by name."""
@@ -213,7 +213,8 @@ class Watched:
         now = theta_checksum(self._views.glanced(self._params, "theta"), self.layers, previous)
         if now.tobytes() != known.tobytes():
             self._check_moved(now != known, step)
-        for p in self._groups.strangers():
+        self._groups.look()
+        for p in self._groups.strangers:
             names = {id(p): name for name, p in self.model.named_parameters()}
             raise RecordError(
                 "the optimizer was given a parameter that is not recorded",
@@ -255,22 +256,25 @@ class Watched:
 
         What the others hold is not asked: a GradScaler may yet skip them.
         """
-        given = [(a, p.grad) for a, p in zip(self.layers, self._params, strict=True) if p.grad is not None]
-        grads = [(a.name, grad) for a, grad in given if a.optimizer == optimizer]
-        for name, grad in grads:
-            if grad.is_sparse:
-                raise RecordError("a sparse gradient cannot be recorded", where=f"step {step}: {name}", do="use sparse=False")
-        if not self._surely_finite([grad for _, grad in grads]):
-            self._check_finite(grads, step)
+        names, grads, given = list[str](), list[Tensor](), False
+        for layer, p in zip(self.layers, self._params, strict=True):
+            grad = p.grad
+            if grad is None:
+                continue
+            given = True
+            if layer.optimizer == optimizer:
+                names.append(layer.name)
+                grads.append(grad)
+                if grad.is_sparse:
+                    raise RecordError("a sparse gradient cannot be recorded", where=f"step {step}: {layer.name}", do="use sparse=False")
+        # One number tells of all: a norm is not finite where any number is not, or where it is too large itself.
+        if grads and not math.isfinite(sum([norm.item() for norm in torch._foreach_norm(grads)])):
+            self._check_finite(names, grads, step)
         if not given:
             raise RecordError("no parameter has a gradient", where=f"step {step}", do="call backward() before optimizer.step()")
 
-    def _surely_finite(self, grads: list[Tensor]) -> bool:
-        """Whether one number says so of all: a norm is not finite where any number is not, or where it is too large itself."""
-        return not grads or math.isfinite(sum([norm.item() for norm in torch._foreach_norm(grads)]))
-
-    def _check_finite(self, grads: list[tuple[str, Tensor]], step: int) -> None:
-        for name, grad in grads:
+    def _check_finite(self, names: Sequence[str], grads: Sequence[Tensor], step: int) -> None:
+        for name, grad in zip(names, grads, strict=True):
             if not torch.isfinite(grad).all():
                 raise RecordError(
                     "a gradient is not finite (a NaN or infinite loss)",

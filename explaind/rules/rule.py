@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -12,8 +12,7 @@ from explaind.errors import RuleError
 from explaind.rules.filter import Filter
 
 
-@dataclass(frozen=True)
-class Moment:
+class Moment(NamedTuple):
     """One update of one parameter tensor, as the optimizer has just made it."""
 
     kept: Tensor | None

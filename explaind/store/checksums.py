@@ -3,7 +3,7 @@
 import json
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from explaind.store.manifest import Layer
 from explaind.store.row import Pieces, StepRow, Vector
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Chain:
     """How far the checksums of a run have come, before a step."""
 
@@ -20,11 +20,11 @@ class Chain:
     """Of the parameters before it: uint32 [layer]."""
     step: int
     """Of all else that the step before it recorded; 0 before the first."""
+    link: int = field(init=False)
+    """crc32 of both: what was recorded behind other steps goes on from another link."""
 
-    @property
-    def link(self) -> int:
-        """crc32 of both: what was recorded behind other steps goes on from another link."""
-        return zlib.crc32(self.theta.tobytes(), self.step)
+    def __post_init__(self) -> None:
+        self.link = zlib.crc32(self.theta.data, self.step)
 
     def behind(self, row: StepRow, mode: int, theta: np.ndarray, thin: bool) -> "Chain":
         """With one more step; theta: the checksum of the parameters that it led to, which continues this one."""
@@ -34,15 +34,14 @@ class Chain:
 def theta_checksum(theta: Vector, layers: Sequence[Layer], previous: np.ndarray) -> np.ndarray:
     """crc32 of each layer's bytes, continued from the previous state's: uint32 [layer]; pieces are a layer each."""
     whole = theta if isinstance(theta, Pieces) else np.ascontiguousarray(theta)
-    parts = whole.parts if isinstance(whole, Pieces) else [whole[a.offset : a.offset + a.size] for a in layers]
-    crcs = [zlib.crc32(part.data, crc) for part, crc in zip(parts, previous.tolist(), strict=True)]
+    parts = whole.views if isinstance(whole, Pieces) else [whole[a.offset : a.offset + a.size].data for a in layers]
+    crcs = [zlib.crc32(part, crc) for part, crc in zip(parts, previous.tolist(), strict=True)]
     return np.array(crcs, dtype=np.uint32)
 
 
 def step_checksum(row: StepRow, mode: int, previous: int, thin: np.ndarray | None = None) -> int:
     """crc32 of everything else that a step recorded, continued from the previous step's; thin: with theta's checksum before the step."""
-    small = (row.batch, row.part, row.weight, row.hyper, row.age, np.int32(mode))
-    previous = zlib.crc32(b"".join([values.tobytes() for values in small]), previous)
+    previous = zlib.crc32(mode.to_bytes(4, "little"), zlib.crc32(row.small, previous))
     gap = np.int64(row.gap) if row.gap else None
     precision = np.float64(row.precision) if row.precision else None
     for values in (
@@ -79,6 +78,6 @@ def constants_checksum(constants: Mapping[str, np.ndarray], fingerprint: np.ndar
 
 def crc32(values: Vector | np.generic, previous: int = 0) -> int:
     """Of the bytes of an array, which is not copied for it."""
-    for part in values.parts if isinstance(values, Pieces) else (np.ascontiguousarray(values),):
-        previous = zlib.crc32(part.data, previous)
+    for part in values.views if isinstance(values, Pieces) else (np.ascontiguousarray(values).data,):
+        previous = zlib.crc32(part, previous)
     return previous

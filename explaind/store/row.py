@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ class Pieces:
 
     def __init__(self, parts: Sequence[np.ndarray]) -> None:
         """parts: at least one."""
-        self.parts, self.dtype = parts, parts[0].dtype
+        self.parts, self.dtype, self.views = parts, parts[0].dtype, [part.data for part in parts]
         self.size = sum([len(part) for part in parts])
         self.shape = (self.size,)
 
@@ -58,3 +59,8 @@ class StepRow:
     """Of single examples, [slot, param]: on their way to disk, never in the log, and in no row that was read (``Run.gradients``)."""
     gradients_crc: np.ndarray | None = None  # uint32 [1]: their checksum, where a run stores them
     gap: int = 0  # training steps that were passed over without a record, which this row stands for; 0: a step
+
+    @cached_property
+    def small(self) -> bytes:
+        """The bytes of the arrays that stand in front, end to end."""
+        return b"".join([values.tobytes() for values in (self.batch, self.part, self.weight, self.hyper, self.age)])

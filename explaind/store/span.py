@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,8 +21,7 @@ BYTES = ("random", "groups")
 NOTHING: Mapping[str, None] = dict.fromkeys((*VECTORS, *BYTES))
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """A step without its vectors, and where those stand in the log."""
 
     row: StepRow
@@ -49,11 +48,6 @@ class Span:
     def stop(self) -> int:
         """The step behind its last."""
         return self.start + len(self.entries)
-
-    @property
-    def end(self) -> Chain:
-        """Behind its last step."""
-        return self.entries[-1].chain if self.entries else self.chain
 
     def states(self) -> list[Place | None]:
         """Where the parameters before its first step and after each of its steps stand."""
@@ -111,6 +105,7 @@ def light(row: StepRow) -> StepRow:
     """Without what is large."""
     found = object.__new__(StepRow)  # far cheaper than ``replace``, which sets every field anew
     found.__dict__.update(row.__dict__, **NOTHING)
+    found.__dict__.pop("small", None)
     return found
 
 

@@ -35,6 +35,8 @@ NAMES = ("tail.log", "tail.odd.log")
 """Of the spans with even and with odd numbers; who writes the run holds the first."""
 HEAD = struct.Struct("<QI")
 ARRAYS = tuple(f.name for f in fields(StepRow) if f.name not in ("mode", "gap", "precision", "gradients"))
+SMALL = 5
+"""So many of them are ``StepRow.small``."""
 NEAR, TOGETHER = 1 << 16, 500
 """Bytes between two vectors that are read with them, and how many pieces at once: the system takes about a thousand."""
 KINDS = "biuf"
@@ -52,8 +54,7 @@ class Links(NamedTuple):
     behind: int
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """A step, and the parameters that it led to."""
 
     step: int
@@ -131,12 +132,16 @@ class Log:
             held["crc"] = record.crc
         told = self._line(record, held)
         views = list[Any]()
-        for values in held.values():
-            views += [part.data for part in (values.parts if isinstance(values, Pieces) else (np.ascontiguousarray(values),))]
-        crc = zlib.crc32(told)
+        for values in [*held.values()][SMALL:]:
+            if isinstance(values, Pieces):
+                views += values.views
+            else:
+                views.append(np.ascontiguousarray(values).data)
+        small = record.row.small
+        crc = zlib.crc32(small, zlib.crc32(told))
         for view in views:
             crc = zlib.crc32(view, crc)
-        self._write([HEAD.pack(len(told) + self._bytes, crc) + told, *views])
+        self._write([HEAD.pack(len(told) + self._bytes, crc) + told + small, *views])
         at = self._end + HEAD.size + len(told)
         self._end = at + self._bytes
         return Places(at, self._layout)

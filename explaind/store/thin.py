@@ -53,7 +53,7 @@ class ThinWriter(RunWriter):
                 before = entry.chain
 
         span.log = self._tail.begin(self._number, kept())
-        span.entries = [replace(entry, places=places) for entry, places in zip(entries, span.log.places, strict=True)]
+        span.entries = [entry._replace(places=places) for entry, places in zip(entries, span.log.places, strict=True)]
 
     def _usable(self, begun: Begun) -> int:
         """Whole blocks: the parameters in the middle of one are in the log."""

@@ -79,7 +79,8 @@ class RunWriter:
             settle(self._columns.values(), path, synced=False)
             if isinstance(path, Path) and known is not None:
                 sync_tree(path, known)
-            self._span = Span(0, self._tail.begin(0, ()), Chain(crc, 0))
+            self._chain = Chain(crc, 0)
+            self._span = Span(0, self._tail.begin(0, ()), self._chain)
             self._sums = {"manifest": text_checksum(manifest.to_json()), "constants": constants_checksum(constants, fingerprint)}
             self._mark(0, complete=False, modes=())
 
@@ -118,7 +119,8 @@ class RunWriter:
             schema.tidy(path)
             # The log holds all that is kept again before the marker gives up what stands behind it, and the other log what it has.
             log = self._tail.begin(self._number, known)
-            self._span = Span(begun.start, log, begun.chain)
+            self._chain = begun.chain
+            self._span = Span(begun.start, log, self._chain)
             self._mark(self._usable(begun), complete=False, modes=begun.modes)
             for record, places in zip(now, log.places, strict=False):
                 self._take(record, places)
@@ -147,7 +149,7 @@ class RunWriter:
     @property
     def crc_theta(self) -> np.ndarray:
         """Of the parameters after the last step, continuing the one of those before it: uint32 [layer]."""
-        return self._span.end.theta
+        return self._chain.theta
 
     def add(self, row: StepRow, theta: Vector) -> None:
         """Take step ``self.steps``, which led to the parameters theta [param]; neither is looked at afterwards.
@@ -172,12 +174,11 @@ class RunWriter:
 
     def _take(self, record: Record, places: Mapping[str, Place] | None = None) -> Record:
         """Into the log and the span, linked to the step before it; places: where the log has it already."""
-        before = self._span.end
-        mode, chain = self._behind(record, before)
-        linked = Record(record.step, record.row, record.theta, record.crc, self._links(before, chain))
+        mode, chain = self._behind(record, self._chain)
+        linked = Record(record.step, record.row, record.theta, record.crc, self._links(self._chain, chain))
         where = self._span.log.append(linked) if places is None else places
         self._span.entries.append(Entry(light(record.row), mode, chain, where))
-        self.steps = self._span.stop
+        self.steps, self._chain = self._span.stop, chain
         return linked
 
     def _behind(self, record: Record, before: Chain) -> tuple[int, Chain]:
@@ -193,7 +194,7 @@ class RunWriter:
         """Consecutive steps, each with its links, and the checksum of the parameters that it led to."""
         for record in records:
             before, chain = chain, self._behind(record, chain)[1]
-            yield replace(record, crc=chain.theta, links=self._links(before, chain))
+            yield record._replace(crc=chain.theta, links=self._links(before, chain))
 
     def _mode(self, mode: tuple[bool, ...]) -> int:
         if mode not in self._modes:
@@ -213,7 +214,7 @@ class RunWriter:
         opening = self._opening(last)
         log = self._tail.begin(self._number, [*opening, *later]) if later else self._tail.turn(self._number, opening)
         where = log.places[0]["theta"] if opening else None
-        self._span = Span(full.stop, log, full.end, where)
+        self._span = Span(full.stop, log, self._chain, where)
         for record, places in zip(later, log.places[len(opening) :], strict=False):
             self._take(record, places)
         if len(later) >= self.manifest.span:
