@@ -50,7 +50,7 @@ def whole(tmp_path_factory):
 
 def on_write(patch, act):
     """Call act(bytes to write) before every write to disk: of a log, a chunk, metadata or the marker."""
-    log, chunk, own = os.pwritev, local._put, durable.write_file
+    log, chunk, own, anew = os.pwritev, local._put, durable.write_file, durable.written
 
     def append(file, views, at):
         return log(file, [act(b"".join(views))], at)
@@ -67,11 +67,15 @@ def on_write(patch, act):
         act(b"")
         own(path, text)
 
+    def written(*args, **options):
+        act(b"")
+        return anew(*args, **options)
+
     patch.setattr(os, "pwritev", append)
     patch.setattr(local, "_put", put)
     patch.setattr(os, "fsync", fsync)
-    for module in (growing, location):
-        patch.setattr(module, "write_file", write)
+    patch.setattr(location, "write_file", write)
+    patch.setattr(growing, "written", written)
 
 
 def test_a_span_is_written_by_a_thread_of_its_own_while_the_training_goes_on(tmp_path, monkeypatch):

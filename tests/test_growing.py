@@ -18,6 +18,7 @@ from explaind.errors import StoreError
 from explaind.store import growing as durable_growing
 from explaind.store import location, schema
 from explaind.store.growing import Growing, growing, settle
+from explaind.store.repair import repair
 from explaind.store.schema import Column
 from tests import cases
 from tests.closeness import same
@@ -164,6 +165,59 @@ def test_a_disk_that_does_not_sync_ends_the_recording(code, tmp_path, monkeypatc
     run = explaind.open(path)
     assert (run.complete, run.damage()) == (False, [])
     assert run.steps >= 2
+
+
+def files_of(run):
+    return {file.relative_to(run).as_posix(): file.read_bytes() for file in run.rglob("*") if file.is_file() and file.parent != run}
+
+
+@pytest.mark.usefixtures("short_spans")
+@pytest.mark.parametrize("nth", range(0, 60, 7))
+def test_half_a_chunk_that_no_marker_counts_is_written_anew(nth, tmp_path, monkeypatch):
+    """A new one stands in its place at once: the disk fills up in the middle of it, once the training is on its way."""
+    record(tmp_path / "whole")
+    seen, anew = [], durable_growing.written
+
+    def written(file, text, new=False):
+        if (tmp_path / "run" / "commit.json").exists():
+            seen.append(file)
+        if len(seen) > nth:
+            anew(file, text[: len(text) // 2], new)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return anew(file, text, new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(durable_growing, "written", written)
+        with pytest.raises(StoreError, match=os.strerror(errno.ENOSPC)):
+            record(tmp_path / "run")
+    beyond = tmp_path / "run" / "batch" / "c" / "99" / "0"
+    beyond.parent.mkdir(parents=True)
+    beyond.write_bytes(b"of a span that is no more")
+    assert explaind.open(tmp_path / "run").damage() == []
+    found = repair(tmp_path / "run")
+    assert (found.lost, explaind.open(tmp_path / "run").damage(), beyond.exists()) == (0, [], False)
+    if found.after == explaind.open(tmp_path / "whole").steps:
+        assert files_of(tmp_path / "run") == files_of(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("short_spans")
+def test_no_file_stays_open_behind_a_recording(tmp_path, monkeypatch):
+    """One that ends well, one whose disk is full, and one whose chunks are more than are kept open."""
+    monkeypatch.setattr(schema, "CHUNK_VALUES", 8)
+    record(tmp_path / "before")
+    before, anew, left = len(os.listdir("/proc/self/fd")), durable_growing.written, [60]
+
+    def written(*args, **options):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return anew(*args, **options)
+
+    record(tmp_path / "run")
+    monkeypatch.setattr(durable_growing, "written", written)
+    with pytest.raises(StoreError):
+        record(tmp_path / "other")
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 @pytest.mark.usefixtures("short_spans")

@@ -4,7 +4,6 @@ import re
 import shutil
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -110,7 +109,7 @@ def test_of_two_records_of_a_step_the_one_that_goes_on_is_taken(tmp_path):
     run = left(tmp_path / "run", 8)
     found = run.logged_behind(run.steps)
     named, before, behind = found[0].links
-    old = [replace(record, links=Links(named, record.links.before ^ 1, record.links.behind ^ 1)) for record in found]
+    old = [record._replace(links=Links(named, record.links.before ^ 1, record.links.behind ^ 1)) for record in found]
     for records in ([*old, *found], [*found, *old]):
         own, others = following(records, run.steps, before, named)
         assert [record.links for record in own] == [record.links for record in found]
@@ -122,7 +121,7 @@ def test_of_two_records_of_a_step_the_one_that_goes_on_is_taken(tmp_path):
 def test_a_log_that_an_older_explaind_wrote_is_taken_up(tmp_path, monkeypatch):
     """Its steps have no links, and its run no name."""
     with monkeypatch.context() as patch:
-        patch.setattr(Log, "append", lambda self, record, plain=Log.append: plain(self, replace(record, links=None)))
+        patch.setattr(Log, "append", lambda self, record, plain=Log.append: plain(self, record._replace(links=None)))
         run = left(tmp_path / "run", 8)
     edit(run.path / "zarr.json", lambda group: group["attributes"].pop("recording"))
     assert (b"links" in (run.path / tail.NAMES[0]).read_bytes(), repair(run.path).after) == (False, 8)

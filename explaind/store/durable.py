@@ -9,10 +9,11 @@ from pathlib import Path
 
 NO_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 """What filesystems say that sync no folders."""
-WRITE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
-AT_ONCE, SHARE = 4, 64
-"""Files that are synced at a time: a disk that is asked for several makes one journey of it. But threads stand in the training's way, and
-each is to have so many files to do."""
+WRITE = os.O_WRONLY | os.O_CREAT | getattr(os, "O_BINARY", 0)
+AT_ONCE = 4
+"""Files that are synced at a time: a disk that is asked for several makes one journey of it."""
+SHARE = 64
+"""Files that are worth a thread where nobody waits for them: every one asks the training for the interpreter."""
 
 
 @cache
@@ -26,20 +27,30 @@ if hasattr(os, "register_at_fork"):  # a process that is forked has the pool, bu
 
 
 def write_file(path: Path, text: bytes) -> None:
-    """OSError where the disk is full, FileNotFoundError where there is no folder for it."""
-    number = os.open(path, WRITE, 0o666)
+    """Write a file, or write it anew. OSError where the disk is full, FileNotFoundError where there is no folder for it."""
+    os.close(written(path, text))
+
+
+def written(path: Path, text: bytes, new: bool = False) -> int:
+    """The same, and the number of the open file, which is the caller's to close; new: FileExistsError where there is one."""
+    number = os.open(path, WRITE | (os.O_EXCL if new else os.O_TRUNC), 0o666)
     try:
         rest = memoryview(text)
         while len(rest):  # a file may take less than it is given
             rest = rest[os.write(number, rest) :]
-    finally:
+    except BaseException:
         os.close(number)
+        raise
+    return number
 
 
-def sync(paths: Iterable[Path]) -> None:
-    """Have the disk write files, and the names that stand in folders. OSError where it does not."""
+def sync(paths: Iterable[Path | int], behind: bool = False) -> None:
+    """Have the disk write files, which may be open ones, and the names that stand in folders. OSError where it does not.
+
+    behind: nobody waits for it.
+    """
     known = list(paths)
-    count = min(AT_ONCE, len(known) // SHARE)
+    count = min(AT_ONCE, len(known) // SHARE if behind else len(known))
     if count < 2:
         _sync(known)
         return
@@ -49,15 +60,15 @@ def sync(paths: Iterable[Path]) -> None:
         share.result()
 
 
-def sync_folders(files: Iterable[Path], top: Path) -> None:
-    """Sync the folders that these files stand in, up to the top one."""
+def sync_folders(files: Iterable[Path], top: Path, behind: bool = False) -> None:
+    """Sync the folders that these files stand in, up to the top one; behind: nobody waits for it."""
     found, end = {str(top)}, str(top)
     for file in files:
         folder = os.path.dirname(file)
         while folder not in found and len(folder) > len(end):
             found.add(folder)
             folder = os.path.dirname(folder)
-    sync(map(Path, sorted(found)))
+    sync(map(Path, sorted(found)), behind)
 
 
 def sync_tree(top: Path, known: Path) -> None:
@@ -73,8 +84,11 @@ def lowest(path: Path) -> Path:
     return next(folder for folder in path.absolute().parents if folder.exists())
 
 
-def _sync(paths: Iterable[Path]) -> None:
+def _sync(paths: Iterable[Path | int]) -> None:
     for path in paths:
+        if isinstance(path, int):
+            os.fsync(path)
+            continue
         if os.name == "nt" and path.is_dir():  # whose folders cannot be opened
             continue
         number = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)

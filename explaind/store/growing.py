@@ -1,9 +1,10 @@
 """Growing arrays of a run that is being written, and how their chunks come to be safely on disk.
 
-In a folder a chunk is encoded and put right here: zarr does the same through an event loop at several times the price. A chunk, and what
-says how long its array is, first stands beside its place; before a commit all of them are synced to the disk, put in their places, and
-these are synced too (``settle``). So a marker counts nothing that a power cut can take away, and nothing that it counts is ever half
-replaced. At a URL zarr puts whole objects, which are safe at once.
+In a folder a chunk is encoded and put right here: zarr does the same through an event loop at several times the price. A new chunk is
+written in its place, where no marker counts it yet; one that replaces another, and what says how long its array is, first stands beside
+that. Before a commit all of them are synced to the disk, put in their places, and these are synced too (``settle``). So a marker counts
+nothing that a power cut can take away, and nothing that it counts is ever half replaced. At a URL zarr puts whole objects, which are safe
+at once.
 """
 
 import json
@@ -22,17 +23,22 @@ from zarr.codecs import BloscCodec, BytesCodec
 
 from explaind.errors import StoreError
 from explaind.store.bitdelta import BitDelta, packed
-from explaind.store.durable import sync, sync_folders, write_file
+from explaind.store.durable import sync, sync_folders, written
 from explaind.store.location import Location, replace_file
 
 SHUFFLES = {"noshuffle": 0, "shuffle": 1, "bitshuffle": 2}
+OPEN = 0 if os.name == "nt" else 4
+"""Files of an array that stay open until they are synced: to open one again is as much work. Windows moves no file that is open."""
+Move = tuple[Path, Path]
+"""Where a file stands, and where it belongs."""
 
 
 @dataclass(frozen=True)
 class Unsettled:
-    """Of an array: files to be synced, and where they belong then; others that were taken away; the shape told then, if another."""
+    """Of an array: files to be synced, and put where they belong then; others that were taken away; the shape told then, if another."""
 
-    moves: Sequence[tuple[Path, Path]] = ()
+    moves: Sequence[tuple[Move, int | None]] = ()
+    """Each with the number of the file, where it is open."""
     gone: Sequence[Path] = ()
     shape: tuple[int, ...] | None = None
 
@@ -84,6 +90,12 @@ class Growing:
     def settled(self, done: Unsettled) -> None:
         """It is: until then it is told again."""
 
+    def tidy(self) -> None:
+        """Take away what an interrupted recording has left behind its last row."""
+
+    def close(self) -> None:
+        """Let go of what is not settled, and will not be."""
+
     def _resize(self, shape: tuple[int, ...]) -> None:
         self._array.resize(shape)
         self.shape = shape
@@ -105,7 +117,7 @@ class Filed(Growing):
         self._folder, self._encode = folder, _encoder(array)
         self._around = _around_shape(json.loads((folder / "zarr.json").read_bytes()))
         self._told = self.shape  # by the file
-        self._staged, self._gone = list[tuple[Path, Path]](), list[Path]()
+        self._staged, self._gone = dict[Move, int | None](), list[Path]()
         self._lock = Lock()  # one thread may put rows while another settles
 
     def extend(self, rows: int, shape: Sequence[int]) -> None:
@@ -125,18 +137,44 @@ class Filed(Growing):
 
     def unsettled(self) -> Unsettled:
         with self._lock:
-            staged = dict.fromkeys(self._staged)  # what was written twice is put once, and what was put before an interruption is there
-            moves = [move if move[0].exists() else (move[1], move[1]) for move in staged]
-            if self.shape == self._told:
-                return Unsettled(moves, list(self._gone))
-            return Unsettled([*moves, _beside(self._folder / "zarr.json", self._text())], list(self._gone), self.shape)
+            for move in [move for move in self._staged if not move[0].exists()]:  # put before an interruption
+                self._staged[move[1], move[1]] = self._staged.pop(move)
+            told = None
+            if self.shape != self._told:
+                self._stage(*_put(self._folder / "zarr.json", self._text()))
+                told = self.shape
+            return Unsettled(list(self._staged.items()), list(self._gone), told)
 
     def settled(self, done: Unsettled) -> None:
         with self._lock:
             self._told = self._told if done.shape is None else done.shape
-            there, gone = {file for _, file in done.moves}, set(done.gone)
-            self._staged = [move for move in self._staged if move[1] not in there]
+            for move, number in done.moves:
+                if self._staged.get(move, -1) == number:  # else it was written again since
+                    self._unstage(move)
+            gone = set(done.gone)
             self._gone = [file for file in self._gone if file not in gone]
+
+    def tidy(self) -> None:
+        with self._lock:
+            self._drop(self.shape)
+
+    def close(self) -> None:
+        with self._lock:
+            for move in list(self._staged):
+                self._unstage(move)
+
+    def _stage(self, move: Move, number: int) -> None:
+        self._unstage(move)  # what is written twice is put once
+        if sum([held is not None for held in self._staged.values()]) < OPEN:
+            self._staged[move] = number
+        else:
+            self._staged[move] = None
+            os.close(number)
+
+    def _unstage(self, move: Move) -> None:
+        number = self._staged.pop(move, None)
+        if number is not None:
+            os.close(number)
 
     def _text(self) -> bytes:
         """The metadata as zarr writes it."""
@@ -145,16 +183,21 @@ class Filed(Growing):
 
     def _resize(self, shape: tuple[int, ...]) -> None:
         if any(new < old for new, old in zip(shape, self.shape, strict=True)):
-            top = self._folder / "c"
-            for file in (path for path in top.rglob("*") if path.is_file()):
-                place = [k.removesuffix(".partial") for k in file.relative_to(top).parts]
-                if not all(k.isdigit() for k in place):  # nothing of ours
-                    continue
-                if any(int(k) * c >= n for k, c, n in zip(place, self.chunks, shape, strict=True)):
-                    file.unlink()
-                    self._gone.append(file)
-            self._staged = [move for move in self._staged if move[0].exists()]
+            self._drop(shape)
         self.shape = shape
+
+    def _drop(self, shape: tuple[int, ...]) -> None:
+        """Take away the chunks behind these extents."""
+        top = self._folder / "c"
+        for file in (path for path in top.rglob("*") if path.is_file()):
+            place = [k.removesuffix(".partial") for k in file.relative_to(top).parts]
+            if not all(k.isdigit() for k in place):  # nothing of ours
+                continue
+            if any(int(k) * c >= n for k, c, n in zip(place, self.chunks, shape, strict=True)):
+                file.unlink()
+                self._gone.append(file)
+        for move in [move for move in self._staged if not move[0].exists()]:
+            self._unstage(move)
 
     def _write(self, values: np.ndarray, at: int, start: int = 0, stop: int | None = None, at_once: bool = False) -> None:
         above = at % self.chunks[0]
@@ -166,23 +209,24 @@ class Filed(Growing):
         for place in product(*(range(a // c, -(-b // c)) for a, b, c in zip(starts, ends, self.chunks, strict=True))):
             cut = tuple(slice(k * c - a, (k + 1) * c - a) for k, c, a in zip(place, self.chunks, starts, strict=True))
             file = self._folder.joinpath("c", *map(str, place))
-            move = self._chunk(values[cut], file)
-            if move is not None and at_once:  # a kill must find it there; it is new, and is synced with its span
-                os.replace(*move)
-                move = file, file
+            text = self._chunk(values[cut])
             with self._lock:
-                if move is not None:
-                    self._staged.append(move)
-                else:
+                if text is None:
                     self._leave_out(file)
+                    continue
+                (stands, belongs), number = _put(file, text)
+                if at_once and stands != belongs:  # a kill must find it there; it is synced with its span
+                    os.replace(stands, belongs)
+                    stands = belongs
+                self._stage((stands, belongs), number)
 
-    def _chunk(self, values: np.ndarray, file: Path) -> tuple[Path, Path] | None:
-        """Filled up, and left out where that is all there is, as zarr does; where it stands, and where it belongs."""
+    def _chunk(self, values: np.ndarray) -> bytes | None:
+        """Filled up; None where that is all there is, which zarr leaves out."""
         if values.shape != self.chunks:
             whole = np.full(self.chunks, self.fill, self.dtype)
             whole[tuple(map(slice, values.shape))] = values
             values = whole
-        return None if _alike(values, self.fill) else _beside(file, self._encode(np.asarray(values, self.dtype)))
+        return None if _alike(values, self.fill) else self._encode(np.asarray(values, self.dtype))
 
     def _leave_out(self, file: Path) -> None:
         partial = file.with_name(f"{file.name}.partial")
@@ -190,7 +234,8 @@ class Filed(Growing):
             if left.exists():
                 left.unlink()
                 self._gone.append(left)
-        self._staged = [move for move in self._staged if move[1] != file]
+        for move in [move for move in self._staged if move[1] == file]:
+            self._unstage(move)
 
 
 def _around_shape(metadata: dict[str, Any]) -> tuple[str, str, str]:
@@ -199,14 +244,16 @@ def _around_shape(metadata: dict[str, Any]) -> tuple[str, str, str]:
     return before, between, after
 
 
-def _beside(file: Path, text: bytes) -> tuple[Path, Path]:
-    partial = file.with_name(f"{file.name}.partial")
+def _put(file: Path, text: bytes) -> tuple[Move, int]:
+    """Write a file in its place, or beside it where there is one; its number, since it stays open."""
     try:
-        write_file(partial, text)
+        return (file, file), written(file, text, new=True)
+    except FileExistsError:
+        partial = file.with_name(f"{file.name}.partial")
+        return (partial, file), written(partial, text)
     except FileNotFoundError:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_file(partial, text)
-    return partial, file
+        return (file, file), written(file, text, new=True)
 
 
 def growing(array: zarr.Array, place: Location) -> Growing:
@@ -214,21 +261,21 @@ def growing(array: zarr.Array, place: Location) -> Growing:
     return Filed(array, place / str(array.name).lstrip("/")) if isinstance(place, Path) else Growing(array)
 
 
-def settle(arrays: Iterable[Growing], place: Location, synced: bool = True) -> None:
+def settle(arrays: Iterable[Growing], place: Location, synced: bool = True, behind: bool = False) -> None:
     """Make everything that was written to these arrays of a run safe from a power cut. OSError where the disk does not take it.
 
-    synced: False only puts it in its place, where all of the run is synced afterwards.
+    synced: False only puts it in its place, where all of the run is synced afterwards; behind: nobody waits for it.
     """
     found = [(array, array.unsettled()) for array in arrays]
     moves, gone = [move for _, one in found for move in one.moves], [file for _, one in found for file in one.gone]
     if isinstance(place, Path) and (moves or gone):
         if synced:
-            sync(partial for partial, _ in moves)
-        for partial, file in moves:
-            if partial != file:
-                os.replace(partial, file)
+            sync([stands if number is None else number for (stands, _), number in moves], behind)
+        for (stands, belongs), _ in moves:
+            if stands != belongs:
+                os.replace(stands, belongs)
         if synced:
-            sync_folders([*(file for _, file in moves), *gone], place)
+            sync_folders([*(belongs for (_, belongs), _ in moves), *gone], place, behind)
     for array, one in found:
         array.settled(one)
 

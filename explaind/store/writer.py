@@ -95,12 +95,14 @@ class RunWriter:
     def _set(self, path: Location, manifest: Manifest, steps: int, anchors: int, modes: list[tuple[bool, ...]]) -> None:
         self.path, self.manifest, self.steps, self.closed = path, manifest, steps, False
         self._anchors, self._modes = anchors, modes
+        self._columns = dict[str, Growing]()
         self._marked: str | None = None
         # At a URL nothing else tells the markers of two writers of the same training apart.
         self._signed = {"writer": secrets.token_hex(8)} if isinstance(path, Remote) else {}
         self._number = steps // manifest.span
         self._writing: Future[None] | None = None
-        self._thread, self._guarded = ThreadPoolExecutor(1, "explaind-writer"), _Guarded(self)
+        self._thread = ThreadPoolExecutor(1, "explaind-writer")
+        self._guarded: _Guarded = _Guarded(self)
 
     @classmethod
     def resumed(cls, path: Location, manifest: Manifest, begun: Begun, logged: Sequence[Record] = ()) -> "RunWriter":
@@ -117,6 +119,8 @@ class RunWriter:
         now, later = known[: manifest.span], known[manifest.span :]
         with self._guarded:
             schema.tidy(path)
+            for array in self._columns.values():
+                array.tidy()
             # The log holds all that is kept again before the marker gives up what stands behind it, and the other log what it has.
             log = self._tail.begin(self._number, known)
             self._chain = begun.chain
@@ -249,6 +253,8 @@ class RunWriter:
 
     def _release(self, remove: bool) -> None:
         self._thread.shutdown(wait=True)
+        for array in self._columns.values():
+            array.close()
         spool.let_go(self.path, self._tail, remove)
 
     def _fail(self) -> None:
@@ -270,7 +276,7 @@ class RunWriter:
             write_vectors(self._columns[name], at, span.log, places)
             anchors = max(anchors, at + len(places)) if name in ANCHORED else anchors
         steps = self._write_states(span, end, anchors)
-        settle(self._columns.values(), self.path)
+        settle(self._columns.values(), self.path, behind=not end)
         self._mark(steps, complete, span.modes)
         self._anchors = anchors  # not before: what is interrupted here may be closed again
 
