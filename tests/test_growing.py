@@ -17,7 +17,7 @@ import explaind
 from explaind.errors import StoreError
 from explaind.store import growing as durable_growing
 from explaind.store import location, schema
-from explaind.store.growing import Growing, growing, settle
+from explaind.store.growing import Growing, created, growing, settle
 from explaind.store.repair import repair
 from explaind.store.schema import Column
 from tests import cases
@@ -35,9 +35,9 @@ COLUMNS = (
 
 
 def written(folder, column, make, write):
-    """The files of an array that is written to in this way, by their names."""
+    """The files of an array that is made and written to in this way, by their names."""
     group = zarr.create_group(folder, zarr_format=3)
-    array = make(schema.create_column(group, column, 1 if column.name == "gradient" else 4))
+    array = make(group, column, 1 if column.name == "gradient" else 4, folder)
     for _ in write(array):
         settle([array], folder)
     settle([array], folder)
@@ -82,15 +82,15 @@ def puts(column):
 def test_the_files_are_those_that_zarr_makes(column, tmp_path):
     write = puts(column) if column.name == "gradient" else spans(column)
     (tmp_path / "own").mkdir()
-    got = written(tmp_path / "own", column, lambda array: growing(array, tmp_path / "own"), write)
-    want = written(tmp_path / "zarr", column, Growing, write)
+    got = written(tmp_path / "own", column, created, write)
+    want = written(tmp_path / "zarr", column, lambda group, column, rows, folder: Growing(schema.create_column(group, column, rows)), write)
     assert sorted(got) == sorted(want)
     assert got == want
 
 
 def test_zeros_of_both_signs_and_nans_are_kept(tmp_path):
     values = np.array([[0.0] * 11, [-0.0] * 11, [np.nan] * 11, [0.0] * 11], np.float32)
-    written(tmp_path / "run", COLUMNS[0], lambda a: growing(a, tmp_path / "run"), lambda array: [array.append(values, 0)])
+    written(tmp_path / "run", COLUMNS[0], created, lambda array: [array.append(values, 0)])
     same(zarr.open_group(tmp_path / "run")["theta"][...], values)
 
 

@@ -55,7 +55,7 @@ def indexed(dataset: MapStyle[T_co]) -> Indexed[T_co]:
 
 def checked_ids(ids: Tensor | np.ndarray | Sequence[int], examples: int | None) -> np.ndarray:
     """ids as int64 [batch]; RecordError when they are no ids or out of range."""
-    values = ids.numpy(force=True) if isinstance(ids, Tensor) else np.asarray(ids)
+    values = ids.numpy(force=not ids.is_cpu or ids.requires_grad) if isinstance(ids, Tensor) else np.asarray(ids)
     if values.ndim != 1 or values.size == 0 or values.dtype.kind not in "iu":
         raise RecordError(
             "examples() takes the ids of a batch",

@@ -20,10 +20,12 @@ import numpy as np
 import zarr
 from numcodecs.blosc import Blosc
 from zarr.codecs import BloscCodec, BytesCodec
+from zarr.storage import MemoryStore
 
 from explaind.errors import StoreError
+from explaind.store import schema
 from explaind.store.bitdelta import BitDelta, packed
-from explaind.store.durable import sync, sync_folders, written
+from explaind.store.durable import sync, sync_folders, write_file, written
 from explaind.store.location import Location, replace_file
 
 SHUFFLES = {"noshuffle": 0, "shuffle": 1, "bitshuffle": 2}
@@ -115,7 +117,7 @@ class Filed(Growing):
         """folder: of the array."""
         super().__init__(array)
         self._folder, self._encode = folder, _encoder(array)
-        self._around = _around_shape(json.loads((folder / "zarr.json").read_bytes()))
+        self._around = _around_shape(array.metadata.to_dict())
         self._told = self.shape  # by the file
         self._staged, self._gone = dict[Move, int | None](), list[Path]()
         self._lock = Lock()  # one thread may put rows while another settles
@@ -153,6 +155,11 @@ class Filed(Growing):
                     self._unstage(move)
             gone = set(done.gone)
             self._gone = [file for file in self._gone if file not in gone]
+
+    def write_metadata(self) -> None:
+        """Of a new array, which are synced with the run."""
+        self._folder.mkdir()
+        write_file(self._folder / "zarr.json", self._text())
 
     def tidy(self) -> None:
         with self._lock:
@@ -259,6 +266,15 @@ def _put(file: Path, text: bytes) -> tuple[Move, int]:
 def growing(array: zarr.Array, place: Location) -> Growing:
     """An array of the run at this place, for writing."""
     return Filed(array, place / str(array.name).lstrip("/")) if isinstance(place, Path) else Growing(array)
+
+
+def created(group: zarr.Group, column: schema.Column, rows: int, place: Location) -> Growing:
+    """A new array of the run at this place, whose group that is. In a folder its metadata, too, are written here."""
+    if not isinstance(place, Path):
+        return Growing(schema.create_column(group, column, rows))
+    array = Filed(schema.create_column(zarr.create_group(MemoryStore(), zarr_format=3), column, rows), place / column.name)
+    array.write_metadata()
+    return array
 
 
 def settle(arrays: Iterable[Growing], place: Location, synced: bool = True, behind: bool = False) -> None:

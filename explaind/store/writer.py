@@ -18,7 +18,7 @@ import zarr
 from explaind.store import schema, spool
 from explaind.store.checksums import Chain, constants_checksum, crc32, text_checksum, theta_checksum
 from explaind.store.durable import lowest, sync_tree
-from explaind.store.growing import Growing, growing, settle
+from explaind.store.growing import Growing, created, growing, settle
 from explaind.store.layout import columns, rows, rows_of_chunk
 from explaind.store.location import Location
 from explaind.store.manifest import Manifest
@@ -147,8 +147,7 @@ class RunWriter:
     def _create(self, group: zarr.Group, momentum: bool, preconditioner: bool, codec: str) -> dict[str, Growing]:
         left = {name for name, kept in (("momentum", momentum), ("preconditioner", preconditioner)) if not kept}
         kept = {name: column for name, column in columns(self.manifest, codec).items() if name not in left}
-        made = {name: schema.create_column(group, column, rows_of_chunk(column, self.manifest)) for name, column in kept.items()}
-        return {name: growing(array, self.path) for name, array in made.items()}
+        return {name: created(group, column, rows_of_chunk(column, self.manifest), self.path) for name, column in kept.items()}
 
     @property
     def crc_theta(self) -> np.ndarray:
@@ -270,12 +269,13 @@ class RunWriter:
         if end and "gradient" in self._columns:
             array = self._columns["gradient"]
             array.trim((span.stop, self._columns["batch"].shape[1], array.shape[2]))
-        first = anchors = self._anchors
-        for name, places in span.vectors():
-            at = first if name in ANCHORED else span.start
-            write_vectors(self._columns[name], at, span.log, places)
-            anchors = max(anchors, at + len(places)) if name in ANCHORED else anchors
-        steps = self._write_states(span, end, anchors)
+        vectors = list(span.vectors())
+        anchors = self._anchors + max([len(places) for name, places in vectors if name in ANCHORED], default=0)
+        # The training is over: of a small model, whose chunks are small, half is done by the thread.
+        states = self._thread.submit(self._write_states, span, end, anchors) if end and self.manifest.together > 1 else None
+        for name, places in vectors:
+            write_vectors(self._columns[name], self._anchors if name in ANCHORED else span.start, span.log, places)
+        steps = self._write_states(span, end, anchors) if states is None else states.result()
         settle(self._columns.values(), self.path, behind=not end)
         self._mark(steps, complete, span.modes)
         self._anchors = anchors  # not before: what is interrupted here may be closed again
