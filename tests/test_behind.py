@@ -74,7 +74,8 @@ def on_write(patch, act):
     patch.setattr(os, "pwritev", append)
     patch.setattr(local, "_put", put)
     patch.setattr(os, "fsync", fsync)
-    patch.setattr(location, "write_file", write)
+    for module in (growing, location):
+        patch.setattr(module, "write_file", write)
     patch.setattr(growing, "written", written)
 
 

@@ -37,7 +37,7 @@ COLUMNS = (
 def written(folder, column, make, write):
     """The files of an array that is made and written to in this way, by their names."""
     group = zarr.create_group(folder, zarr_format=3)
-    array = make(group, column, 1 if column.name == "gradient" else 4, folder)
+    array = make(group, {column: 1 if column.name == "gradient" else 4}, folder)[column.name]
     for _ in write(array):
         settle([array], folder)
     settle([array], folder)
@@ -78,12 +78,16 @@ def puts(column):
     return write
 
 
+def by_zarr(group, columns, folder):
+    return {column.name: Growing(schema.create_column(group, column, rows)) for column, rows in columns.items()}
+
+
 @pytest.mark.parametrize("column", COLUMNS, ids=lambda column: column.name)
 def test_the_files_are_those_that_zarr_makes(column, tmp_path):
     write = puts(column) if column.name == "gradient" else spans(column)
     (tmp_path / "own").mkdir()
     got = written(tmp_path / "own", column, created, write)
-    want = written(tmp_path / "zarr", column, lambda group, column, rows, folder: Growing(schema.create_column(group, column, rows)), write)
+    want = written(tmp_path / "zarr", column, by_zarr, write)
     assert sorted(got) == sorted(want)
     assert got == want
 

@@ -9,7 +9,7 @@ at once.
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -268,13 +268,18 @@ def growing(array: zarr.Array, place: Location) -> Growing:
     return Filed(array, place / str(array.name).lstrip("/")) if isinstance(place, Path) else Growing(array)
 
 
-def created(group: zarr.Group, column: schema.Column, rows: int, place: Location) -> Growing:
-    """A new array of the run at this place, whose group that is. In a folder its metadata, too, are written here."""
+def created(group: zarr.Group, columns: Mapping[schema.Column, int], place: Location) -> dict[str, Growing]:
+    """New arrays of the run at this place, whose group that is, by name; columns: with the rows of a chunk.
+
+    In a folder their metadata, too, are written here: zarr, which makes them in memory, would take three times as long.
+    """
     if not isinstance(place, Path):
-        return Growing(schema.create_column(group, column, rows))
-    array = Filed(schema.create_column(zarr.create_group(MemoryStore(), zarr_format=3), column, rows), place / column.name)
-    array.write_metadata()
-    return array
+        return {column.name: Growing(schema.create_column(group, column, rows)) for column, rows in columns.items()}
+    aside = zarr.create_group(MemoryStore(), zarr_format=3)
+    found = {column.name: Filed(schema.create_column(aside, column, rows), place / column.name) for column, rows in columns.items()}
+    for array in found.values():
+        array.write_metadata()
+    return dict(found)
 
 
 def settle(arrays: Iterable[Growing], place: Location, synced: bool = True, behind: bool = False) -> None:

@@ -147,7 +147,7 @@ class RunWriter:
     def _create(self, group: zarr.Group, momentum: bool, preconditioner: bool, codec: str) -> dict[str, Growing]:
         left = {name for name, kept in (("momentum", momentum), ("preconditioner", preconditioner)) if not kept}
         kept = {name: column for name, column in columns(self.manifest, codec).items() if name not in left}
-        return {name: created(group, column, rows_of_chunk(column, self.manifest), self.path) for name, column in kept.items()}
+        return created(group, {column: rows_of_chunk(column, self.manifest) for column in kept.values()}, self.path)
 
     @property
     def crc_theta(self) -> np.ndarray:
