@@ -1,4 +1,4 @@
-"""Hyper-parameters of parameter groups as they stand at every step, however they are changed: they are read again only where they may have."""
+"""Hyper-parameters of parameter groups as they stand at every step, whoever changed them: read again only where they may have been."""
 
 import copy
 
