@@ -165,3 +165,11 @@ def test_a_frozen_parameter_that_changed_on_disk_is_told(tmp_path):
     edit(run.path / "zarr.json", lambda group: group["attributes"]["manifest"].__setitem__("reduction", "sum"))
     with pytest.raises(ExplaindError, match="the run's attributes are not what was recorded"):
         explaind.open(run.path)
+
+
+@pytest.mark.parametrize("number", [-1, -(1 << 31), 1 << 30])
+def test_a_mode_that_there_is_not_is_told_and_cut_off(number, tmp_path):
+    path = cases.recorded(tmp_path / "run", data=cases.DATA).path
+    zarr.open_array(path / "mode", mode="r+")[3] = number
+    assert any("step 3 is not what was recorded" in words for words in explaind.open(path).damage())
+    assert repair(path).after == 3

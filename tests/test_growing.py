@@ -204,6 +204,49 @@ def test_half_a_chunk_that_no_marker_counts_is_written_anew(nth, tmp_path, monke
         assert files_of(tmp_path / "run") == files_of(tmp_path / "whole")
 
 
+def from_zeros(path, end):
+    """A recording of parameters that are all zero at first, whose first chunk is therefore no file."""
+    model = torch.nn.Linear(3, 1)
+    with torch.no_grad():
+        [parameter.zero_() for parameter in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    recorder = explaind.record(optimizer, model, path)
+    assert not (path / "theta" / "c").exists()
+    for step in range(20):
+        recorder.examples([0, 1])
+        optimizer.zero_grad()
+        (model(torch.ones(2, 3) * (step + 1)) - 1).square().mean().backward()
+        optimizer.step()
+    return end(recorder)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError], ids=["interrupted", "full"])
+@pytest.mark.parametrize("name", ["theta", "batch", "checksum_theta", "hyper"])
+def test_half_a_chunk_never_stands_where_the_marker_counts_rows(name, error, tmp_path, monkeypatch):
+    """Rows that are all fill are counted, too, and have no file that would be found there."""
+    own = durable_growing.written
+
+    def half(file, text, new=False):
+        if name in file.parts and "c" in file.parts:
+            os.close(own(file, text[: len(text) // 2], new))
+            monkeypatch.setattr(durable_growing, "written", own)
+            raise error(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return own(file, text, new)
+
+    def ended(recorder):
+        monkeypatch.setattr(durable_growing, "written", half)
+        with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else StoreError):
+            recorder.close()
+        run = explaind.open(tmp_path / "run")
+        assert (run.steps, run.damage(), len(run.states(0, 1))) == (0, [], 1)
+        recorder.close()
+
+    from_zeros(tmp_path / "run", ended)
+    repair(tmp_path / "run")
+    run = explaind.open(tmp_path / "run")
+    assert (run.steps, run.damage()) == (20, [])
+
+
 @pytest.mark.usefixtures("short_spans")
 def test_no_file_stays_open_behind_a_recording(tmp_path, monkeypatch):
     """One that ends well, one whose disk is full, and one whose chunks are more than are kept open."""

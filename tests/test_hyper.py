@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 
@@ -39,14 +40,19 @@ CHANGES = {
     "tuple": lambda group: group.update(betas=(0.5, 0.75)),
     "tensor": lambda group: group.update(lr=torch.tensor(0.125)),
     "tensor in a tuple": lambda group: group.update(betas=(torch.tensor(0.5), 0.75)),
+    "tensor that rounds": lambda group: group.update(lr=torch.tensor(0.001)),
+    "number of numpy": lambda group: group.update(lr=np.float32(0.001)),
+    "tensor that rounds in a tuple": lambda group: group.update(betas=(torch.tensor(0.9), 0.999)),
     "absent": lambda group: group.pop("decoupled_weight_decay"),
     "more": lambda group: group.update(initial_lr=1.0, weight_decay=0.375),
+    "an array": lambda group: group.update(mine=np.ones(3), weight_decay=0.375),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_what_is_changed_is_read(change):
     optimizer, rule, groups = of(lr=1.0)
+    optimizer.param_groups[1].update(lr=0.001, mine=0.0)
     first = told(groups)
     assert groups.hyper() is groups.hyper()
     change(optimizer.param_groups[1])

@@ -119,3 +119,44 @@ def test_options_are_read_anew_where_parameters_change_places_between_groups(tmp
             optimizer.step()
     rows = explaind.open(tmp_path / "run").block(0, 2).rows
     assert [row.hyper[:, 0].tolist() for row in rows] == [[0.1, 0.2], [0.2, 0.1]]
+
+
+@pytest.mark.parametrize("how", ["closure", "hook", "between"])
+def test_a_group_that_is_given_in_the_middle_of_a_step_is_recorded_in_it(how, tmp_path):
+    """Within a closure, by another hook of the optimizer, and between the steps of two optimizers."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+    first = optim.SGD(model[0].parameters(), lr=0.1)
+    second = optim.SGD([model[1].weight], lr=0.2)
+    grown, given = (first, [*model[1].parameters()]) if how != "between" else (second, [model[1].bias])
+    optimizers = [first] if how != "between" else [second, first]
+    with explaind.record(optimizers, model, tmp_path / "run", watch=["1.*"]) as recorder:
+        for step in range(4):
+            recorder.examples([0, 1])
+
+            def gradient():
+                model.zero_grad()
+                loss = (model(torch.ones(2, 3)) - 1).square().mean()
+                loss.backward()
+                return loss
+
+            def more(*args, step=step):
+                if step == 2 and len(grown.param_groups) == 1:
+                    grown.add_param_group({"params": given, "lr": 0.05})
+
+            if how == "closure":
+                first.step(lambda: (more(), gradient())[1])
+                continue
+            gradient()
+            hook = first.register_step_pre_hook(more) if how == "hook" else None
+            first.step()
+            if hook is None:
+                more()
+                second.step()
+            else:
+                hook.remove()
+    run = explaind.open(tmp_path / "run")
+    assert run.damage() == []
+    rows, place = run.block(0, 4).rows, [layer.name for layer in run.manifest.layers].index("1.bias")
+    assert [row.age[place] for row in rows] == [-1, -1, 0, 0]
+    assert [row.hyper[place, 0] for row in rows[2:]] == [0.05, 0.05]

@@ -1,6 +1,7 @@
 """The parameter groups of optimizers, which may change from step to step: most often they don't, and little is done then."""
 
 from collections.abc import Mapping, Sequence
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -65,15 +66,19 @@ class _Told:
 
     def __init__(self, group: Mapping[str, Any], read: tuple[float, ...]) -> None:
         self.read = read
-        self._keys = [key for key in group if key != "params"]
+        self._count = len(group)
+        self._keys = [key for key, value in group.items() if type(value) in PLAIN]
         self._values = [group[key] for key in self._keys]
-        self._plain = all(map(_plain, self._values))
+        self._kinds = [*map(type, self._values)]
+        self._pairs = [key for key, value in group.items() if type(value) is tuple and all(type(own) in PLAIN for own in value)]
+        self._held = [group[key] for key in self._pairs]
+        self._sure = len(self._keys) + len(self._pairs) + 1 == self._count
+        """Nothing may change in place, as tensors and lists do, but the parameters."""
 
     def stands(self, group: Mapping[str, Any]) -> bool:
-        """Whether that is sure."""
-        return self._plain and [*map(group.get, self._keys)] == self._values
-
-
-def _plain(value: object) -> bool:
-    """Whether a value is no other one as long as it is equal: no tensor, and no list, whose numbers may change in place."""
-    return isinstance(value, PLAIN) or (isinstance(value, tuple) and all(map(_plain, value)))
+        """Whether that is sure. Kinds are asked first, and a tuple must be the same one: a tensor is equal to a number that it rounds."""
+        if not self._sure or len(group) != self._count:
+            return False
+        values = [*map(group.get, self._keys)]
+        same = [*map(type, values)] == self._kinds and values == self._values
+        return same and all(map(is_, map(group.get, self._pairs), self._held))

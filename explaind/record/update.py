@@ -49,7 +49,7 @@ class Update:
     def step(self, optimizer: int) -> None:
         """One optimizer has just stepped."""
         self.stepped.add(optimizer)
-        hyper = self._watched.hyper(again=True)
+        hyper = self._watched.hyper()  # a closure may have given the optimizer another group
         for i, moment in enumerate(self._watched.moments(optimizer, self._theta, self._remembered)):
             if moment is None:
                 continue

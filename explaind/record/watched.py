@@ -185,7 +185,7 @@ class Watched:
     def hyper(self, again: bool = False) -> np.ndarray:
         """Hyper-parameters of every parameter's group, as they stand: float64 [layer, option], nan where there is none. For reading.
 
-        again: the groups hold the parameters that they held in ``check_unchanged``.
+        again: right behind ``check_unchanged``, which has looked which parameters are in the groups.
         """
         if not again:
             self._groups.look()

@@ -41,7 +41,7 @@ def theta_checksum(theta: Vector, layers: Sequence[Layer], previous: np.ndarray)
 
 def step_checksum(row: StepRow, mode: int, previous: int, thin: np.ndarray | None = None) -> int:
     """crc32 of everything else that a step recorded, continued from the previous step's; thin: with theta's checksum before the step."""
-    previous = zlib.crc32(mode.to_bytes(4, "little"), zlib.crc32(row.small, previous))
+    previous = zlib.crc32(mode.to_bytes(4, "little", signed=True), zlib.crc32(row.small, previous))
     gap = np.int64(row.gap) if row.gap else None
     precision = np.float64(row.precision) if row.precision else None
     for values in (

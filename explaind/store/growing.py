@@ -1,15 +1,16 @@
 """Growing arrays of a run that is being written, and how their chunks come to be safely on disk.
 
-In a folder a chunk is encoded and put right here: zarr does the same through an event loop at several times the price. A new chunk is
-written in its place, where no marker counts it yet; one that replaces another, and what says how long its array is, first stands beside
-that. Before a commit all of them are synced to the disk, put in their places, and these are synced too (``settle``). So a marker counts
-nothing that a power cut can take away, and nothing that it counts is ever half replaced. At a URL zarr puts whole objects, which are safe
-at once.
+In a folder a chunk is encoded and put right here: zarr does the same through an event loop at several times the price. A chunk of rows
+behind those that the array is known to have is written in its place, since no marker counts them yet. One of other rows first stands beside
+its place, and so does what says how long its array is: also where nothing stands there, which may be rows that are all fill. Before a
+commit all of them are synced to the disk, put in their places, and these are synced too (``settle``). So a marker counts nothing that a
+power cut can take away, and nothing that it counts is ever half replaced. At a URL zarr puts whole objects, which are safe at once.
 """
 
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -139,11 +140,13 @@ class Filed(Growing):
 
     def unsettled(self) -> Unsettled:
         with self._lock:
-            for move in [move for move in self._staged if not move[0].exists()]:  # put before an interruption
-                self._staged[move[1], move[1]] = self._staged.pop(move)
+            for stands, belongs in [move for move in self._staged if not move[0].exists()]:  # put before an interruption
+                number = self._staged.pop((stands, belongs))
+                self._unstage((belongs, belongs))
+                self._staged[belongs, belongs] = number
             told = None
             if self.shape != self._told:
-                self._stage(*_put(self._folder / "zarr.json", self._text()))
+                self._stage(*_beside(self._folder / "zarr.json", self._text()))
                 told = self.shape
             return Unsettled(list(self._staged.items()), list(self._gone), told)
 
@@ -168,7 +171,8 @@ class Filed(Growing):
     def close(self) -> None:
         with self._lock:
             for move in list(self._staged):
-                self._unstage(move)
+                with suppress(OSError):  # a late one: the recording has failed already
+                    self._unstage(move)
 
     def _stage(self, move: Move, number: int) -> None:
         self._unstage(move)  # what is written twice is put once
@@ -198,7 +202,7 @@ class Filed(Growing):
         top = self._folder / "c"
         for file in (path for path in top.rglob("*") if path.is_file()):
             place = [k.removesuffix(".partial") for k in file.relative_to(top).parts]
-            if not all(k.isdigit() for k in place):  # nothing of ours
+            if len(place) != len(self.chunks) or not all(k.isdigit() for k in place):  # nothing of ours
                 continue
             if any(int(k) * c >= n for k, c, n in zip(place, self.chunks, shape, strict=True)):
                 file.unlink()
@@ -221,7 +225,8 @@ class Filed(Growing):
                 if text is None:
                     self._leave_out(file)
                     continue
-                (stands, belongs), number = _put(file, text)
+                fresh = place[0] * self.chunks[0] >= self._told[0]
+                (stands, belongs), number = (_in_place if fresh else _beside)(file, text)
                 if at_once and stands != belongs:  # a kill must find it there; it is synced with its span
                     os.replace(stands, belongs)
                     stands = belongs
@@ -251,16 +256,26 @@ def _around_shape(metadata: dict[str, Any]) -> tuple[str, str, str]:
     return before, between, after
 
 
-def _put(file: Path, text: bytes) -> tuple[Move, int]:
-    """Write a file in its place, or beside it where there is one; its number, since it stays open."""
+def _in_place(file: Path, text: bytes) -> tuple[Move, int]:
+    """Write a new file, or beside its place where there is one; its number, since it stays open."""
     try:
-        return (file, file), written(file, text, new=True)
+        return (file, file), _written(file, text, new=True)
     except FileExistsError:
-        partial = file.with_name(f"{file.name}.partial")
-        return (partial, file), written(partial, text)
+        return _beside(file, text)
+
+
+def _beside(file: Path, text: bytes) -> tuple[Move, int]:
+    """Write what is to be put in a file's place; its number, since it stays open."""
+    partial = file.with_name(f"{file.name}.partial")
+    return (partial, file), _written(partial, text)
+
+
+def _written(file: Path, text: bytes, new: bool = False) -> int:
+    try:
+        return written(file, text, new)
     except FileNotFoundError:
         file.parent.mkdir(parents=True, exist_ok=True)
-        return (file, file), written(file, text, new=True)
+        return written(file, text, new)
 
 
 def growing(array: zarr.Array, place: Location) -> Growing:

@@ -182,7 +182,7 @@ class Run(Committed):
                     weight[i][used],
                     hyper[i],
                     age[i],
-                    self.modes[mode[i]] if mode[i] < len(self.modes) else (),
+                    self.modes[mode[i]] if 0 <= mode[i] < len(self.modes) else (),
                     None if frozen is None else frozen[i],
                     self._anchor("momentum", start + i),
                     None if scalars is None else scalars[i],
