@@ -20,7 +20,7 @@ import explaind
 from explaind.cli import main
 from explaind.errors import StoreError
 from explaind.record import recorder as recording
-from explaind.store import durable, growing, location, tail
+from explaind.store import durable, filed, location, tail
 from explaind.store.reader import open_run
 from explaind.store.repair import repair
 from explaind.store.sealed import read_sealed
@@ -74,9 +74,9 @@ def on_write(patch, act):
     patch.setattr(os, "pwritev", append)
     patch.setattr(local, "_put", put)
     patch.setattr(os, "fsync", fsync)
-    for module in (growing, location):
+    for module in (filed, location):
         patch.setattr(module, "write_file", write)
-    patch.setattr(growing, "written", written)
+    patch.setattr(filed, "written", written)
 
 
 def test_a_span_is_written_by_a_thread_of_its_own_while_the_training_goes_on(tmp_path, monkeypatch):

@@ -15,9 +15,9 @@ import zarr
 
 import explaind
 from explaind.errors import StoreError
-from explaind.store import growing as durable_growing
-from explaind.store import location, schema
-from explaind.store.growing import Growing, created, growing, settle
+from explaind.store import filed, location, schema
+from explaind.store.filed import created, growing, settle
+from explaind.store.growing import Put
 from explaind.store.repair import repair
 from explaind.store.schema import Column
 from tests import cases
@@ -79,7 +79,7 @@ def puts(column):
 
 
 def by_zarr(group, columns, folder):
-    return {column.name: Growing(schema.create_column(group, column, rows)) for column, rows in columns.items()}
+    return {column.name: Put(schema.create_column(group, column, rows)) for column, rows in columns.items()}
 
 
 @pytest.mark.parametrize("column", COLUMNS, ids=lambda column: column.name)
@@ -175,23 +175,28 @@ def files_of(run):
     return {file.relative_to(run).as_posix(): file.read_bytes() for file in run.rglob("*") if file.is_file() and file.parent != run}
 
 
+def half_of(pieces):
+    """What stands in a file when the disk is full in the middle of it."""
+    return [(at, text[: len(text) // 2]) for at, text in pieces][:1]
+
+
 @pytest.mark.usefixtures("short_spans")
 @pytest.mark.parametrize("nth", range(0, 60, 7))
 def test_half_a_chunk_that_no_marker_counts_is_written_anew(nth, tmp_path, monkeypatch):
     """A new one stands in its place at once: the disk fills up in the middle of it, once the training is on its way."""
     record(tmp_path / "whole")
-    seen, anew = [], durable_growing.written
+    seen, anew = [], filed.written
 
     def written(file, text, new=False):
         if (tmp_path / "run" / "commit.json").exists():
             seen.append(file)
         if len(seen) > nth:
-            anew(file, text[: len(text) // 2], new)
+            os.close(anew(file, half_of(text), new))
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return anew(file, text, new)
 
     with monkeypatch.context() as patch:
-        patch.setattr(durable_growing, "written", written)
+        patch.setattr(filed, "written", written)
         with pytest.raises(StoreError, match=os.strerror(errno.ENOSPC)):
             record(tmp_path / "run")
     beyond = tmp_path / "run" / "batch" / "c" / "99" / "0"
@@ -224,17 +229,17 @@ def from_zeros(path, end):
 @pytest.mark.parametrize("name", ["theta", "batch", "checksum_theta", "hyper"])
 def test_half_a_chunk_never_stands_where_the_marker_counts_rows(name, error, tmp_path, monkeypatch):
     """Rows that are all fill are counted, too, and have no file that would be found there."""
-    own = durable_growing.written
+    own = filed.written
 
     def half(file, text, new=False):
         if name in file.parts and "c" in file.parts:
-            os.close(own(file, text[: len(text) // 2], new))
-            monkeypatch.setattr(durable_growing, "written", own)
+            os.close(own(file, half_of(text), new))
+            monkeypatch.setattr(filed, "written", own)
             raise error(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return own(file, text, new)
 
     def ended(recorder):
-        monkeypatch.setattr(durable_growing, "written", half)
+        monkeypatch.setattr(filed, "written", half)
         with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else StoreError):
             recorder.close()
         run = explaind.open(tmp_path / "run")
@@ -252,7 +257,7 @@ def test_no_file_stays_open_behind_a_recording(tmp_path, monkeypatch):
     """One that ends well, one whose disk is full, and one whose chunks are more than are kept open."""
     monkeypatch.setattr(schema, "CHUNK_VALUES", 8)
     record(tmp_path / "before")
-    before, anew, left = len(os.listdir("/proc/self/fd")), durable_growing.written, [60]
+    before, anew, left = len(os.listdir("/proc/self/fd")), filed.written, [60]
 
     def written(*args, **options):
         left[0] -= 1
@@ -261,7 +266,7 @@ def test_no_file_stays_open_behind_a_recording(tmp_path, monkeypatch):
         return anew(*args, **options)
 
     record(tmp_path / "run")
-    monkeypatch.setattr(durable_growing, "written", written)
+    monkeypatch.setattr(filed, "written", written)
     with pytest.raises(StoreError):
         record(tmp_path / "other")
     assert len(os.listdir("/proc/self/fd")) == before
@@ -284,7 +289,7 @@ def test_closing_may_be_interrupted_and_asked_for_again(when, name, tmp_path, mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(durable_growing, "sync" if when == "before" else "sync_folders", interrupted)
+        patch.setattr(filed, "sync" if when == "before" else "sync_folders", interrupted)
         with pytest.raises(KeyboardInterrupt):
             recorder.close()
     recorder.close()

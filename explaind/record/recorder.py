@@ -266,6 +266,8 @@ class Recorder:
         self._windows.taken()
         self._incoming.clear()
         self._add(row if self._thinning is None else self._thinning.thinned(row))
+        if update.anchor is not None and not self._first:
+            self._watched.forget_momentum()
 
     def _add(self, row: StepRow) -> None:
         """Hand a row over, with the parameters as they stand, whose checksum is all that is kept of them."""

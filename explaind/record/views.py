@@ -84,6 +84,10 @@ class Views:
             whole.copy_(torch.cat([t.detach().reshape(-1).to(self._dtype) for t in parts]))
         return whole.numpy()
 
+    def forget(self, room: str) -> None:
+        """Give its memory back."""
+        self._rooms.pop(room, None)
+
     def _room(self, name: str) -> Tensor:
         """Memory for one vector [param] on the host, which takes none before it is used."""
         if name not in self._rooms:

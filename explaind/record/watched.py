@@ -145,6 +145,10 @@ class Watched:
             return None
         return self._views.flat([None if rule.momentum is None else state.get(rule.momentum) for rule, state in self._states()], "momentum")
 
+    def forget_momentum(self) -> None:
+        """Nobody needs the copy any more, nor the next one soon."""
+        self._views.forget("momentum")
+
     def frozen(self, tensors: Sequence[Tensor | None], lasting: bool = False) -> Pieces | None:
         """What the rules froze of a step, one tensor a layer: [param], as it stands; None where no rule freezes one.
 

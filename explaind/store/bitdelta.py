@@ -10,7 +10,7 @@ A chunk is read as a matrix [row, column], the rows along its first axis, and wr
     kept    uint32        rows in front of those at the end that hold a single bit pattern, such as the fill value
     rest    uint64        that pattern
 
-and tiles of as many columns as make CELLS numbers:
+and tiles of so many columns as the codec's configuration says, or of as many as make CELLS numbers:
 
     order   uint8         how often the rows are differenced
     sizes   uint32, ×2    bytes of the two parts that follow
@@ -23,7 +23,7 @@ All integers are little-endian.
 import asyncio
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -36,15 +36,12 @@ from zarr.registry import register_codec
 
 NAME = "explaind.bitdelta"
 CELLS = 1 << 18
-"""Numbers of a tile: enough columns to sort."""
-TOGETHER = 1 << 12
-"""Columns of the tiles that are worked on together: every call of numpy lets another thread have the interpreter, and asks for it again.
-Rows of more would not stay in a processor's cache."""
+"""Numbers of a tile, where its width is not told: enough columns to sort."""
 SAMPLE = 16
 """One column in so many says how often to difference."""
 ORDERS = 3
-LEVEL = 9
-"""Of lz4: 5 takes a tenth less time and half a percent more room."""
+LEVEL, BLOCK = 9, 1 << 13
+"""Of lz4: 5 takes a tenth less time and half a percent more room. Bytes that blosc works on at a time: it holds twice as many more."""
 EIGHT = 8
 """Blosc shuffles bits of so many numbers at a time, and silently leaves them as they are where the count is no multiple of it."""
 CRC, HEAD, TILE_HEAD = struct.Struct("<I"), struct.Struct("<IQ"), struct.Struct("<BII")
@@ -84,77 +81,111 @@ def summed(differences: np.ndarray, order: int) -> np.ndarray:
     return numbers
 
 
-def packed(values: np.ndarray) -> bytes:
-    """A matrix of floats [row, column]."""
-    bits = values.view(f"<i{values.itemsize}")
-    kept, rest = len(bits), bits[-1, -1] if bits.size else bits.dtype.type(0)
-    while kept and (bits[kept - 1] == rest).all():
-        kept -= 1
-    parts, crc = [HEAD.pack(kept, int(rest) & 0xFFFF_FFFF_FFFF_FFFF)], 0
-    tiles = list(_tiles(kept, bits.shape[1]))
-    runs = list(_runs(tiles, _orders(bits[:kept], tiles)))
-    # Memory that was used already is much faster.
-    rooms = np.empty((2, kept * max((stop - start for start, stop, _ in runs), default=0) + EIGHT), bits.dtype)
-    for start, stop, order in runs:
-        for tile in _run(bits[:kept, start:stop], order, tiles[0][1], *rooms):
-            parts += tile
+Read = Callable[[np.ndarray, int], None]
+"""Fills a matrix [row, column] with the columns of another from there on; it may have fewer rows."""
+
+
+class Packing:
+    """What ``packed`` makes of a matrix that is read tile by tile, so that no more than a few tiles are in memory."""
+
+    def __init__(self, shape: tuple[int, int], dtype: np.dtype[Any], read: Read, wide: int | None = None) -> None:
+        """wide: columns of a tile."""
+        self._columns, self._dtype, self._read, self._wide = shape[1], dtype.newbyteorder("<"), read, wide
+        most = CELLS if wide is None else shape[0] * wide
+        # Memory that was used already is much faster.
+        self._rooms = np.empty((2, max(shape[0], min(most, shape[0] * shape[1])) + EIGHT), f"<i{dtype.itemsize}")
+        self._loaded: tuple[int, int] | None = None
+        self.kept = self.rest = 0
+        """Rows in front of those at the end that hold a single bit pattern; and that, as an unsigned number."""
+        for start, stop in _tiles(*shape, wide):
+            bits = self._bits(start, stop, shape[0])
+            if not start:
+                self.rest = int(bits[-1, 0]) & (256**dtype.itemsize - 1)
+            self.kept = max(self.kept, _kept(bits.view(f"<u{dtype.itemsize}"), self.rest))
+            if self.kept == shape[0]:
+                break
+
+    def __iter__(self) -> Iterator[tuple[int, bytes]]:
+        """Its bytes, piece by piece, each with its place: a file of several tiles gets its checksum last."""
+        tiles, ahead = list(_tiles(self.kept, self._columns, self._wide)), [HEAD.pack(self.kept, self.rest)]
+        if len(tiles) < 2:
+            parts = [*ahead, *(part for tile in tiles for part in self._tile(*tile))]
+            yield 0, b"".join([CRC.pack(_crc(parts)), *parts])
+            return
+        at, crc = CRC.size, 0
+        for tile in tiles:
+            text = b"".join([*ahead, *self._tile(*tile)])
+            yield at, text
+            at, crc, ahead = at + len(text), zlib.crc32(text, crc), []
+        yield 0, CRC.pack(crc)
+
+    def _bits(self, start: int, stop: int, rows: int) -> np.ndarray:
+        """The first rows of columns [start, stop), as signed integers, in the first room."""
+        bits = self._rooms[0, : rows * (stop - start)].reshape(rows, -1)
+        if self._loaded != (start, stop):
+            self._read(bits.view(self._dtype), start)
+        self._loaded = start, stop  # its first rows are those of fewer, too
+        return bits
+
+    def _tile(self, start: int, stop: int) -> Sequence[bytes]:
+        bits = self._bits(start, stop, self.kept)
+        self._loaded = None
+        order = _order(bits)
+        room, other = self._rooms
+        numbers, spare = (whole[: bits.size].reshape(bits.shape) for whole in (other, room))
+        turned(bits, out=numbers)
+        for k in range(order):
+            spare[: k + 1] = numbers[: k + 1]
+            np.subtract(numbers[k + 1 :], numbers[k:-1], out=spare[k + 1 :])
+            numbers, spare, room, other = spare, numbers, other, room
+        residuals = folded(numbers, out=spare)
+        widths = _length(residuals[_settled(len(residuals)) :].max(axis=0))
+        np.take(residuals, np.argsort(widths, kind="stable"), axis=1, out=numbers.view(residuals.dtype), mode="clip")
+        other[bits.size : bits.size + EIGHT] = 0
+        table = blosc.compress(widths, b"zstd", 1, blosc.SHUFFLE)
+        alike = blosc.compress(other[: bits.size + -bits.size % EIGHT], b"lz4", LEVEL, blosc.BITSHUFFLE, 0 if self._wide is None else BLOCK)
+        return TILE_HEAD.pack(order, len(table), len(alike)), table, alike
+
+
+def packed(values: np.ndarray, wide: int | None = None) -> bytes:
+    """A matrix of floats [row, column]; wide: columns of a tile."""
+
+    def read(out: np.ndarray, start: int) -> None:
+        out[:] = values[: len(out), start : start + out.shape[1]]
+
+    pieces = sorted(Packing((values.shape[0], values.shape[1]), values.dtype, read, wide))
+    return b"".join([text for _, text in pieces])
+
+
+def _crc(parts: Sequence[bytes]) -> int:
+    crc = 0
     for part in parts:
         crc = zlib.crc32(part, crc)
-    return b"".join([CRC.pack(crc), *parts])
+    return crc
 
 
-def _tiles(rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    wide = max(1, CELLS // max(1, rows))
-    return ((start, min(start + wide, columns)) for start in range(0, columns if rows else 0, wide))
+def _kept(bits: np.ndarray, rest: int) -> int:
+    """Rows in front of those that hold nothing but that."""
+    kept = len(bits)
+    while kept and (bits[kept - 1] == rest).all():
+        kept -= 1
+    return kept
 
 
-def _runs(tiles: Sequence[tuple[int, int]], orders: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """Neighbouring tiles of one order, as (start, stop, order): no more than are worked on together."""
-    start, stop, order = 0, 0, -1
-    for (left, right), own in zip(tiles, orders, strict=True):
-        if stop and (own != order or right - start > TOGETHER):
-            yield start, stop, order
-            start = left
-        stop, order = right, own
-    if stop:
-        yield start, stop, order
+def _tiles(rows: int, columns: int, wide: int | None) -> Iterator[tuple[int, int]]:
+    most = max(1, CELLS // max(1, rows)) if wide is None else wide
+    return ((start, min(start + most, columns)) for start in range(0, columns if rows else 0, most))
 
 
-def _orders(bits: np.ndarray, tiles: Sequence[tuple[int, int]]) -> list[int]:
-    """How often to difference each tile: what leaves the fewest bits."""
-    if not tiles:
-        return []
-    chosen = [np.arange(start, stop, SAMPLE) for start, stop in tiles]
-    firsts = np.cumsum([0, *map(len, chosen[:-1])])
-    numbers, left = turned(np.take(bits, np.concatenate(chosen), axis=1)), list[np.ndarray]()
+def _order(bits: np.ndarray) -> int:
+    """How often to difference a tile: what leaves the fewest bits."""
+    numbers, left = turned(bits[:, ::SAMPLE]), list[int]()
     most = _settled(len(bits))
     for k in range(most + 1):
         numbers = np.subtract(numbers[1:], numbers[:-1]) if k else numbers
         ends = [folded(end(numbers[most - k :], axis=0)) for end in (np.max, np.min)]
-        left.append(np.add.reduceat(_length(np.maximum(*ends)), firsts, dtype=np.int64))
-    found: list[int] = np.argmin(left, axis=0).tolist()
-    return found
-
-
-def _run(bits: np.ndarray, order: int, wide: int, room: np.ndarray, other: np.ndarray) -> Iterator[tuple[bytes, bytes, bytes]]:
-    """Tiles of so many columns, differenced so often; in rooms of their size, and some more."""
-    size, shape = bits.size, bits.shape
-    numbers, spare = (whole[:size].reshape(shape) for whole in (room, other))
-    turned(bits, out=numbers)
-    for k in range(order):
-        spare[: k + 1] = numbers[: k + 1]
-        np.subtract(numbers[k + 1 :], numbers[k:-1], out=spare[k + 1 :])
-        numbers, spare, room, other = spare, numbers, other, room
-    residuals = folded(numbers, out=spare)
-    widths = _length(residuals[_settled(len(residuals)) :].max(axis=0))
-    for start in range(0, shape[1], wide):
-        own = widths[start : start + wide]
-        count, columns = shape[0] * len(own), start + np.argsort(own, kind="stable")
-        np.take(residuals, columns, axis=1, out=room[:count].reshape(shape[0], -1).view(residuals.dtype), mode="clip")
-        room[count : count + EIGHT] = 0
-        table = blosc.compress(own, b"zstd", 1, blosc.SHUFFLE)
-        alike = blosc.compress(room[: count + -count % EIGHT], b"lz4", LEVEL, blosc.BITSHUFFLE)
-        yield TILE_HEAD.pack(order, len(table), len(alike)), table, alike
+        left.append(int(_length(np.maximum(*ends)).sum()))
+    return left.index(min(left))
 
 
 def _settled(rows: int) -> int:
@@ -167,30 +198,41 @@ def _length(largest: np.ndarray) -> np.ndarray:
     return np.frexp(largest.astype(np.float64))[1].astype(np.uint8)
 
 
-def unpacked(text: bytes, shape: tuple[int, int], dtype: np.dtype[Any]) -> np.ndarray:
+def unpacked(text: bytes, shape: tuple[int, int], dtype: np.dtype[Any], wide: int | None = None) -> np.ndarray:
     """What ``packed`` was given: [row, column]. ValueError where the bytes are not what it made; no more memory than the matrix takes."""
+    out = np.empty(shape, dtype.newbyteorder("<"))
+    for start, values in tiles(text, shape, dtype, wide):
+        out[:, start : start + values.shape[1]] = values
+    return out
+
+
+def tiles(text: bytes, shape: tuple[int, int], dtype: np.dtype[Any], wide: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
+    """The same one after another: the first column of each, and its numbers [row, column]."""
     if len(text) < CRC.size + HEAD.size or CRC.unpack_from(text)[0] != zlib.crc32(memoryview(text)[CRC.size :]):
         raise _damaged()
     kept, rest = HEAD.unpack_from(text, CRC.size)
     if kept > shape[0]:
         raise _damaged()
-    out, at = np.empty(shape, f"<i{dtype.itemsize}"), CRC.size + HEAD.size
-    for start, stop in _tiles(kept, shape[1]):
-        if at + TILE_HEAD.size > len(text):
-            raise _damaged()
-        order, *sizes = TILE_HEAD.unpack_from(text, at)
-        ends = at + TILE_HEAD.size, at + TILE_HEAD.size + sizes[0], at + TILE_HEAD.size + sum(sizes)
-        if order > ORDERS:
-            raise _damaged()
-        widths = _inflated(text[ends[0] : ends[1]], (stop - start,), np.dtype(np.uint8), zeros=1)
-        alike = _inflated(text[ends[1] : ends[2]], (kept, stop - start), np.dtype(f"<u{dtype.itemsize}"))
-        residuals = np.take(alike, np.argsort(np.argsort(widths, kind="stable")), axis=1)
-        out[:kept, start:stop] = turned(summed(unfolded(residuals), order))
-        at = ends[2]
+    at, unsigned = CRC.size + HEAD.size, np.dtype(f"<u{dtype.itemsize}")
+    for start, stop in _tiles(kept, shape[1], wide) if kept else _tiles(*shape, wide):
+        values = np.empty((0, stop - start), unsigned)
+        if kept:
+            if at + TILE_HEAD.size > len(text):
+                raise _damaged()
+            order, *sizes = TILE_HEAD.unpack_from(text, at)
+            ends = at + TILE_HEAD.size, at + TILE_HEAD.size + sizes[0], at + TILE_HEAD.size + sum(sizes)
+            if order > ORDERS:
+                raise _damaged()
+            widths = _inflated(text[ends[0] : ends[1]], (stop - start,), np.dtype(np.uint8), zeros=1)
+            alike = _inflated(text[ends[1] : ends[2]], (kept, stop - start), unsigned)
+            residuals = np.take(alike, np.argsort(np.argsort(widths, kind="stable")), axis=1)
+            values, at = turned(summed(unfolded(residuals), order)).view(unsigned), ends[2]
+        if kept < shape[0]:
+            below = np.full((shape[0] - kept, stop - start), rest & (256**dtype.itemsize - 1), unsigned)
+            values = np.concatenate([values, below])
+        yield start, values.view(dtype.newbyteorder("<"))
     if at != len(text):
         raise _damaged()
-    out.view(f"<u{dtype.itemsize}")[kept:] = rest & (256**dtype.itemsize - 1)
-    return out.view(dtype)
 
 
 def _inflated(text: bytes, shape: tuple[int, ...], dtype: np.dtype[Any], zeros: int = EIGHT) -> np.ndarray:
@@ -215,17 +257,23 @@ def _damaged() -> ValueError:
 class BitDelta(ArrayBytesCodec):
     """The codec as zarr knows it: from a chunk of floats to bytes."""
 
+    columns: int | None = None
+    """Of a tile; None: as many as make CELLS numbers."""
     is_fixed_size = False
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "BitDelta":
-        """ValueError for a configuration, which there is none of."""
-        if data.get("configuration"):
-            raise ValueError(f"{NAME} has no configuration, got {data['configuration']}")
-        return cls()
+        """ValueError for a configuration that says anything but how wide a tile is."""
+        told = data.get("configuration") or {}
+        if not told:
+            return cls()
+        columns = told.get("columns") if isinstance(told, dict) and len(told) == 1 else None
+        if type(columns) is not int or not 0 < columns <= CELLS:
+            raise ValueError(f"the configuration of {NAME} holds a number of columns up to {CELLS}, or nothing; got {told}")
+        return cls(columns)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"name": NAME}
+        return {"name": NAME} if self.columns is None else {"name": NAME, "configuration": {"columns": self.columns}}
 
     def validate(self, *, shape: tuple[int, ...], dtype: Any, chunk_grid: Any) -> None:
         """TypeError for an array of anything but floats."""
@@ -245,10 +293,10 @@ class BitDelta(ArrayBytesCodec):
 
     def _encode(self, chunk: Any, spec: Any) -> Any:
         values = chunk.as_numpy_array().astype(_little(spec), copy=False)
-        return spec.prototype.buffer.from_bytes(packed(values.reshape(_matrix(spec.shape))))
+        return spec.prototype.buffer.from_bytes(packed(values.reshape(_matrix(spec.shape)), self.columns))
 
     def _decode(self, chunk: Any, spec: Any) -> Any:
-        values = unpacked(chunk.to_bytes(), _matrix(spec.shape), _little(spec))
+        values = unpacked(chunk.to_bytes(), _matrix(spec.shape), _little(spec), self.columns)
         return spec.prototype.nd_buffer.from_numpy_array(values.reshape(spec.shape))
 
 

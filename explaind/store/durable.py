@@ -28,16 +28,24 @@ if hasattr(os, "register_at_fork"):  # a process that is forked has the pool, bu
 
 def write_file(path: Path, text: bytes) -> None:
     """Write a file, or write it anew. OSError where the disk is full, FileNotFoundError where there is no folder for it."""
-    os.close(written(path, text))
+    os.close(written(path, [(0, text)]))
 
 
-def written(path: Path, text: bytes, new: bool = False) -> int:
-    """The same, and the number of the open file, which is the caller's to close; new: FileExistsError where there is one."""
+def written(path: Path, pieces: Iterable[tuple[int, bytes]], new: bool = False) -> int:
+    """The same of pieces, each with its place, and the number of the open file, which is the caller's to close.
+
+    new: FileExistsError where there is one.
+    """
     number = os.open(path, WRITE | (os.O_EXCL if new else os.O_TRUNC), 0o666)
     try:
-        rest = memoryview(text)
-        while len(rest):  # a file may take less than it is given
-            rest = rest[os.write(number, rest) :]
+        stands = 0
+        for at, text in pieces:
+            if at != stands:
+                os.lseek(number, at, os.SEEK_SET)
+            rest = memoryview(text)
+            while len(rest):  # a file may take less than it is given
+                rest = rest[os.write(number, rest) :]
+            stands = at + len(text)
     except BaseException:
         os.close(number)
         raise

@@ -3,6 +3,7 @@
 import numpy as np
 
 from explaind.rules.gradient_filter import gradient_filter
+from explaind.store.bitdelta import CELLS
 from explaind.store.manifest import Manifest
 from explaind.store.schema import CHUNK_BYTES, CHUNK_SLOTS, CHUNK_VALUES, Column
 
@@ -11,16 +12,20 @@ TOGETHER = 32
 SMALL_CHUNK = 1 << 18
 """Numbers in such a chunk, which is filled up where a step has fewer examples."""
 
+FEW, LEAST, SHARE, NARROW = 1 << 16, 1 << 14, 8, 4
+"""Parameters below which a model's chunks are packed in large tiles. Of any other: numbers of a tile at least, parameters for each of
+them, and rows that it has room for at least."""
+
 OPTIONAL = ("momentum", "preconditioner")
 """Columns that only some optimizers have, which the manifest does not tell."""
 
 
 def columns(m: Manifest, codec: str = "standard") -> dict[str, Column]:
-    """The growing arrays that a run has, or may have, by name; codec: of theta and the preconditioner."""
+    """The growing arrays that a run has, or may have, by name; codec: of theta, momentum and the preconditioner."""
     d, layers = m.params, len(m.layers)
     options, scalars = max(len(o.options) for o in m.optimizers), max(len(o.scalars) for o in m.optimizers)
     found = [
-        Column("theta", ("state", "param"), m.dtype, (d,), codec=codec),
+        Column("theta", ("state", "param"), m.dtype, (d,), codec=codec, tile=tile(d, m.span)),
         Column("batch", ("step", "slot"), "int64", (1,), -1, CHUNK_SLOTS),
         Column("part", ("step", "slot"), "int32", (1,), -1, CHUNK_SLOTS),
         Column("weight", ("step", "slot"), "float64", (1,), 0, CHUNK_SLOTS),
@@ -35,8 +40,8 @@ def columns(m: Manifest, codec: str = "standard") -> dict[str, Column]:
     found += [Column("scalar", ("step", "layer", "scalar"), "float64", (layers, scalars))] if scalars else []
     found += [Column("consumed", ("step", "layer", "size"), "float64", (layers, 2), np.nan)]
     found += [Column("random", ("step", "byte"), "uint8", (1,), 0, CHUNK_BYTES)]
-    found += [Column("preconditioner", ("step", "param"), m.dtype, (d,), codec=codec)]
-    found += [Column("momentum", ("anchor", "param"), m.dtype, (d,))]
+    found += [Column("preconditioner", ("step", "param"), m.dtype, (d,), codec=codec, tile=tile(d, m.span))]
+    found += [Column("momentum", ("anchor", "param"), m.dtype, (d,), codec=codec, tile=tile(d, m.together))]
     if m.gradient_filter is not None:
         found += [Column("filtered", ("anchor", "entry"), m.dtype, (gradient_filter(m.gradient_filter).slots * d,))]
     if m.thin is not None:
@@ -50,6 +55,15 @@ def columns(m: Manifest, codec: str = "standard") -> dict[str, Column]:
         found += [Column("gradient", ("step", "slot", "param"), m.gradients, (1, d), 0, slots, "quick")]
         found += [Column("checksum_gradient", ("step",), "uint32", ())]
     return {column.name: column for column in found}
+
+
+def tile(params: int, rows: int) -> int | None:
+    """How many columns of a chunk are packed at a time; None: as many as the codec likes.
+
+    Six times as many numbers are held then, which is to be less than a copy of the parameters. Many are packed sooner, and into less; of
+    few parameters it is no matter what that takes.
+    """
+    return None if params < FEW else max(1, min(CELLS, max(LEAST, params // SHARE)) // max(rows, NARROW))
 
 
 def rows_of_chunk(column: Column, m: Manifest) -> int:

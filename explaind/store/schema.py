@@ -74,6 +74,8 @@ class Column:
     """Extent of a chunk along the second dimension, where that is yet to grow."""
     codec: str = "standard"
     """One of CODECS; bitdelta of floats only."""
+    tile: int | None = None
+    """Of bitdelta: columns that are packed at a time."""
 
     def chunks(self, rows: int) -> tuple[int, ...]:
         """Extents of a chunk that holds so many rows."""
@@ -91,8 +93,14 @@ def lossless() -> BloscCodec:
 
 CLEVEL = 9
 
+
+def bitdelta(tile: int | None = None) -> dict[str, Any]:
+    """As zarr's arguments; tile: columns that are packed at a time."""
+    return {"serializer": BitDelta(tile), "compressors": None}
+
+
 CODECS: Mapping[str, Mapping[str, Any]] = {
-    "bitdelta": {"serializer": BitDelta(), "compressors": None},
+    "bitdelta": bitdelta(),
     "standard": {"compressors": [lossless()]},
     "quick": {"compressors": [BloscCodec(cname="lz4", clevel=5, shuffle=BloscShuffle.shuffle)]},
     "apart": {"compressors": [BloscCodec(cname="zstd", clevel=CLEVEL, shuffle=BloscShuffle.shuffle)]},
@@ -205,7 +213,7 @@ def create_column(group: zarr.Group, column: Column, rows: int) -> zarr.Array:
         shape=(0, *column.shape),
         chunks=column.chunks(rows),
         dtype=column.dtype,
-        **CODECS[column.codec],
+        **(CODECS[column.codec] if column.codec != "bitdelta" else bitdelta(column.tile)),
         fill_value=column.fill,
         dimension_names=list(column.dims),
     )

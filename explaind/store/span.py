@@ -6,12 +6,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from explaind.store import schema
 from explaind.store.checksums import Chain
 from explaind.store.growing import Growing, filled
 from explaind.store.row import StepRow
 from explaind.store.tail import Log, Place
 
+SLOTS = ("batch", "part", "weight")
+"""Fields with a number for every example of a batch; those of large batches are read like vectors."""
+WIDE = 1 << 10
+"""Examples of a batch that is large."""
 VECTORS = {"preconditioner": "preconditioner", "anchor": "momentum", "filtered": "filtered", "state": "state"}
 """Fields of a row that are read from the log piece by piece, and the arrays that they go to."""
 ANCHORED = ("momentum", "filtered", "state")
@@ -57,9 +60,14 @@ class Span:
         """Of these parameters: uint32 [state, layer]."""
         return np.stack([self.chain.theta, *(entry.chain.theta for entry in self.entries)])
 
+    @property
+    def wide(self) -> bool:
+        """Whether a batch of it is large."""
+        return any(is_wide(entry.places["batch"].shape) for entry in self.entries)
+
     def vectors(self) -> Iterator[tuple[str, list[Place]]]:
         """Arrays of vectors, with the place of each row."""
-        for name, array in VECTORS.items():
+        for name, array in {**VECTORS, **(dict(zip(SLOTS, SLOTS, strict=True)) if self.wide else {})}.items():
             places = [entry.places[name] for entry in self.entries if name in entry.places]
             if places:
                 yield array, places
@@ -67,18 +75,11 @@ class Span:
     def values(self, having: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """The rows of all other arrays that the run has."""
         rows = [entry.row for entry in self.entries]
-        slots = max((len(row.batch) for row in rows), default=1)
-
-        def padded(name: str, fill: float) -> np.ndarray:
-            return filled([getattr(row, name) for row in rows], slots, fill)
-
         if not rows:
             return {}
         nothing = np.full((len(self.chain.theta), 2), np.nan)
         found = {
-            "batch": padded("batch", -1),
-            "part": padded("part", -1),
-            "weight": padded("weight", 0),
+            **({} if self.wide else self._slots(rows)),
             "hyper": np.stack([row.hyper for row in rows]),
             "age": np.stack([row.age for row in rows]),
             "mode": np.array([entry.mode for entry in self.entries]),
@@ -94,6 +95,11 @@ class Span:
         found |= {"scalar": np.stack(scalars)} if scalars else {}
         return {name: values for name, values in found.items() if name in having}
 
+    def _slots(self, rows: Sequence[StepRow]) -> dict[str, np.ndarray]:
+        slots = max(len(row.batch) for row in rows)
+        fills = zip(SLOTS, (-1, -1, 0), strict=True)
+        return {name: filled([getattr(row, name) for row in rows], slots, fill) for name, fill in fills}
+
     def _bytes(self, name: str) -> np.ndarray:
         """uint8 [row, longest], at least one wide."""
         none = np.zeros(0, np.uint8)
@@ -105,44 +111,40 @@ def light(row: StepRow) -> StepRow:
     """Without what is large."""
     found = object.__new__(StepRow)  # far cheaper than ``replace``, which sets every field anew
     found.__dict__.update(row.__dict__, **NOTHING)
+    if is_wide(row.batch.shape):
+        found.__dict__.update(dict.fromkeys(SLOTS))
     found.__dict__.pop("small", None)
     return found
 
 
 def whole(entry: Entry, log: Log) -> StepRow:
     """With what is large, from the log."""
-    large: dict[str, Any] = {name: log.read(place) for name, place in entry.places.items() if name in (*VECTORS, *BYTES)}
+    large: dict[str, Any] = {name: log.read(place) for name, place in entry.places.items() if name in (*SLOTS, *VECTORS, *BYTES)}
     return replace(entry.row, **large)
 
 
 def write_vectors(array: Growing, at: int, log: Log, places: Sequence[Place | None]) -> None:
-    """Rows [at, at + len(places)) of an array [row, number] out of the log, and nothing behind them; None: that row stays as it is.
-
-    One chunk after another, or as many as are no larger than two may be, so that no more than that is in memory.
-    """
+    """Rows [at, at + len(places)) of an array [row, number] out of the log, and nothing behind them; None: that row stays as it is."""
     known = [place for place in places if place is not None]
     if not known:
         return
     if any(place.dtype != array.dtype for place in known):
         raise TypeError(f"{array.name} holds {array.dtype}, and the log {known[0].dtype}")
-    array.extend(at + len(places), (max(map(length, known)),))
-    long, across = array.chunks
-    long *= max(1, schema.CHUNK_VALUES // (long * across))
-    across *= max(1, 2 * schema.CHUNK_VALUES // (long * across))
-    for top in range(0, len(places), long):
-        some = places[top : top + long]
-        for start in range(0, array.shape[1], across):
-            stop = min(start + across, array.shape[1])
-            wide = all(place is not None and length(place) >= stop for place in some)
-            values = np.empty((len(some), stop - start), array.dtype)
-            if not wide:
-                values.fill(array.fill)
-            for i, place in enumerate(some):
-                if place is None:
-                    there = array.read(at + top + i, start, stop)
-                    values[i, : len(there)] = there
-            log.read_rows(values, some, start)
-            array.block(values, at + top, start)
+
+    stay = {row: array.row(at + row) for row, place in enumerate(places) if place is None}
+
+    def read(values: np.ndarray, row: int, start: int) -> None:
+        for other in stay.keys() & set(range(row, row + len(values))):
+            there = stay[other](start, start + values.shape[1])
+            values[other - row, : len(there)] = there
+        log.read_rows(values, places[row : row + len(values)], start)
+
+    array.stream(at, len(places), max(map(length, known)), read)
+
+
+def is_wide(shape: tuple[int, ...]) -> bool:
+    """Whether a batch of this shape is large."""
+    return shape[0] > WIDE
 
 
 def length(place: Place) -> int:

@@ -108,7 +108,7 @@ class Log:
         self.path = path
         self._alike: Any = None
         self._layout = dict[str, Place]()
-        self._between = bytearray(NEAR)
+        self._between = bytearray()
         partial = path.with_name(path.name + ".partial")
         self._file = FileIO(partial, "w+")
         try:
@@ -197,6 +197,8 @@ class Log:
         for last, gap in enumerate([*gaps, -1][: len(known)]):
             if 0 <= gap <= NEAR and last - first < TOGETHER:
                 continue
+            if max(gaps[first:last], default=0) > len(self._between):
+                self._between = bytearray(NEAR)
             views = list[memoryview | bytearray]()
             for (row, _), before in zip(known[first : last + 1], [0, *gaps[first:last]], strict=True):
                 views += [memoryview(self._between)[:before], row.data.cast("B")] if before else [row.data.cast("B")]

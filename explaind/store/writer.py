@@ -18,7 +18,8 @@ import zarr
 from explaind.store import schema, spool
 from explaind.store.checksums import Chain, constants_checksum, crc32, text_checksum, theta_checksum
 from explaind.store.durable import lowest, sync_tree
-from explaind.store.growing import Growing, created, growing, settle
+from explaind.store.filed import created, growing, settle
+from explaind.store.growing import Growing
 from explaind.store.layout import columns, rows, rows_of_chunk
 from explaind.store.location import Location
 from explaind.store.manifest import Manifest
@@ -85,12 +86,12 @@ class RunWriter:
             self._mark(0, complete=False, modes=())
 
     def _write_first(self, theta: Vector) -> None:
-        """Its first state, chunk by chunk: it may be large."""
-        array = self._columns["theta"]
-        array.extend(1, theta.shape)
-        for start in range(0, theta.size, array.chunks[1]):
-            stop = min(start + array.chunks[1], theta.size)
-            array.block(between(theta, start, stop)[None], 0, start)
+        """Its first state, piece by piece: it may be large."""
+
+        def read(values: np.ndarray, _: int, start: int) -> None:
+            values[0] = between(theta, start, start + values.shape[1])
+
+        self._columns["theta"].stream(0, 1, theta.size, read)
 
     def _set(self, path: Location, manifest: Manifest, steps: int, anchors: int, modes: list[tuple[bool, ...]]) -> None:
         self.path, self.manifest, self.steps, self.closed = path, manifest, steps, False

@@ -1,0 +1,332 @@
+"""Growing arrays of a run in a folder: how their chunks are made, and come to be safely on disk.
+
+A chunk is encoded and put right here: zarr does the same through an event loop at several times the price, and holds all of it. A chunk
+of rows behind those that the array is known to have is written in its place, since no marker counts them yet. One of other rows first
+stands beside its place, and so does what says how long its array is: also where nothing stands there, which may be rows that are all fill.
+Before a commit all of them are synced to the disk, put in their places, and these are synced too (``settle``). So a marker counts nothing
+that a power cut can take away, and nothing that it counts is ever half replaced.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from itertools import product
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import zarr
+from numcodecs.blosc import Blosc
+from zarr.codecs import BloscCodec, BytesCodec
+from zarr.storage import MemoryStore
+
+from explaind.errors import StoreError
+from explaind.store import schema
+from explaind.store.bitdelta import BitDelta, Packing, packed, tiles
+from explaind.store.durable import sync, sync_folders, write_file, written
+from explaind.store.growing import Growing, Move, Put, Read, Unsettled, filled
+from explaind.store.location import Location, replace_file
+
+SHUFFLES = {"noshuffle": 0, "shuffle": 1, "bitshuffle": 2}
+OPEN = 0 if os.name == "nt" else 4
+"""Files of an array that stay open until they are synced: to open one again is as much work. Windows moves no file that is open."""
+Text = Iterable[tuple[int, bytes]]
+"""Of a file: pieces, each with its place."""
+
+
+class Filed(Growing):
+    """One in a folder."""
+
+    def __init__(self, array: zarr.Array, folder: Path) -> None:
+        """folder: of the array."""
+        super().__init__(array)
+        self._folder, self._encode, self._codec = folder, _encoder(array), _codec(array)
+        self._around = _around_shape(array.metadata.to_dict())
+        self._told = self.shape  # by the file
+        self._staged, self._gone = dict[Move, int | None](), list[Path]()
+        self._lock = Lock()  # one thread may put rows while another settles
+
+    def extend(self, rows: int, shape: Sequence[int]) -> None:
+        with self._lock:
+            super().extend(rows, shape)
+
+    def put(self, row: int, values: np.ndarray, ahead: int) -> None:
+        with self._lock:
+            Growing.extend(self, self.shape[0] if row < self.shape[0] else row + ahead, values.shape)
+            if self.shape != self._told:
+                replace_file(self._folder / "zarr.json", self._text())
+                self._told = self.shape
+        self._write(values[None], row, at_once=True)
+
+    def read(self, row: int, start: int, stop: int) -> np.ndarray:
+        return np.asarray(zarr.open_array(self._folder, mode="r")[row, start:stop])  # the array at hand does not know how long it is
+
+    def row(self, row: int) -> Callable[[int, int], np.ndarray]:
+        return super().row(row) if self._codec is None else _Row(self, row).read
+
+    def tiles(self, *place: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Of a chunk that is packed tile by tile: where each begins, and its numbers [row, column]."""
+        assert self._codec is not None
+        try:
+            text = self._folder.joinpath("c", *map(str, place)).read_bytes()
+        except FileNotFoundError:
+            return iter([(0, np.full(self.chunks, self.fill, self.dtype))])
+        return tiles(text, (self.chunks[0], self.chunks[1]), self.dtype, self._codec.columns)
+
+    def unsettled(self) -> Unsettled:
+        with self._lock:
+            for stands, belongs in [move for move in self._staged if not move[0].exists()]:  # put before an interruption
+                number = self._staged.pop((stands, belongs))
+                self._unstage((belongs, belongs))
+                self._staged[belongs, belongs] = number
+            told = None
+            if self.shape != self._told:
+                self._stage(*_beside(self._folder / "zarr.json", [(0, self._text())]))
+                told = self.shape
+            return Unsettled(list(self._staged.items()), list(self._gone), told)
+
+    def settled(self, done: Unsettled) -> None:
+        with self._lock:
+            self._told = self._told if done.shape is None else done.shape
+            for move, number in done.moves:
+                if self._staged.get(move, -1) == number:  # else it was written again since
+                    self._unstage(move)
+            gone = set(done.gone)
+            self._gone = [file for file in self._gone if file not in gone]
+
+    def write_metadata(self) -> None:
+        """Of a new array, which are synced with the run."""
+        self._folder.mkdir()
+        write_file(self._folder / "zarr.json", self._text())
+
+    def tidy(self) -> None:
+        with self._lock:
+            self._drop(self.shape)
+
+    def close(self) -> None:
+        with self._lock:
+            for move in list(self._staged):
+                with suppress(OSError):  # a late one: the recording has failed already
+                    self._unstage(move)
+
+    def _stage(self, move: Move, number: int) -> None:
+        self._unstage(move)  # what is written twice is put once
+        if sum([held is not None for held in self._staged.values()]) < OPEN:
+            self._staged[move] = number
+        else:
+            self._staged[move] = None
+            os.close(number)
+
+    def _unstage(self, move: Move) -> None:
+        number = self._staged.pop(move, None)
+        if number is not None:
+            os.close(number)
+
+    def _text(self) -> bytes:
+        """The metadata as zarr writes it."""
+        before, between, after = self._around
+        return (before + between.join(map(str, self.shape)) + after).encode()
+
+    def _resize(self, shape: tuple[int, ...]) -> None:
+        if any(new < old for new, old in zip(shape, self.shape, strict=True)):
+            self._drop(shape)
+        self.shape = shape
+
+    def _drop(self, shape: tuple[int, ...]) -> None:
+        """Take away the chunks behind these extents."""
+        top = self._folder / "c"
+        for file in (path for path in top.rglob("*") if path.is_file()):
+            place = [k.removesuffix(".partial") for k in file.relative_to(top).parts]
+            if len(place) != len(self.chunks) or not all(k.isdigit() for k in place):  # nothing of ours
+                continue
+            if any(int(k) * c >= n for k, c, n in zip(place, self.chunks, shape, strict=True)):
+                file.unlink()
+                self._gone.append(file)
+        for move in [move for move in self._staged if not move[0].exists()]:
+            self._unstage(move)
+
+    def _write(self, values: np.ndarray, at: int, start: int = 0, stop: int | None = None, at_once: bool = False) -> None:
+        above = at % self.chunks[0]
+        if above:  # of a chunk that is only begun, what stands there already
+            there = [self.read(at - above + i, start, self.shape[1] if stop is None else stop) for i in range(above)]
+            at, values = at - above, filled([*there, *values], max(map(len, [*there, *values])), self.fill)
+        ends = (at + len(values), *self.shape[1:]) if stop is None else (at + len(values), stop)
+        starts = (at, start, *(0 for _ in ends[2:]))[: len(ends)]
+        for place in product(*(range(a // c, -(-b // c)) for a, b, c in zip(starts, ends, self.chunks, strict=True))):
+            cut = tuple(slice(k * c - a, (k + 1) * c - a) for k, c, a in zip(place, self.chunks, starts, strict=True))
+            file = self._folder.joinpath("c", *map(str, place))
+            self._put(file, place[0], self._chunk(values[cut]), at_once)
+
+    def _stream(self, at: int, shape: tuple[int, int], start: int, read: Read) -> None:
+        if self._codec is None or at % self.chunks[0]:
+            super()._stream(at, shape, start, read)
+            return
+
+        def chunk(out: np.ndarray, left: int) -> None:
+            out.fill(self.fill)
+            if left < shape[1]:
+                read(out[: shape[0], : shape[1] - left], 0, left)
+
+        packing = Packing((self.chunks[0], self.chunks[1]), self.dtype, chunk, self._codec.columns)
+        nothing = not packing.kept and packing.rest == int.from_bytes(
+            np.asarray(self.fill, self.dtype.newbyteorder("<")).tobytes(), "little"
+        )
+        place = at // self.chunks[0], start // self.chunks[1]
+        self._put(self._folder.joinpath("c", *map(str, place)), place[0], None if nothing else packing)
+
+    def _put(self, file: Path, row: int, text: Text | None, at_once: bool = False) -> None:
+        """A chunk, which is one of so many in front of it along the rows; None: it holds nothing."""
+        with self._lock:
+            if text is None:
+                self._leave_out(file)
+                return
+            fresh = row * self.chunks[0] >= self._told[0]
+            (stands, belongs), number = (_in_place if fresh else _beside)(file, text)
+            if at_once and stands != belongs:  # a kill must find it there; it is synced with its span
+                os.replace(stands, belongs)
+                stands = belongs
+            self._stage((stands, belongs), number)
+
+    def _chunk(self, values: np.ndarray) -> Text | None:
+        """Filled up; None where that is all there is, which zarr leaves out."""
+        if values.shape != self.chunks:
+            whole = np.full(self.chunks, self.fill, self.dtype)
+            whole[tuple(map(slice, values.shape))] = values
+            values = whole
+        return None if _alike(values, self.fill) else [(0, self._encode(np.asarray(values, self.dtype)))]
+
+    def _leave_out(self, file: Path) -> None:
+        partial = file.with_name(f"{file.name}.partial")
+        for left in (partial, file):
+            if left.exists():
+                left.unlink()
+                self._gone.append(left)
+        for move in [move for move in self._staged if move[1] == file]:
+            self._unstage(move)
+
+
+class _Row:
+    """One row of an array that is packed tile by tile, which is on disk."""
+
+    def __init__(self, array: Filed, row: int) -> None:
+        self._array, self._row = array, row
+        self._chunk, self._at = -1, 0
+        self._values, self._tiles = np.zeros(0, array.dtype), iter(list[tuple[int, np.ndarray]]())
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Numbers [start, stop), as far as they go."""
+        stop = min(stop, self._array.shape[1])
+        found = np.empty(max(0, stop - start), self._array.dtype)
+        at = start
+        while at < stop:
+            self._find(at)
+            count = min(stop, self._at + len(self._values)) - at
+            found[at - start : at - start + count] = self._values[at - self._at :][:count]
+            at += count
+        return found
+
+    def _find(self, at: int) -> None:
+        """Unpack up to the tile that holds a number."""
+        wide = self._array.chunks[1]
+        if self._chunk != at // wide or at < self._at:
+            self._chunk, self._at, self._values = at // wide, at // wide * wide, self._values[:0]
+            self._tiles = self._array.tiles(self._row // self._array.chunks[0], self._chunk)
+        while at >= self._at + len(self._values):
+            start, values = next(self._tiles)
+            self._at, self._values = self._chunk * wide + start, values[self._row % self._array.chunks[0]]
+
+
+def _around_shape(metadata: dict[str, Any]) -> tuple[str, str, str]:
+    """The text of metadata before the numbers of their shape, between them, and behind: it is written for every span anew."""
+    before, between, after = json.dumps({**metadata, "shape": ["?", "?"]}, indent=zarr.config.get("json_indent")).split('"?"')
+    return before, between, after
+
+
+def _in_place(file: Path, text: Text) -> tuple[Move, int]:
+    """Write a new file, or beside its place where there is one; its number, since it stays open."""
+    try:
+        return (file, file), _written(file, text, new=True)
+    except FileExistsError:
+        return _beside(file, text)
+
+
+def _beside(file: Path, text: Text) -> tuple[Move, int]:
+    """Write what is to be put in a file's place; its number, since it stays open."""
+    partial = file.with_name(f"{file.name}.partial")
+    return (partial, file), _written(partial, text)
+
+
+def _written(file: Path, text: Text, new: bool = False) -> int:
+    try:
+        return written(file, text, new)
+    except FileNotFoundError:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        return written(file, text, new)
+
+
+def growing(array: zarr.Array, place: Location) -> Growing:
+    """An array of the run at this place, for writing."""
+    return Filed(array, place / str(array.name).lstrip("/")) if isinstance(place, Path) else Put(array)
+
+
+def created(group: zarr.Group, columns: Mapping[schema.Column, int], place: Location) -> dict[str, Growing]:
+    """New arrays of the run at this place, whose group that is, by name; columns: with the rows of a chunk.
+
+    In a folder their metadata, too, are written here: zarr, which makes them in memory, would take three times as long.
+    """
+    if not isinstance(place, Path):
+        return {column.name: Put(schema.create_column(group, column, rows)) for column, rows in columns.items()}
+    aside = zarr.create_group(MemoryStore(), zarr_format=3)
+    found = {column.name: Filed(schema.create_column(aside, column, rows), place / column.name) for column, rows in columns.items()}
+    for array in found.values():
+        array.write_metadata()
+    return dict(found)
+
+
+def settle(arrays: Iterable[Growing], place: Location, synced: bool = True, behind: bool = False) -> None:
+    """Make everything that was written to these arrays of a run safe from a power cut. OSError where the disk does not take it.
+
+    synced: False only puts it in its place, where all of the run is synced afterwards; behind: nobody waits for it.
+    """
+    found = [(array, array.unsettled()) for array in arrays]
+    moves, gone = [move for _, one in found for move in one.moves], [file for _, one in found for file in one.gone]
+    if isinstance(place, Path) and (moves or gone):
+        if synced:
+            sync([stands if number is None else number for (stands, _), number in moves], behind)
+        for (stands, belongs), _ in moves:
+            if stands != belongs:
+                os.replace(stands, belongs)
+        if synced:
+            sync_folders([*(belongs for (_, belongs), _ in moves), *gone], place, behind)
+    for array, one in found:
+        array.settled(one)
+
+
+def _alike(values: np.ndarray, fill: Any) -> bool:
+    """Whether all numbers are the fill value; −0 is not 0."""
+    first = values.flat[0]
+    if fill == 0:
+        return not first and not np.ascontiguousarray(values).view(np.uint8).any()
+    return bool((np.isnan(values) if fill != fill else values == fill).all())
+
+
+def _encoder(array: zarr.Array) -> Callable[[np.ndarray], bytes]:
+    """From a whole chunk to its bytes, as the array's codecs do it."""
+    codecs: tuple[Any, ...] = getattr(array.metadata, "codecs", ())
+    dtype = np.dtype(array.dtype).newbyteorder("<")
+    own = _codec(array)
+    if own is not None:
+        return lambda values: packed(values.astype(dtype, copy=False).reshape(len(values), -1), own.columns)
+    if len(codecs) == 2 and isinstance(codecs[0], BytesCodec) and isinstance(codecs[1], BloscCodec):
+        told = codecs[1]
+        blosc = Blosc(told.cname.value, told.clevel, SHUFFLES[told.shuffle.value], told.blocksize)
+        return lambda values: bytes(blosc.encode(np.ascontiguousarray(values, dtype)))
+    raise StoreError("an array has codecs that no recording writes", where=array.name, got=codecs, do="record to another path")
+
+
+def _codec(array: zarr.Array) -> BitDelta | None:
+    """Of an array that is packed tile by tile."""
+    codecs: tuple[Any, ...] = getattr(array.metadata, "codecs", ())
+    return codecs[0] if len(codecs) == 1 and isinstance(codecs[0], BitDelta) else None
