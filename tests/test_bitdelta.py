@@ -80,26 +80,51 @@ def test_the_steps_of_the_codec_are_undone_one_by_one(dtype):
     assert bitdelta.folded(small).tolist() == [0, 1, 2, 3, 4]
 
 
+widths = some.none() | some.integers(1, 40)
+
+
 @every_dtype
 @LIMITS
-@given(shape=shapes, kind=some.sampled_from(sorted(KINDS)), seed=some.integers(0, 99), last=some.integers(0, 20))
-def test_every_bit_comes_back(dtype, shape, kind, seed, last):
+@given(shape=shapes, kind=some.sampled_from(sorted(KINDS)), seed=some.integers(0, 99), last=some.integers(0, 20), wide=widths)
+def test_every_bit_comes_back(dtype, shape, kind, seed, last, wide):
     values = KINDS[kind](np.random.default_rng(seed), shape, dtype)
     values[min(last, len(values)) :] = values[-1:, -1:] if values.size else 0  # rows that were not filled yet
-    same(unpacked(packed(values), shape, np.dtype(dtype)), values)
+    same(unpacked(packed(values, wide), shape, np.dtype(dtype), wide), values)
 
 
 @every_dtype
-def test_many_tiles_come_back(dtype, monkeypatch):
+@pytest.mark.parametrize("wide", [None, 1, 7, 300])
+def test_many_tiles_come_back(dtype, wide, monkeypatch):
     monkeypatch.setattr(bitdelta, "CELLS", 100)
     for shape in ((7, 45), (1, 301), (301, 1), (250, 3)):
         values = trained(np.random.default_rng(0), shape, dtype)
-        text = packed(values)
-        same(unpacked(text, shape, np.dtype(dtype)), values, str(shape))
-        for together in (1, 30):  # how many are worked on at once changes nothing
-            with monkeypatch.context() as patch:
-                patch.setattr(bitdelta, "TOGETHER", together)
-                assert packed(values) == text, (shape, together)
+        text = packed(values, wide)
+        same(unpacked(text, shape, np.dtype(dtype), wide), values, str(shape))
+        assert len(list(bitdelta.tiles(lambda at, stop, text=text: text[at:stop], len(text), shape, np.dtype(dtype), wide))) == -(
+            -shape[1] // (wide or max(1, 100 // shape[0]))
+        )
+
+
+def test_a_matrix_is_read_tile_by_tile_and_once_where_it_is_full():
+    values, asked = trained(np.random.default_rng(0), (6, 50), "float32"), list[tuple[int, int]]()
+
+    def read(out, start):
+        asked.append((start, out.shape[1]))
+        out[:] = values[: len(out), start : start + out.shape[1]]
+
+    def pieces():
+        asked.clear()
+        return list(bitdelta.Packing(values.shape, values.dtype, read, 20))
+
+    found = pieces()
+    assert (asked, len(found)) == ([(0, 20), (20, 20), (40, 10)], 4)
+    assert b"".join(text for _, text in sorted(found)) == packed(values, 20)
+    values[4:] = 7  # only the last tile tells that one row of these is no filling
+    values[4, 45] = 8
+    assert b"".join(text for _, text in sorted(pieces())) == packed(values, 20)
+    assert asked[:3] == [(0, 20), (20, 20), (40, 10)]
+    assert bitdelta.HEAD.unpack_from(packed(values, 20), bitdelta.CRC.size)[0] == 5
+    same(unpacked(packed(values, 20), (6, 50), np.dtype("float32"), 20), values)
 
 
 def test_rows_that_hold_one_pattern_at_the_end_take_no_room():
@@ -195,9 +220,12 @@ def test_rows_and_columns_that_were_never_written_are_filled(codec, tmp_path):
 def test_only_floats_are_taken(tmp_path):
     with pytest.raises(TypeError, match="for floats of 16, 32 and 64 bits, not for int32"):
         zarr.create_array(tmp_path / "array", shape=(3,), dtype="int32", serializer=BitDelta(), compressors=None)
-    with pytest.raises(ValueError, match="no configuration"):
-        BitDelta.from_dict({"name": bitdelta.NAME, "configuration": {"order": 2}})
-    assert BitDelta.from_dict(BitDelta().to_dict()) == BitDelta()
+    for wrong in ({"order": 2}, {"columns": 0}, {"columns": 1 << 40}, {"columns": True}, {"columns": "9"}, {"columns": 9, "order": 2}, [9]):
+        with pytest.raises(ValueError, match="holds a number of columns up to 262144, or nothing; got"):
+            BitDelta.from_dict({"name": bitdelta.NAME, "configuration": wrong})
+    for right in (BitDelta(), BitDelta(9)):
+        assert BitDelta.from_dict(right.to_dict()) == right
+    assert BitDelta().to_dict() == {"name": bitdelta.NAME}, "as older runs have it"
 
 
 def test_zarr_finds_the_codec_by_the_entry_point(tmp_path):

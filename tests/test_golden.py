@@ -66,7 +66,7 @@ def test_a_run_holds_these_files_arrays_and_attributes(name, tmp_path):
     found = {key: " ".join([told["data_type"], *told["dimension_names"]]) for key, told in described.items()}
     assert found == listing
     for key, told in described.items():
-        small = key in ("theta", "preconditioner") and not {"codec", "thin"} & options.keys()
+        small = key in ("theta", "momentum", "preconditioner") and not {"codec", "thin"} & options.keys()
         assert [codec["name"] for codec in told["codecs"]] == (SMALL if small else PLAIN), key
         assert told["chunk_key_encoding"] == {"name": "default", "configuration": {"separator": "/"}}
     others = {str(path) for path in files if path.name != "zarr.json" and "c" not in path.parts}

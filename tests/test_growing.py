@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from tests.closeness import same
 
 COLUMNS = (
     Column("theta", ("state", "param"), "float32", (11,), codec="bitdelta"),
+    Column("preconditioner", ("step", "param"), "float32", (11,), codec="bitdelta", tile=4),
     Column("momentum", ("anchor", "param"), "float64", (11,)),
     Column("state", ("anchor", "word"), "uint32", (1,), 0, 4, "apart"),
     Column("batch", ("step", "slot"), "int64", (1,), -1, 4),
@@ -78,6 +80,27 @@ def puts(column):
     return write
 
 
+def reading(values):
+    def read(out, row, start):
+        part = values[row : row + len(out), start : start + out.shape[1]]
+        out[:, : part.shape[1]] = part
+
+    return read
+
+
+def streamed(column):
+    """The same, read piece by piece."""
+
+    class Streaming:
+        def __init__(self, array):
+            self._array = array
+
+        def append(self, values, at):
+            self._array.stream(at, len(values), values.shape[1], reading(values))
+
+    return lambda array: spans(column)(Streaming(array))
+
+
 def by_zarr(group, columns, folder):
     return {column.name: Put(schema.create_column(group, column, rows)) for column, rows in columns.items()}
 
@@ -90,6 +113,27 @@ def test_the_files_are_those_that_zarr_makes(column, tmp_path):
     want = written(tmp_path / "zarr", column, by_zarr, write)
     assert sorted(got) == sorted(want)
     assert got == want
+
+
+@pytest.mark.parametrize("column", [column for column in COLUMNS if len(column.dims) == 2], ids=lambda column: column.name)
+def test_they_are_so_too_where_rows_are_read_piece_by_piece(column, tmp_path):
+    (tmp_path / "own").mkdir()
+    got = written(tmp_path / "own", column, created, streamed(column))
+    assert got == written(tmp_path / "zarr", column, by_zarr, spans(column))
+    assert written(tmp_path / "streamed", column, by_zarr, streamed(column)) == got
+
+
+@pytest.mark.parametrize("column", COLUMNS[:3], ids=lambda column: column.name)
+def test_a_row_that_is_on_disk_is_read_piece_by_piece(column, tmp_path):
+    column, values = replace(column, shape=(40,)), rows(replace(column, shape=(40,)), 6, 1, 0)
+    (tmp_path / "run").mkdir()
+    array = created(zarr.create_group(tmp_path / "run", zarr_format=3), {replace(column, chunk=None): 4}, tmp_path / "run")[column.name]
+    array.append(values, 0)
+    settle([array], tmp_path / "run")
+    for row in range(6):
+        read = array.row(row)
+        for start, stop in ((0, 5), (5, 7), (7, 40), (3, 9), (38, 60), (40, 50)):
+            same(read(start, stop), values[row, start:stop])
 
 
 def test_zeros_of_both_signs_and_nans_are_kept(tmp_path):

@@ -1,13 +1,17 @@
 """What does recording cost a training: time, memory and disk?
 
-python experiments/overhead/run.py [--small] [--pairs 5] [--only NAME] [--out runs/overhead] [--memory]
+python experiments/overhead/run.py [--small] [--pairs 5] [--only NAME] [--out runs/overhead] [--memory | --heap]
 
 Every training is made with and without a recorder, in turn, each in a process of its own. Time is the loop's, the recorder's closing
-included, behind a few steps to warm up; memory is the most that the process ever held. --memory looks at that alone, in large models.
+included, behind a few steps to warm up; memory is the most that the process ever held. --memory looks at that alone, in large models;
+--heap at what was allocated at most, byte by byte, in small ones, whose processes differ by more than that (python -m pip install memray).
 """
 
 import argparse
+import gc
+import importlib.util
 import json
+import os
 import resource
 import shutil
 import statistics
@@ -97,6 +101,55 @@ def memory(out: Path) -> None:
         )
 
 
+def allocated(config: str, overrides: list[str], path: Path | None, file: Path) -> dict[str, float]:
+    """Bytes that one training had allocated at most, its model left out; file: where memray writes them down.
+
+    A short one is recorded before: the modules and caches that a first recording loads are not counted, in neither of a pair.
+    """
+    import memray
+
+    settings = read(CONFIGS / f"{config}.toml", overrides)
+    task = load(settings.task.name, settings.task.options)
+    torch.manual_seed(settings.train.seed)
+    fit(task, replace(settings, train=replace(settings.train, steps=WARM)), task.model(), file.with_suffix(".warm"))
+    shutil.rmtree(file.with_suffix(".warm"))
+    model = task.model()
+    gc.collect()
+    with memray.Tracker(file):
+        fit(task, settings, model, path)
+    with memray.FileReader(file) as found:
+        peak = found.metadata.peak_memory
+    file.unlink()
+    return {"peak": peak, "params": sum(p.numel() for p in model.parameters())}
+
+
+def heap(out: Path, pairs: int, name: str) -> None:
+    """What recording adds to what a training has allocated at most."""
+    if importlib.util.find_spec("memray") is None:
+        sys.exit("--heap needs memray, which counts allocations: python -m pip install memray")
+
+    def made(path: Path, recorded: bool) -> dict[str, float]:
+        words = [sys.executable, __file__, "--heap", "--child", name, "--out", str(path), *(["--recorded"] if recorded else [])]
+        # Small objects too are then asked of the system one by one, and not by the megabyte.
+        run = subprocess.run(words, check=True, capture_output=True, text=True, env={**os.environ, "PYTHONMALLOC": "malloc"})
+        found: dict[str, float] = json.loads(run.stdout)
+        return found
+
+    out.mkdir(parents=True)
+    found = list[tuple[dict[str, float], dict[str, float]]]()
+    for k in range(pairs):
+        found.append((made(out / f"plain{k}", False), made(out / f"run{k}", True)))
+        shutil.rmtree(out / f"run{k}")
+    copy, more = 4 * found[0][0]["params"], [recorded["peak"] - plain["peak"] for plain, recorded in found]
+    plain = [plain["peak"] for plain, _ in found]
+    print("| training | a copy of its parameters | allocated at most | more when recorded | in copies |\n|---|---|---|---|---|")
+    print(
+        f"| {name} | {copy / 1e3:.0f} kB | {statistics.median(plain) / 1e3:.0f} kB ({min(plain) / 1e3:.0f} … {max(plain) / 1e3:.0f}) "
+        f"| {statistics.median(more) / 1e3:.0f} kB ({min(more) / 1e3:.0f} … {max(more) / 1e3:.0f}) "
+        f"| {statistics.median(more) / copy:.2f} ({min(more) / copy:.2f} … {max(more) / copy:.2f}) |"
+    )
+
+
 def study(name: str, out: Path, pairs: int, small: bool) -> dict[str, Any]:
     """Pairs of one training without and with a recorder."""
 
@@ -158,11 +211,17 @@ def main() -> None:
     parser.add_argument("--only")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--heap", action="store_true")
+    parser.add_argument("--recorded", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--stack", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
         config, overrides = (SMALL if given.small else TRAININGS)[given.child]
+        if given.heap:
+            path = given.out if given.recorded else None
+            print(json.dumps(allocated(config, overrides, path, given.out.with_suffix(".memray"))))
+            return
         print(json.dumps(trained(config, overrides, given.out)))
         return
     if given.stack:
@@ -172,6 +231,9 @@ def main() -> None:
     shutil.rmtree(out, ignore_errors=True)
     if given.memory:
         memory(out)
+        return
+    if given.heap:
+        heap(out, given.pairs, given.only or "MOD-113")
         return
     print("| training | parameters | ms a step | recorded | more time | more memory, in copies of theta | theta | preconditioner | all |")
     print("|---|---|---|---|---|---|---|---|---|")

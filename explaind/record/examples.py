@@ -78,9 +78,8 @@ def checked_ids(ids: Tensor | np.ndarray | Sequence[int], examples: int | None) 
 def checked_weights(weights: Tensor | np.ndarray | Sequence[float] | None, reduction: str, count: int) -> np.ndarray:
     """The factor on each example's loss: float64 [batch]."""
     if weights is None:
-        found = np.empty(count)
-        found.fill(1.0 / count if reduction == "mean" else 1.0)
-        return found
+        one = np.array([1.0 / count if reduction == "mean" else 1.0])
+        return np.ndarray((count,), one.dtype, one, 0, (0,))  # a single number, however large the batch is
     values = weights.detach().cpu().numpy() if isinstance(weights, Tensor) else np.asarray(weights)
     if values.shape != (count,) or not np.isfinite(values).all():
         raise RecordError(

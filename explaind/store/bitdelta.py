@@ -23,7 +23,7 @@ All integers are little-endian.
 import asyncio
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -37,11 +37,13 @@ from zarr.registry import register_codec
 NAME = "explaind.bitdelta"
 CELLS = 1 << 18
 """Numbers of a tile, where its width is not told: enough columns to sort."""
+PIECE = 1 << 14
+"""Bytes whose checksum is made at a time."""
 SAMPLE = 16
 """One column in so many says how often to difference."""
 ORDERS = 3
-LEVEL, BLOCK = 9, 1 << 13
-"""Of lz4: 5 takes a tenth less time and half a percent more room. Bytes that blosc works on at a time: it holds twice as many more."""
+LEVEL = 9
+"""Of lz4: 5 takes a tenth less time and half a percent more room."""
 EIGHT = 8
 """Blosc shuffles bits of so many numbers at a time, and silently leaves them as they are where the count is no multiple of it."""
 CRC, HEAD, TILE_HEAD = struct.Struct("<I"), struct.Struct("<IQ"), struct.Struct("<BII")
@@ -92,8 +94,8 @@ class Packing:
         """wide: columns of a tile."""
         self._columns, self._dtype, self._read, self._wide = shape[1], dtype.newbyteorder("<"), read, wide
         most = CELLS if wide is None else shape[0] * wide
-        # Memory that was used already is much faster.
-        self._rooms = np.empty((2, max(shape[0], min(most, shape[0] * shape[1])) + EIGHT), f"<i{dtype.itemsize}")
+        self._size = max(shape[0], min(most, shape[0] * shape[1])) + EIGHT
+        self._room: np.ndarray | None = None
         self._loaded: tuple[int, int] | None = None
         self.kept = self.rest = 0
         """Rows in front of those at the end that hold a single bit pattern; and that, as an unsigned number."""
@@ -105,6 +107,10 @@ class Packing:
             if self.kept == shape[0]:
                 break
 
+    def holds(self, number: Any) -> bool:
+        """Whether that is all there is, bit for bit."""
+        return not self.kept and int.from_bytes(np.asarray(number, self._dtype).tobytes(), "little") == self.rest
+
     def __iter__(self) -> Iterator[tuple[int, bytes]]:
         """Its bytes, piece by piece, each with its place: a file of several tiles gets its checksum last."""
         tiles, ahead = list(_tiles(self.kept, self._columns, self._wide)), [HEAD.pack(self.kept, self.rest)]
@@ -115,36 +121,47 @@ class Packing:
         at, crc = CRC.size, 0
         for tile in tiles:
             text = b"".join([*ahead, *self._tile(*tile)])
+            crc, ahead = zlib.crc32(text, crc), []
             yield at, text
-            at, crc, ahead = at + len(text), zlib.crc32(text, crc), []
+            at += len(text)
+            del text  # not to be held while the next one is made
         yield 0, CRC.pack(crc)
 
     def _bits(self, start: int, stop: int, rows: int) -> np.ndarray:
-        """The first rows of columns [start, stop), as signed integers, in the first room."""
-        bits = self._rooms[0, : rows * (stop - start)].reshape(rows, -1)
+        """The first rows of columns [start, stop), as signed integers, in the room of a tile."""
+        if self._room is None:
+            self._room = np.empty(self._size, f"<i{self._dtype.itemsize}")
+        bits = self._room[: rows * (stop - start)].reshape(rows, -1)
         if self._loaded != (start, stop):
             self._read(bits.view(self._dtype), start)
         self._loaded = start, stop  # its first rows are those of fewer, too
         return bits
 
     def _tile(self, start: int, stop: int) -> Sequence[bytes]:
-        bits = self._bits(start, stop, self.kept)
-        self._loaded = None
-        order = _order(bits)
-        room, other = self._rooms
+        widths, room = self._sorted(self._bits(start, stop, self.kept))
+        count = self.kept * (stop - start)
+        room[count : count + EIGHT] = 0
+        table = blosc.compress(widths, b"zstd", 1, blosc.SHUFFLE)
+        alike = blosc.compress(room[: count + -count % EIGHT], b"lz4", LEVEL, blosc.BITSHUFFLE)
+        self._room = room  # memory that was used already is much faster
+        return TILE_HEAD.pack(self._order, len(table), len(alike)), table, alike
+
+    def _sorted(self, bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The residuals of a tile in the order of their columns' widths, in a room; and these. The other room is given back."""
+        self._order = _order(bits)
+        room, other = self._room, np.empty(self._size, bits.dtype)
+        assert room is not None
+        self._room = self._loaded = None
         numbers, spare = (whole[: bits.size].reshape(bits.shape) for whole in (other, room))
         turned(bits, out=numbers)
-        for k in range(order):
+        for k in range(self._order):
             spare[: k + 1] = numbers[: k + 1]
             np.subtract(numbers[k + 1 :], numbers[k:-1], out=spare[k + 1 :])
             numbers, spare, room, other = spare, numbers, other, room
         residuals = folded(numbers, out=spare)
         widths = _length(residuals[_settled(len(residuals)) :].max(axis=0))
         np.take(residuals, np.argsort(widths, kind="stable"), axis=1, out=numbers.view(residuals.dtype), mode="clip")
-        other[bits.size : bits.size + EIGHT] = 0
-        table = blosc.compress(widths, b"zstd", 1, blosc.SHUFFLE)
-        alike = blosc.compress(other[: bits.size + -bits.size % EIGHT], b"lz4", LEVEL, blosc.BITSHUFFLE, 0 if self._wide is None else BLOCK)
-        return TILE_HEAD.pack(order, len(table), len(alike)), table, alike
+        return widths, other
 
 
 def packed(values: np.ndarray, wide: int | None = None) -> bytes:
@@ -157,7 +174,7 @@ def packed(values: np.ndarray, wide: int | None = None) -> bytes:
     return b"".join([text for _, text in pieces])
 
 
-def _crc(parts: Sequence[bytes]) -> int:
+def _crc(parts: Iterable[bytes]) -> int:
     crc = 0
     for part in parts:
         crc = zlib.crc32(part, crc)
@@ -201,37 +218,43 @@ def _length(largest: np.ndarray) -> np.ndarray:
 def unpacked(text: bytes, shape: tuple[int, int], dtype: np.dtype[Any], wide: int | None = None) -> np.ndarray:
     """What ``packed`` was given: [row, column]. ValueError where the bytes are not what it made; no more memory than the matrix takes."""
     out = np.empty(shape, dtype.newbyteorder("<"))
-    for start, values in tiles(text, shape, dtype, wide):
-        out[:, start : start + values.shape[1]] = values
+    for start, values, rest in tiles(lambda at, stop: text[at:stop], len(text), shape, dtype, wide):
+        part = out[:, start : start + values.shape[1]]
+        part[: len(values)], part[len(values) :] = values, rest
     return out
 
 
-def tiles(text: bytes, shape: tuple[int, int], dtype: np.dtype[Any], wide: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
-    """The same one after another: the first column of each, and its numbers [row, column]."""
-    if len(text) < CRC.size + HEAD.size or CRC.unpack_from(text)[0] != zlib.crc32(memoryview(text)[CRC.size :]):
+def tiles(
+    text: Callable[[int, int], bytes], size: int, shape: tuple[int, int], dtype: np.dtype[Any], wide: int | None = None
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """The same one after another: the first column of each, its numbers [row, column], and the one that is in all rows behind these.
+
+    text: gives the bytes from one place to another, out of so many.
+    """
+    front = text(0, CRC.size + HEAD.size)
+    if len(front) < CRC.size + HEAD.size or CRC.unpack_from(front)[0] != _crc(text(at, at + PIECE) for at in range(CRC.size, size, PIECE)):
         raise _damaged()
-    kept, rest = HEAD.unpack_from(text, CRC.size)
+    kept, number = HEAD.unpack_from(front, CRC.size)
     if kept > shape[0]:
         raise _damaged()
-    at, unsigned = CRC.size + HEAD.size, np.dtype(f"<u{dtype.itemsize}")
-    for start, stop in _tiles(kept, shape[1], wide) if kept else _tiles(*shape, wide):
-        values = np.empty((0, stop - start), unsigned)
-        if kept:
-            if at + TILE_HEAD.size > len(text):
-                raise _damaged()
-            order, *sizes = TILE_HEAD.unpack_from(text, at)
-            ends = at + TILE_HEAD.size, at + TILE_HEAD.size + sizes[0], at + TILE_HEAD.size + sum(sizes)
-            if order > ORDERS:
-                raise _damaged()
-            widths = _inflated(text[ends[0] : ends[1]], (stop - start,), np.dtype(np.uint8), zeros=1)
-            alike = _inflated(text[ends[1] : ends[2]], (kept, stop - start), unsigned)
-            residuals = np.take(alike, np.argsort(np.argsort(widths, kind="stable")), axis=1)
-            values, at = turned(summed(unfolded(residuals), order)).view(unsigned), ends[2]
-        if kept < shape[0]:
-            below = np.full((shape[0] - kept, stop - start), rest & (256**dtype.itemsize - 1), unsigned)
-            values = np.concatenate([values, below])
-        yield start, values.view(dtype.newbyteorder("<"))
-    if at != len(text):
+    at, unsigned, little = len(front), np.dtype(f"<u{dtype.itemsize}"), dtype.newbyteorder("<")
+    rest = np.array(number & (256**dtype.itemsize - 1), unsigned).view(little)
+    if not kept:
+        yield 0, np.empty((0, shape[1]), little), rest
+    for start, stop in _tiles(kept, shape[1], wide):
+        head = text(at, at + TILE_HEAD.size)
+        if len(head) < TILE_HEAD.size:
+            raise _damaged()
+        order, *sizes = TILE_HEAD.unpack(head)
+        ends = at + TILE_HEAD.size, at + TILE_HEAD.size + sizes[0], at + TILE_HEAD.size + sum(sizes)
+        if order > ORDERS or ends[2] > size:
+            raise _damaged()
+        widths = _inflated(text(ends[0], ends[1]), (stop - start,), np.dtype(np.uint8), zeros=1)
+        alike = _inflated(text(ends[1], ends[2]), (kept, stop - start), unsigned)
+        residuals = np.take(alike, np.argsort(np.argsort(widths, kind="stable")), axis=1)
+        yield start, turned(summed(unfolded(residuals), order)).view(little), rest
+        at = ends[2]
+    if at != size:
         raise _damaged()
 
 

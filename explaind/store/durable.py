@@ -46,6 +46,7 @@ def written(path: Path, pieces: Iterable[tuple[int, bytes]], new: bool = False) 
             while len(rest):  # a file may take less than it is given
                 rest = rest[os.write(number, rest) :]
             stands = at + len(text)
+            del text, rest  # the next piece is yet to be made
     except BaseException:
         os.close(number)
         raise

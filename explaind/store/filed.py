@@ -66,14 +66,19 @@ class Filed(Growing):
     def row(self, row: int) -> Callable[[int, int], np.ndarray]:
         return super().row(row) if self._codec is None else _Row(self, row).read
 
-    def tiles(self, *place: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Of a chunk that is packed tile by tile: where each begins, and its numbers [row, column]."""
+    def tiles(self, *place: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Of a chunk that is packed tile by tile, as ``bitdelta.tiles`` tells them."""
         assert self._codec is not None
-        try:
-            text = self._folder.joinpath("c", *map(str, place)).read_bytes()
-        except FileNotFoundError:
-            return iter([(0, np.full(self.chunks, self.fill, self.dtype))])
-        return tiles(text, (self.chunks[0], self.chunks[1]), self.dtype, self._codec.columns)
+        path = self._folder.joinpath("c", *map(str, place))
+        if not path.exists():
+            return iter([(0, np.empty((0, self.chunks[1]), self.dtype), np.array(self.fill, self.dtype))])
+
+        def text(at: int, stop: int) -> bytes:
+            with path.open("rb", buffering=0) as file:  # anew, since nobody says when the last was read
+                file.seek(at)
+                return file.read(max(0, stop - at))
+
+        return tiles(text, path.stat().st_size, (self.chunks[0], self.chunks[1]), self.dtype, self._codec.columns)
 
     def unsettled(self) -> Unsettled:
         with self._lock:
@@ -160,21 +165,24 @@ class Filed(Growing):
             self._put(file, place[0], self._chunk(values[cut]), at_once)
 
     def _stream(self, at: int, shape: tuple[int, int], start: int, read: Read) -> None:
-        if self._codec is None or at % self.chunks[0]:
+        if at % self.chunks[0]:
             super()._stream(at, shape, start, read)
             return
 
-        def chunk(out: np.ndarray, left: int) -> None:
+        def some(out: np.ndarray, left: int) -> None:
             out.fill(self.fill)
             if left < shape[1]:
                 read(out[: shape[0], : shape[1] - left], 0, left)
 
-        packing = Packing((self.chunks[0], self.chunks[1]), self.dtype, chunk, self._codec.columns)
-        nothing = not packing.kept and packing.rest == int.from_bytes(
-            np.asarray(self.fill, self.dtype.newbyteorder("<")).tobytes(), "little"
-        )
-        place = at // self.chunks[0], start // self.chunks[1]
-        self._put(self._folder.joinpath("c", *map(str, place)), place[0], None if nothing else packing)
+        place, rows, columns = (at // self.chunks[0], start // self.chunks[1]), *self.chunks
+        if self._codec is None:
+            whole = np.empty((rows, columns), self.dtype)
+            some(whole, 0)
+            text = self._chunk(whole)
+        else:
+            packing = Packing((rows, columns), self.dtype, some, self._codec.columns)
+            text = None if packing.holds(self.fill) else packing
+        self._put(self._folder.joinpath("c", *map(str, place)), place[0], text)
 
     def _put(self, file: Path, row: int, text: Text | None, at_once: bool = False) -> None:
         """A chunk, which is one of so many in front of it along the rows; None: it holds nothing."""
@@ -191,11 +199,13 @@ class Filed(Growing):
 
     def _chunk(self, values: np.ndarray) -> Text | None:
         """Filled up; None where that is all there is, which zarr leaves out."""
+        if not values.size or _alike(values, self.fill):
+            return None
         if values.shape != self.chunks:
             whole = np.full(self.chunks, self.fill, self.dtype)
             whole[tuple(map(slice, values.shape))] = values
             values = whole
-        return None if _alike(values, self.fill) else [(0, self._encode(np.asarray(values, self.dtype)))]
+        return [(0, self._encode(np.asarray(values, self.dtype)))]
 
     def _leave_out(self, file: Path) -> None:
         partial = file.with_name(f"{file.name}.partial")
@@ -213,7 +223,7 @@ class _Row:
     def __init__(self, array: Filed, row: int) -> None:
         self._array, self._row = array, row
         self._chunk, self._at = -1, 0
-        self._values, self._tiles = np.zeros(0, array.dtype), iter(list[tuple[int, np.ndarray]]())
+        self._values, self._tiles = np.zeros(0, array.dtype), array.tiles(-1, -1)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Numbers [start, stop), as far as they go."""
@@ -229,13 +239,14 @@ class _Row:
 
     def _find(self, at: int) -> None:
         """Unpack up to the tile that holds a number."""
-        wide = self._array.chunks[1]
-        if self._chunk != at // wide or at < self._at:
-            self._chunk, self._at, self._values = at // wide, at // wide * wide, self._values[:0]
+        across, row = self._array.chunks[1], self._row % self._array.chunks[0]
+        if self._chunk != at // across or at < self._at:
+            self._chunk, self._at, self._values = at // across, at // across * across, self._values[:0]
             self._tiles = self._array.tiles(self._row // self._array.chunks[0], self._chunk)
         while at >= self._at + len(self._values):
-            start, values = next(self._tiles)
-            self._at, self._values = self._chunk * wide + start, values[self._row % self._array.chunks[0]]
+            start, values, rest = next(self._tiles)
+            self._at = self._chunk * across + start
+            self._values = values[row].copy() if row < len(values) else np.broadcast_to(rest, values.shape[1])
 
 
 def _around_shape(metadata: dict[str, Any]) -> tuple[str, str, str]:

@@ -12,7 +12,7 @@ TOGETHER = 32
 SMALL_CHUNK = 1 << 18
 """Numbers in such a chunk, which is filled up where a step has fewer examples."""
 
-FEW, LEAST, SHARE, NARROW = 1 << 16, 1 << 14, 8, 4
+FEW, LEAST, SHARE, NARROW = 1 << 16, 1 << 13, 8, 4
 """Parameters below which a model's chunks are packed in large tiles. Of any other: numbers of a tile at least, parameters for each of
 them, and rows that it has room for at least."""
 
@@ -26,9 +26,9 @@ def columns(m: Manifest, codec: str = "standard") -> dict[str, Column]:
     options, scalars = max(len(o.options) for o in m.optimizers), max(len(o.scalars) for o in m.optimizers)
     found = [
         Column("theta", ("state", "param"), m.dtype, (d,), codec=codec, tile=tile(d, m.span)),
-        Column("batch", ("step", "slot"), "int64", (1,), -1, CHUNK_SLOTS),
-        Column("part", ("step", "slot"), "int32", (1,), -1, CHUNK_SLOTS),
-        Column("weight", ("step", "slot"), "float64", (1,), 0, CHUNK_SLOTS),
+        Column("batch", ("step", "slot"), "int64", (1,), -1, CHUNK_SLOTS, "short"),
+        Column("part", ("step", "slot"), "int32", (1,), -1, CHUNK_SLOTS, "short"),
+        Column("weight", ("step", "slot"), "float64", (1,), 0, CHUNK_SLOTS, "short"),
         Column("hyper", ("step", "layer", "option"), "float64", (layers, options), np.nan),
         Column("age", ("step", "layer"), "int32", (layers,)),
         Column("mode", ("step",), "int32", ()),

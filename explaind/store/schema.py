@@ -50,11 +50,11 @@ from explaind.store.remote import Remote, RemoteError
 
 VERSIONS: Mapping[str, int] = {"run": 3, "ledger": 2}
 """Of the schema, by what it is of. A change that older runs cannot be read without is a new one, and a step in upgrading.py."""
-CHUNK_SLOTS = 1 << 10
+CHUNK_SLOTS = 384
 """Examples of a batch in one chunk."""
-CHUNK_BYTES = 1 << 16
+CHUNK_BYTES = 1 << 13
 """Of random states in one chunk."""
-CHUNK_ROWS = 16
+CHUNK_ROWS = 48
 """With so many rows; with more it is narrower."""
 CHUNK_VALUES = 1 << 20
 """Numbers in one chunk, so that neither the writer nor a reader of one layer holds a whole large model."""
@@ -102,20 +102,27 @@ def bitdelta(tile: int | None = None) -> dict[str, Any]:
 CODECS: Mapping[str, Mapping[str, Any]] = {
     "bitdelta": bitdelta(),
     "standard": {"compressors": [lossless()]},
+    "short": {"compressors": [BloscCodec(cname="lz4", clevel=5, shuffle=BloscShuffle.bitshuffle)]},
     "quick": {"compressors": [BloscCodec(cname="lz4", clevel=5, shuffle=BloscShuffle.shuffle)]},
     "apart": {"compressors": [BloscCodec(cname="zstd", clevel=CLEVEL, shuffle=BloscShuffle.shuffle)]},
 }
-"""As zarr's arguments. Any zarr v3 reader knows all but the first. "quick" is for what is written while the training waits, and is a fifth
-larger; "apart" is for rows that have little in common, and takes its time."""
+"""As zarr's arguments. Any zarr v3 reader knows all but the first. "short" is for whole numbers, and takes less memory; "quick" is for what
+is written while the training waits, and is a fifth larger; "apart" is for rows that have little in common, and takes its time."""
 
 
 def codec_of(codecs: Sequence[Any]) -> str:
     """Which of CODECS an array has."""
     if any(isinstance(codec, BitDelta) for codec in codecs):
         return "bitdelta"
-    if any(isinstance(codec, BloscCodec) and str(getattr(codec.cname, "value", codec.cname)) == "lz4" for codec in codecs):
-        return "quick"
-    return "apart" if any(isinstance(codec, BloscCodec) and codec.clevel == CLEVEL for codec in codecs) else "standard"
+    for name in ("short", "quick", "apart"):
+        own = CODECS[name]["compressors"][0]
+        if any(isinstance(codec, BloscCodec) and _told(codec) == _told(own) for codec in codecs):
+            return name
+    return "standard"
+
+
+def _told(codec: BloscCodec) -> tuple[Any, ...]:
+    return codec.cname.value, codec.clevel, codec.shuffle.value
 
 
 CHOICES = ("bitdelta", "standard")

@@ -9,12 +9,11 @@ import numpy as np
 from explaind.store.checksums import Chain
 from explaind.store.growing import Growing, filled
 from explaind.store.row import StepRow
+from explaind.store.schema import CHUNK_SLOTS
 from explaind.store.tail import Log, Place
 
 SLOTS = ("batch", "part", "weight")
 """Fields with a number for every example of a batch; those of large batches are read like vectors."""
-WIDE = 1 << 10
-"""Examples of a batch that is large."""
 VECTORS = {"preconditioner": "preconditioner", "anchor": "momentum", "filtered": "filtered", "state": "state"}
 """Fields of a row that are read from the log piece by piece, and the arrays that they go to."""
 ANCHORED = ("momentum", "filtered", "state")
@@ -144,7 +143,7 @@ def write_vectors(array: Growing, at: int, log: Log, places: Sequence[Place | No
 
 def is_wide(shape: tuple[int, ...]) -> bool:
     """Whether a batch of this shape is large."""
-    return shape[0] > WIDE
+    return shape[0] > CHUNK_SLOTS
 
 
 def length(place: Place) -> int:
