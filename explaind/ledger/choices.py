@@ -29,7 +29,7 @@ class Choice:
     thin: int
     """Steps between two stored states; 0: every state is stored."""
     codec: str
-    """Of parameters and second moments; "any" where there is no difference."""
+    """Of parameters, momenta and second moments; "any" where there is no difference."""
     gradients: str
     """The dtype in which the gradients of examples are stored; "": they are made again when they are asked for."""
     asked: bool

@@ -359,8 +359,8 @@ def record(
     precision         torch.bfloat16 or torch.float16 where gradients are computed in it (autocast); found by itself where the model, or
                       ``recorder.examples``, is called inside of ``torch.autocast``. The replay runs under it too; what it
                       rounds of a batch's gradient is no example's, and stands in ``arithmetic``
-    codec             of parameters, momenta and second moments: "bitdelta", which is lossless and small, or "standard", which is larger and which
-                      zarr reads where explaind is not installed; a run that is gone on with keeps its own
+    codec             of parameters, momenta and second moments: "bitdelta", which is lossless and small, or "standard", which is larger and
+                      which zarr reads where explaind is not installed; a run that is gone on with keeps its own
     thin              steps between two stored states, or "sqrt:STEPS" for the root of the steps to come: what is between is lived again
                       when it is asked for, in a small part of the room; RecordError names what cannot be
     gradients         "store" puts the gradient of every example of every step into the run, so that ``explaind.decompose`` needs neither
