@@ -12,9 +12,11 @@ TOGETHER = 32
 SMALL_CHUNK = 1 << 18
 """Numbers in such a chunk, which is filled up where a step has fewer examples."""
 
-FEW, LEAST, SHARE, NARROW = 1 << 16, 1 << 13, 8, 4
-"""Parameters below which a model's chunks are packed in large tiles. Of any other: numbers of a tile at least, parameters for each of
-them, and rows that it has room for at least."""
+FEW, TILE = 1 << 16, 1 << 12
+"""Parameters below which a model is small; columns of its chunks that are packed at a time."""
+OWN, SHARE, NARROW = 7 << 13, 3, 4
+"""Of a larger one: numbers that half of what a recorder holds besides would be, and how many of the others there are for one that is packed
+at a time; rows that there is room for at least."""
 
 OPTIONAL = ("momentum", "preconditioner")
 """Columns that only some optimizers have, which the manifest does not tell."""
@@ -57,13 +59,13 @@ def columns(m: Manifest, codec: str = "standard") -> dict[str, Column]:
     return {column.name: column for column in found}
 
 
-def tile(params: int, rows: int) -> int | None:
-    """How many columns of a chunk are packed at a time; None: as many as the codec likes.
+def tile(params: int, rows: int) -> int:
+    """How many columns of a chunk are packed at a time.
 
-    Six times as many numbers are held then, which is to be less than a copy of the parameters. Many are packed sooner, and into less; of
-    few parameters it is no matter what that takes.
+    Of a number that is packed five are held. All that a recorder holds is to be less than two copies of the parameters; of few it is no
+    matter. Large tiles are packed sooner, and into less.
     """
-    return None if params < FEW else max(1, min(CELLS, max(LEAST, params // SHARE)) // max(rows, NARROW))
+    return TILE if params < FEW else max(1, min(CELLS, (params - OWN) // SHARE) // max(rows, NARROW))
 
 
 def rows_of_chunk(column: Column, m: Manifest) -> int:
