@@ -12,11 +12,11 @@ TOGETHER = 32
 SMALL_CHUNK = 1 << 18
 """Numbers in such a chunk, which is filled up where a step has fewer examples."""
 
-FEW, TILE = 1 << 16, 1 << 12
-"""Parameters below which a model is small; columns of its chunks that are packed at a time."""
+FEW, MANY, TILE = 1 << 16, 1 << 17, 1 << 12
+"""Parameters below which a model is small, and from which on it is not; columns of a small one's chunks that are packed at a time."""
 OWN, SHARE, NARROW = 7 << 13, 3, 4
-"""Of a larger one: numbers that half of what a recorder holds besides would be, and how many of the others there are for one that is packed
-at a time; rows that there is room for at least."""
+"""Numbers that half of what a recorder holds besides would be; how many of the others there are for one that is packed at a time; rows that
+there is room for at least."""
 
 OPTIONAL = ("momentum", "preconditioner")
 """Columns that only some optimizers have, which the manifest does not tell."""
@@ -60,12 +60,15 @@ def columns(m: Manifest, codec: str = "standard") -> dict[str, Column]:
 
 
 def tile(params: int, rows: int) -> int:
-    """How many columns of a chunk are packed at a time.
+    """How many columns of a chunk are packed at a time. Large tiles are packed sooner, and into less; of a number in one five are held.
 
-    Of a number that is packed five are held. All that a recorder holds is to be less than two copies of the parameters; of few it is no
-    matter. Large tiles are packed sooner, and into less.
+    All that a recorder holds is to be less than two copies of the parameters, or three megabytes where there are many: they are no matter
+    then, and a training with short steps would wait for small tiles. Nor are they where there are few.
     """
-    return TILE if params < FEW else max(1, min(CELLS, (params - OWN) // SHARE) // max(rows, NARROW))
+    if params < FEW:
+        return TILE
+    numbers = max((params - OWN) // SHARE, MANY if params >= MANY else 0)
+    return max(1, min(CELLS, numbers) // max(rows, NARROW))
 
 
 def rows_of_chunk(column: Column, m: Manifest) -> int:
