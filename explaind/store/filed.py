@@ -165,18 +165,21 @@ class Filed(Growing):
             self._put(file, place[0], self._chunk(values[cut]), at_once)
 
     def stream(self, at: int, rows: int, wide: int, read: Read) -> None:
-        if self._codec is None or self._codec.columns is not None and self._codec.columns < self.chunks[1]:
+        if self._codec is None or (self._codec.columns is not None and self._codec.columns < self.chunks[1]):
             super().stream(at, rows, wide, read)
             return
         # Whole chunks are held in any case: several that are small are read in one go.
         self.extend(at + rows, (wide,))
         down = self.chunks[0] * max(1, schema.CHUNK_VALUES // (self.chunks[0] * self.chunks[1]))
         across = self.chunks[1] * max(1, 2 * schema.CHUNK_VALUES // (down * self.chunks[1]))
-        for top in range(0, rows, down):
+        top = at
+        while top < at + rows:
+            count = min(at + rows - top, down - top % self.chunks[0])
             for start in range(0, self.shape[1], across):
-                values = np.full((min(down, rows - top), min(across, self.shape[1] - start)), self.fill, self.dtype)
-                read(values, top, start)
-                self._write(values, at + top, start, start + values.shape[1])
+                values = np.full((count, min(across, self.shape[1] - start)), self.fill, self.dtype)
+                read(values, top - at, start)
+                self._write(values, top, start, start + values.shape[1])
+            top += count
 
     def _stream(self, at: int, shape: tuple[int, int], start: int, read: Read) -> None:
         if at % self.chunks[0]:
