@@ -165,7 +165,7 @@ def _column(source: Source, found: Spec, column: schema.Column, m: Manifest, row
         got = ", ".join(f"{axis} {n}" for axis, n in zip(found.dims, found.shape, strict=True))
         raise unfit(source, column.name, "of another shape", expected=f"{column.dtype} [{asked}]", got=f"{found.dtype} [{got}]")
     chunks = column.chunks(layout.rows_of_chunk(column, m))
-    spec = replace(found, shape=(rows, *found.shape[1:]), chunks=chunks, fill=column.fill)
+    spec = replace(found, shape=(rows, *found.shape[1:]), chunks=chunks, fill=column.fill, tile=column.tile)
     _check_chunk(source, column.name, spec)
     return spec
 

@@ -202,7 +202,9 @@ class _Writer(_Grouped):
             self._groups[front] = self._group(front, {})
         dtype: Any = np.dtypes.StringDType() if spec.dtype == TEXT else np.dtype(spec.dtype)
         codec, attributes = self.codec_of(spec)
-        options: dict[str, Any] = dict(schema.CODECS[codec]) if codec != "standard" else {"compressors": schema.compressors(dtype)}
+        options: dict[str, Any] = (
+            dict(schema.codec(codec, spec.tile)) if codec != "standard" else {"compressors": schema.compressors(dtype)}
+        )
         if spec.fill is not None:
             options["fill_value"] = spec.fill
         dims, config = list(spec.dims), self.config

@@ -94,13 +94,8 @@ def lossless() -> BloscCodec:
 CLEVEL = 9
 
 
-def bitdelta(tile: int | None = None) -> dict[str, Any]:
-    """As zarr's arguments; tile: columns that are packed at a time."""
-    return {"serializer": BitDelta(tile), "compressors": None}
-
-
 CODECS: Mapping[str, Mapping[str, Any]] = {
-    "bitdelta": bitdelta(),
+    "bitdelta": {"serializer": BitDelta(), "compressors": None},
     "standard": {"compressors": [lossless()]},
     "short": {"compressors": [BloscCodec(cname="lz4", clevel=5, shuffle=BloscShuffle.bitshuffle)]},
     "quick": {"compressors": [BloscCodec(cname="lz4", clevel=5, shuffle=BloscShuffle.shuffle)]},
@@ -108,6 +103,11 @@ CODECS: Mapping[str, Mapping[str, Any]] = {
 }
 """As zarr's arguments. Any zarr v3 reader knows all but the first. "short" is for whole numbers, and takes less memory; "quick" is for what
 is written while the training waits, and is a fifth larger; "apart" is for rows that have little in common, and takes its time."""
+
+
+def codec(name: str, tile: int | None) -> Mapping[str, Any]:
+    """One of CODECS, with so many columns packed at a time where it is bitdelta."""
+    return CODECS[name] if name != "bitdelta" else {**CODECS[name], "serializer": BitDelta(tile)}
 
 
 def codec_of(codecs: Sequence[Any]) -> str:
@@ -220,7 +220,7 @@ def create_column(group: zarr.Group, column: Column, rows: int) -> zarr.Array:
         shape=(0, *column.shape),
         chunks=column.chunks(rows),
         dtype=column.dtype,
-        **(CODECS[column.codec] if column.codec != "bitdelta" else bitdelta(column.tile)),
+        **codec(column.codec, column.tile),
         fill_value=column.fill,
         dimension_names=list(column.dims),
     )

@@ -37,6 +37,8 @@ class Spec:
     fill: float | None = None
     """Of a column."""
     codec: str = "standard"
+    tile: int | None = None
+    """Of a column: ``schema.Column.tile``."""
     width: int = 0
     """Bytes of the longest text."""
 
