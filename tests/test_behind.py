@@ -134,13 +134,36 @@ def test_large_batches_are_read_back_from_the_log_and_are_the_same_record(option
         same(large._read(name, slice(None)), small._read(name, slice(None)))
 
 
+@pytest.mark.parametrize("sizes", [[5, 5], [2, 2, 2, 5], [5, 2], [2, 5, 3, 2]], ids=str)
+@pytest.mark.parametrize("end", ["closed", "killed", "url"])
+def test_gradients_of_the_largest_batch_stay_where_it_is_in_the_last_span(sizes, end, tmp_path, monkeypatch):
+    cases.shorten_blocks(monkeypatch)
+    monkeypatch.setattr(span, "CHUNK_SLOTS", 3)
+    model, path = torch.nn.Linear(2, 1), f"memory://large/{'-'.join(map(str, sizes))}" if end == "url" else tmp_path / "run"
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recorder = explaind.record(optimizer, model, path, gradients="store", **({"spool": tmp_path / "spool"} if end == "url" else {}))
+    for size in sizes:
+        recorder.examples(range(size))
+        optimizer.zero_grad()
+        model(torch.randn(size, 2)).square().mean().backward()
+        optimizer.step()
+    if end == "killed":
+        shutil.copytree(tmp_path / "run", tmp_path / "left")
+        repair(tmp_path / "left")
+    recorder.close()
+    for place in (path, *([tmp_path / "left"] if end == "killed" else [])):
+        run = explaind.open(place)
+        assert (run.steps, run.damage()) == (len(sizes), [])
+        assert [len(run.gradients(step, 0, size)) for step, size in enumerate(sizes)] == sizes
+
+
 def test_recording_holds_less_than_two_copies_of_the_parameters(tmp_path):
     """What Python and numpy allocate, in the thread that writes too; the tensors of hooks are not counted here (experiments/overhead)."""
 
     def training(path, steps):
         torch.manual_seed(0)
         model = torch.nn.Sequential(
-            torch.nn.Linear(16, 400), torch.nn.ReLU(), torch.nn.Linear(400, 400), torch.nn.ReLU(), torch.nn.Linear(400, 2)
+            torch.nn.Linear(16, 330), torch.nn.ReLU(), torch.nn.Linear(330, 330), torch.nn.ReLU(), torch.nn.Linear(330, 2)
         )
         optimizer, x, ids = torch.optim.AdamW(model.parameters(), lr=1e-3), torch.randn(2000, 16), torch.arange(2000)
         with explaind.record(optimizer, model, path) as recorder:

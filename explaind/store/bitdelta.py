@@ -37,7 +37,7 @@ from zarr.registry import register_codec
 NAME = "explaind.bitdelta"
 CELLS = 1 << 18
 """Numbers of a tile, where its width is not told: enough columns to sort."""
-PIECE = 1 << 14
+PIECE = 1 << 16
 """Bytes whose checksum is made at a time."""
 SAMPLE = 32
 """So many columns of a tile, about, say how often to difference: so few that numpy does not give the interpreter away for them."""
@@ -216,7 +216,7 @@ def _length(largest: np.ndarray) -> np.ndarray:
 
 
 def unpacked(text: bytes, shape: tuple[int, int], dtype: np.dtype[Any], wide: int | None = None) -> np.ndarray:
-    """What ``packed`` was given: [row, column]. ValueError where the bytes are not what it made; no more memory than the matrix takes."""
+    """What ``packed`` was given: [row, column]. ValueError where the bytes are not what it made; a few times its memory at most."""
     out = np.empty(shape, dtype.newbyteorder("<"))
     for start, values, rest in tiles(lambda at, stop: text[at:stop], len(text), shape, dtype, wide):
         part = out[:, start : start + values.shape[1]]

@@ -32,11 +32,16 @@ def write_file(path: Path, text: bytes) -> None:
 
 
 def written(path: Path, pieces: Iterable[tuple[int, bytes]], new: bool = False) -> int:
-    """The same of pieces, each with its place, and the number of the open file, which is the caller's to close.
+    """The same of pieces, each with its place, in a folder that is made where there is none; the number of the open file.
 
-    new: FileExistsError where there is one.
+    That is the caller's to close. new: FileExistsError where there is one.
     """
-    number = os.open(path, WRITE | (os.O_EXCL if new else os.O_TRUNC), 0o666)
+    how = WRITE | (os.O_EXCL if new else os.O_TRUNC)
+    try:
+        number = os.open(path, how, 0o666)
+    except FileNotFoundError:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        number = os.open(path, how, 0o666)
     try:
         stands = 0
         for at, text in pieces:

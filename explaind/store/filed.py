@@ -274,24 +274,13 @@ def _around_shape(metadata: dict[str, Any]) -> tuple[str, str, str]:
 
 def _in_place(file: Path, text: Text) -> tuple[Move, int]:
     """Write a new file, or beside its place where there is one; its number, since it stays open."""
-    try:
-        return (file, file), _written(file, text, new=True)
-    except FileExistsError:
-        return _beside(file, text)
+    return _beside(file, text) if file.exists() else ((file, file), written(file, text, new=True))
 
 
 def _beside(file: Path, text: Text) -> tuple[Move, int]:
     """Write what is to be put in a file's place; its number, since it stays open."""
     partial = file.with_name(f"{file.name}.partial")
-    return (partial, file), _written(partial, text)
-
-
-def _written(file: Path, text: Text, new: bool = False) -> int:
-    try:
-        return written(file, text, new)
-    except FileNotFoundError:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        return written(file, text, new)
+    return (partial, file), written(partial, text)
 
 
 def growing(array: zarr.Array, place: Location) -> Growing:

@@ -12,8 +12,9 @@ TOGETHER = 32
 SMALL_CHUNK = 1 << 18
 """Numbers in such a chunk, which is filled up where a step has fewer examples."""
 
-FEW, MANY, TILE = 1 << 16, 1 << 17, 1 << 12
-"""Parameters below which a model is small, and from which on it is not; columns of a small one's chunks that are packed at a time."""
+FEW, MANY, TILE, LEAST = 1 << 16, 1 << 17, 1 << 12, 1 << 13
+"""Parameters below which a model is small, and from which on it is not; columns of a small one's chunks that are packed at a
+time, and numbers of any other's at least."""
 OWN, SHARE, NARROW = 7 << 13, 3, 4
 """Numbers that half of what a recorder holds besides would be; how many of the others there are for one that is packed at a time; rows that
 there is room for at least."""
@@ -67,7 +68,7 @@ def tile(params: int, rows: int) -> int:
     """
     if params < FEW:
         return TILE
-    numbers = max((params - OWN) // SHARE, MANY if params >= MANY else 0)
+    numbers = max((params - OWN) // SHARE, MANY if params >= MANY else LEAST)
     return max(1, min(CELLS, numbers) // max(rows, NARROW))
 
 

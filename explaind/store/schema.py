@@ -101,8 +101,9 @@ CODECS: Mapping[str, Mapping[str, Any]] = {
     "quick": {"compressors": [BloscCodec(cname="lz4", clevel=5, shuffle=BloscShuffle.shuffle)]},
     "apart": {"compressors": [BloscCodec(cname="zstd", clevel=CLEVEL, shuffle=BloscShuffle.shuffle)]},
 }
-"""As zarr's arguments. Any zarr v3 reader knows all but the first. "short" is for whole numbers, and takes less memory; "quick" is for what
-is written while the training waits, and is a fifth larger; "apart" is for rows that have little in common, and takes its time."""
+"""As zarr's arguments. Any zarr v3 reader knows all but the first. "short" is for what is said of single examples, and takes less memory;
+"quick" is for what is written while the training waits, and is a fifth larger; "apart" is for rows that have little in common, and takes
+its time."""
 
 
 def codec(name: str, tile: int | None) -> Mapping[str, Any]:
@@ -126,7 +127,7 @@ def _told(codec: BloscCodec) -> tuple[Any, ...]:
 
 
 CHOICES = ("bitdelta", "standard")
-"""How theta and the preconditioner may be stored: small, or so that any zarr reader reads them."""
+"""How theta, momentum and the preconditioner may be stored: small, or so that any zarr reader reads them."""
 
 
 def create_group(path: Location, kind: str, attributes: Mapping[str, Any], but: Sequence[str] = ()) -> zarr.Group:

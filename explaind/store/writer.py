@@ -62,7 +62,7 @@ class RunWriter:
         preconditioner: bool,
         codec: str = "bitdelta",
     ) -> None:
-        """codec: of theta and the preconditioner, out of schema.CHOICES."""
+        """codec: of theta, momentum and the preconditioner, out of schema.CHOICES."""
         crc = theta_checksum(theta, manifest.layers, np.zeros(len(manifest.layers), np.uint32))
         self._set(path, manifest, 0, 0, [])
         known = lowest(path) if isinstance(path, Path) else None
@@ -267,15 +267,15 @@ class RunWriter:
         spool.check_own(self.path, self._marked)  # what somebody else committed is not to be overwritten
         for name, values in span.values(self._columns).items():
             self._columns[name].append(values, span.start)
-        if end and "gradient" in self._columns:
-            array = self._columns["gradient"]
-            array.trim((span.stop, self._columns["batch"].shape[1], array.shape[2]))
         vectors = list(span.vectors())
         anchors = self._anchors + max([len(places) for name, places in vectors if name in ANCHORED], default=0)
         # The training is over: of a small model, whose chunks are small, half is done by the thread.
         states = self._thread.submit(self._write_states, span, end, anchors) if end and self.manifest.together > 1 else None
         for name, places in vectors:
             write_vectors(self._columns[name], self._anchors if name in ANCHORED else span.start, span.log, places)
+        if end and "gradient" in self._columns:
+            array = self._columns["gradient"]
+            array.trim((span.stop, self._columns["batch"].shape[1], array.shape[2]))  # which is as wide as it will be by now
         steps = self._write_states(span, end, anchors) if states is None else states.result()
         settle(self._columns.values(), self.path, behind=not end)
         self._mark(steps, complete, span.modes)
