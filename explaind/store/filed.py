@@ -202,7 +202,7 @@ class Filed(Growing):
         self._put(self._folder.joinpath("c", *map(str, place)), place[0], text)
 
     def _put(self, file: Path, row: int, text: Text | None, at_once: bool = False) -> None:
-        """A chunk, which is one of so many in front of it along the rows; None: it holds nothing."""
+        """Text of a chunk, whose number along the rows that is; None: it holds nothing."""
         with self._lock:
             if text is None:
                 self._leave_out(file)
