@@ -40,7 +40,7 @@ CELLS = 1 << 18
 PIECE = 1 << 16
 """Bytes whose checksum is made at a time."""
 SAMPLE = 32
-"""So many columns of a tile, about, say how often to difference: so few that numpy does not give the interpreter away for them."""
+"""So many columns of a tile, about, say how often to difference, as well as more of them would."""
 ORDERS = 3
 LEVEL = 9
 """Of lz4: 5 takes a tenth less time and half a percent more room."""
