@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from zarr.codecs import BytesCodec
 
 import explaind
 from explaind.errors import StoreError
-from explaind.store import filed, location, schema
-from explaind.store.filed import created, growing, settle
+from explaind.store import described, filed, location, schema
+from explaind.store.filed import created, growing, settle, write_finished
 from explaind.store.growing import Put
 from explaind.store.repair import repair
 from explaind.store.schema import Column
@@ -38,11 +39,15 @@ COLUMNS = (
 
 def written(folder, column, make, write):
     """The files of an array that is made and written to in this way, by their names."""
-    group = zarr.create_group(folder, zarr_format=3)
-    array = make(group, {column: 1 if column.name == "gradient" else 4}, folder)[column.name]
+    zarr.create_group(folder, zarr_format=3)
+    array = make({column: 1 if column.name == "gradient" else 4}, folder)[column.name]
     for _ in write(array):
         settle([array], folder)
     settle([array], folder)
+    return files(folder)
+
+
+def files(folder):
     return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
@@ -101,7 +106,8 @@ def streamed(column):
     return lambda array: spans(column)(Streaming(array))
 
 
-def by_zarr(group, columns, folder):
+def by_zarr(columns, folder):
+    group = zarr.open_group(folder, mode="r+")
     return {column.name: Put(schema.create_column(group, column, rows)) for column, rows in columns.items()}
 
 
@@ -113,6 +119,59 @@ def test_the_files_are_those_that_zarr_makes(column, tmp_path):
     want = written(tmp_path / "zarr", column, by_zarr, write)
     assert sorted(got) == sorted(want)
     assert got == want
+
+
+FINISHED = {
+    "constant/scale": np.float32(2.5),
+    "constant/zero": np.zeros((), np.int64),
+    "constant/mask.kept": np.array([[True, False, True]]),
+    "constant/mask.none": np.zeros((2, 3), bool),
+    "constant/empty": np.zeros((0, 3), np.float16),
+    "constant/blocks/0/weight": np.arange(12, dtype=np.float64).reshape(3, 4).T,
+    "constant/spectrum": np.array([1 + 2j, -0.0j], np.complex64),
+    "constant/flat": np.zeros(2, np.complex128),
+    "constant/bytes": np.arange(5, dtype=np.uint8),
+    "constant/signs": np.array([-0.0, 0.0]),
+    "fingerprint": np.arange(300, dtype=np.uint32),
+}
+
+
+def test_finished_arrays_are_those_that_zarr_makes(tmp_path):
+    for name in ("own", "zarr"):
+        zarr.create_group(tmp_path / name, zarr_format=3)
+    arrays = {name: (np.asarray(values), [f"axis{i}" for i in range(np.ndim(values))]) for name, values in FINISHED.items()}
+    write_finished(arrays, tmp_path / "own")
+    for name, (values, dims) in arrays.items():
+        schema.write_array(zarr.open_group(tmp_path / "zarr", mode="r+"), name, values, tuple(dims))
+    got, want = (files(tmp_path / name) for name in ("own", "zarr"))
+    assert sorted(got) == sorted(want)
+    assert got == want
+    for name, values in FINISHED.items():
+        found = zarr.open_group(tmp_path / "own")[name][...]
+        assert found.dtype == values.dtype
+        assert found.tobytes() == np.ascontiguousarray(values).tobytes()
+
+
+@pytest.mark.parametrize("name", ["../out", "a//b", "/a", "a/.", ""])
+def test_a_name_that_leads_elsewhere_is_refused(name, tmp_path):
+    (tmp_path / "run").mkdir()
+    with pytest.raises(StoreError, match="this name cannot stand in a run"):
+        write_finished({f"constant/{name}": (np.ones(2), ["x"])}, tmp_path / "run")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["run"]
+
+
+@pytest.mark.parametrize("attributes", [{}, {"manifest": {"layers": ["a", "é"], "lr": 1e-3, "none": None, "deep": [[True]]}}])
+def test_a_group_is_told_as_zarr_tells_it(attributes, tmp_path):
+    zarr.create_group(tmp_path, zarr_format=3, attributes=attributes)
+    assert described.group(attributes) == (tmp_path / "zarr.json").read_bytes()
+
+
+def test_codecs_that_no_recording_writes_are_refused(tmp_path):
+    group = zarr.create_group(tmp_path / "run", zarr_format=3)
+    for name, codecs in {"plain": {"compressors": None}, "big": {"serializer": BytesCodec(endian="big")}}.items():
+        array = group.create_array(name, shape=(4,), dtype="float32", **codecs)
+        with pytest.raises(StoreError, match=f"(?s){name}.*codecs that no recording writes|codecs that no recording writes.*{name}"):
+            growing(array, tmp_path / "run")
 
 
 @pytest.mark.parametrize("column", [column for column in COLUMNS if len(column.dims) == 2], ids=lambda column: column.name)
@@ -127,7 +186,7 @@ def test_they_are_so_too_where_rows_are_read_piece_by_piece(column, tmp_path):
 def test_a_row_that_is_on_disk_is_read_piece_by_piece(column, tmp_path):
     column, values = replace(column, shape=(40,)), rows(replace(column, shape=(40,)), 6, 1, 0)
     (tmp_path / "run").mkdir()
-    array = created(zarr.create_group(tmp_path / "run", zarr_format=3), {replace(column, chunk=None): 4}, tmp_path / "run")[column.name]
+    array = created({replace(column, chunk=None): 4}, tmp_path / "run")[column.name]
     array.append(values, 0)
     settle([array], tmp_path / "run")
     for row in range(6):

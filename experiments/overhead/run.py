@@ -4,7 +4,8 @@ python experiments/overhead/run.py [--small] [--pairs 5] [--only NAME] [--out ru
 
 Every training is made with and without a recorder, in turn, each in a process of its own. Time is the loop's, the recorder's closing
 included, behind a few steps to warm up; memory is the most that the process ever held. --memory looks at that alone, in large models;
---heap at what was allocated at most, byte by byte, in small ones, whose processes differ by more than that (python -m pip install memray).
+--heap at small ones, whose processes differ by more than a copy of their parameters where nothing is done about it: at what was allocated
+at most, byte by byte (python -m pip install memray), and at what a process held at most whose allocator gives back what was freed (Linux).
 """
 
 import argparse
@@ -26,10 +27,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from explaind.config import read
+from explaind.config import Config, read
 from explaind.record.recorder import record
 from explaind.store.reader import open_run
-from explaind.tasks import load
+from explaind.tasks import Task, load
 from explaind.tasks.training import fit
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -41,27 +42,48 @@ TRAININGS = {
 }
 SMALL = {"digits": ("digits", ["--train.steps", "200"])}
 WARM = 5
+GIVES_BACK = {"PYTHONMALLOC": "malloc", "MALLOC_MMAP_THRESHOLD_": "32768", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0"}
+"""Has glibc keep no room for later, and Python ask it for small objects too."""
 STACKS, WIDE = (1, 5, 10), 2048
 """Layers of the stacks whose memory is looked at, and how wide they are."""
 
 
-def trained(config: str, overrides: list[str], path: Path | None) -> dict[str, float]:
-    """Seconds, and bytes at most, of one training."""
+def child(words: list[str], more: dict[str, str] | None = None) -> dict[str, float]:
+    """What this file prints in a process of its own; more: of its environment."""
+    run = subprocess.run([sys.executable, __file__, *words], check=True, capture_output=True, text=True, env={**os.environ, **(more or {})})
+    found: dict[str, float] = json.loads(run.stdout)
+    return found
+
+
+def prepared(config: str, overrides: list[str]) -> tuple[Config, Task, nn.Module]:
+    """A training, behind a few steps of another one that nobody records."""
     settings = read(CONFIGS / f"{config}.toml", overrides)
     task = load(settings.task.name, settings.task.options)
     torch.manual_seed(settings.train.seed)
     fit(task, replace(settings, train=replace(settings.train, steps=WARM)), task.model(), None)
-    model = task.model()
+    return settings, task, task.model()
+
+
+def count(model: nn.Module) -> int:
+    """Its parameters."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def trained(config: str, overrides: list[str], path: Path | None) -> dict[str, float]:
+    """Seconds, and bytes at most, of one training."""
+    settings, task, model = prepared(config, overrides)
     begun = time.perf_counter()
     fit(task, settings, model, path)
     seconds = time.perf_counter() - begun
-    params = sum(p.numel() for p in model.parameters())
-    return {
-        "seconds": seconds,
-        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "params": params,
-        "steps": settings.train.steps,
-    }
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"seconds": seconds, "peak": peak, "own": peak - mapped(), "params": count(model), "steps": settings.train.steps}
+
+
+def mapped() -> int:
+    """Bytes of files that stand in the process's memory, such as the code of its libraries; 0 where the system does not say."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(("RssFile:", "RssShmem:")))
 
 
 def stacked(layers: int, path: Path | None, steps: int = 6) -> dict[str, float]:
@@ -78,21 +100,15 @@ def stacked(layers: int, path: Path | None, steps: int = 6) -> dict[str, float]:
             nn.functional.cross_entropy(model(x), y).backward()
             optimizer.step()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"peak": peak, "params": sum(p.numel() for p in model.parameters())}
+    return {"peak": peak, "params": count(model)}
 
 
 def memory(out: Path) -> None:
     """What recording adds to the memory of stacks of linear layers."""
-
-    def made(layers: int, path: Path | None) -> dict[str, float]:
-        words = [sys.executable, __file__, "--stack", str(layers), *([] if path is None else ["--out", str(path)])]
-        found: dict[str, float] = json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
-        return found
-
     print("| parameters | a copy of them | memory of the training | more when recorded | in copies |\n|---|---|---|---|---|")
     for layers in STACKS:
         path = out / f"stack{layers}"
-        plain, recorded = made(layers, None), made(layers, path)
+        plain, recorded = (child(["--stack", str(layers), *more]) for more in ([], ["--out", str(path)]))
         shutil.rmtree(path)
         copy, more = 4 * plain["params"], recorded["peak"] - plain["peak"]
         print(
@@ -102,87 +118,69 @@ def memory(out: Path) -> None:
 
 
 def allocated(config: str, overrides: list[str], path: Path | None, file: Path) -> dict[str, float]:
-    """Bytes that one training had allocated at most, its model left out; file: where memray writes them down.
-
-    A short one is recorded before: the modules and caches that a first recording loads are not counted, in neither of a pair.
-    """
+    """Bytes that one training had allocated at most, its model left out; file: where memray writes them down."""
     import memray
 
-    settings = read(CONFIGS / f"{config}.toml", overrides)
-    task = load(settings.task.name, settings.task.options)
-    torch.manual_seed(settings.train.seed)
-    fit(task, replace(settings, train=replace(settings.train, steps=WARM)), task.model(), file.with_suffix(".warm"))
-    shutil.rmtree(file.with_suffix(".warm"))
-    model = task.model()
+    settings, task, model = prepared(config, overrides)
     gc.collect()
     with memray.Tracker(file):
         fit(task, settings, model, path)
     with memray.FileReader(file) as found:
         peak = found.metadata.peak_memory
     file.unlink()
-    return {"peak": peak, "params": sum(p.numel() for p in model.parameters())}
+    return {"peak": peak, "params": count(model)}
+
+
+def paired(words: list[str], out: Path, number: int, more: dict[str, str] | None = None) -> list[tuple[dict[str, float], dict[str, float]]]:
+    """One training without and with a recorder, in turn, so many times; the last run is left at out."""
+    found = list[tuple[dict[str, float], dict[str, float]]]()
+    for _ in range(number):
+        shutil.rmtree(out, ignore_errors=True)
+        found.append((child(words, more), child([*words, "--out", str(out)], more)))
+    return found
 
 
 def heap(out: Path, pairs: int, name: str) -> None:
-    """What recording adds to what a training has allocated at most."""
+    """What recording adds to what a training has allocated at most, and to what its process held, in its first recording."""
     if importlib.util.find_spec("memray") is None:
         sys.exit("--heap needs memray, which counts allocations: python -m pip install memray")
-
-    def made(path: Path, recorded: bool) -> dict[str, float]:
-        words = [sys.executable, __file__, "--heap", "--child", name, "--out", str(path), *(["--recorded"] if recorded else [])]
-        # Small objects too are then asked of the system one by one, and not by the megabyte.
-        run = subprocess.run(words, check=True, capture_output=True, text=True, env={**os.environ, "PYTHONMALLOC": "malloc"})
-        found: dict[str, float] = json.loads(run.stdout)
-        return found
-
     out.mkdir(parents=True)
-    found = list[tuple[dict[str, float], dict[str, float]]]()
-    for k in range(pairs):
-        found.append((made(out / f"plain{k}", False), made(out / f"run{k}", True)))
-        shutil.rmtree(out / f"run{k}")
-    copy, more = 4 * found[0][0]["params"], [recorded["peak"] - plain["peak"] for plain, recorded in found]
-    plain = [plain["peak"] for plain, _ in found]
-    print("| training | a copy of its parameters | allocated at most | more when recorded | in copies |\n|---|---|---|---|---|")
-    print(
-        f"| {name} | {copy / 1e3:.0f} kB | {statistics.median(plain) / 1e3:.0f} kB ({min(plain) / 1e3:.0f} … {max(plain) / 1e3:.0f}) "
-        f"| {statistics.median(more) / 1e3:.0f} kB ({min(more) / 1e3:.0f} … {max(more) / 1e3:.0f}) "
-        f"| {statistics.median(more) / copy:.2f} ({min(more) / copy:.2f} … {max(more) / copy:.2f}) |"
-    )
+    print("| training | a copy of its parameters | bytes | of a training at most | more when recorded | in copies |")
+    print("|---|---|---|---|---|---|")
+    for told, which, words in (
+        ("allocated", "peak", ["--child", name, "--memray", str(out / "memray")]),
+        ("held by the process, files left out", "own", ["--child", name]),
+    ):
+        found = paired(words, out / "run", pairs, GIVES_BACK)
+        copy, plain = 4 * found[0][0]["params"], [plain[which] / 1e3 for plain, _ in found]
+        more = [(recorded[which] - plain[which]) / 1e3 for plain, recorded in found]
+        row = [name, f"{copy / 1e3:.0f} kB", told, f"{spread(plain, 0)} kB", f"{spread(more, 0)} kB"]
+        print("|", " | ".join([*row, spread([1e3 * n / copy for n in more], 2)]), "|", flush=True)
+
+
+def spread(numbers: list[float], digits: int) -> str:
+    """Their median, and the smallest and the largest."""
+    middle, least, most = (f"{number:.{digits}f}" for number in (statistics.median(numbers), min(numbers), max(numbers)))
+    return f"{middle} ({least} … {most})"
 
 
 def study(name: str, out: Path, pairs: int, small: bool) -> dict[str, Any]:
     """Pairs of one training without and with a recorder."""
-
-    def made(path: Path | None) -> dict[str, float]:
-        words = [
-            sys.executable,
-            __file__,
-            "--child",
-            name,
-            *(["--small"] if small else []),
-            *([] if path is None else ["--out", str(path)]),
-        ]
-        found: dict[str, float] = json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
-        return found
-
-    found = list[tuple[dict[str, float], dict[str, float]]]()
-    for k in range(pairs):
-        path = out / f"run{k}"
-        found.append((made(None), made(path)))
-        if k < pairs - 1:
-            shutil.rmtree(path)
-    run = open_run(path)
+    found = paired(["--child", name, *(["--small"] if small else [])], out, pairs)
+    run = open_run(out)
     steps, params = run.steps, run.manifest.params
+    ratios = [recorded["seconds"] / plain["seconds"] - 1 for plain, recorded in found]
+    more = statistics.median(recorded["peak"] - plain["peak"] for plain, recorded in found)
     return {
         "params": params,
         "steps": steps,
         "step_ms": 1e3 * statistics.median(plain["seconds"] for plain, _ in found) / steps,
         "recorded_ms": 1e3 * statistics.median(recorded["seconds"] for _, recorded in found) / steps,
-        "overhead": statistics.median(recorded["seconds"] / plain["seconds"] for plain, recorded in found) - 1,
-        "least": min(recorded["seconds"] / plain["seconds"] for plain, recorded in found) - 1,
-        "most": max(recorded["seconds"] / plain["seconds"] for plain, recorded in found) - 1,
-        "copies": statistics.median(recorded["peak"] - plain["peak"] for plain, recorded in found) / (4 * params),
-        "memory": statistics.median(recorded["peak"] - plain["peak"] for plain, recorded in found),
+        "overhead": statistics.median(ratios),
+        "least": min(ratios),
+        "most": max(ratios),
+        "copies": more / (4 * params),
+        "memory": more,
         "damage": len(run.damage()),
         **{f"bytes of {array}": size(run.path / array) / params / steps for array in ("theta", "preconditioner")},
         "bytes": size(run.path) / params / steps,
@@ -212,17 +210,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--heap", action="store_true")
-    parser.add_argument("--recorded", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--memray", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--stack", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
         config, overrides = (SMALL if given.small else TRAININGS)[given.child]
-        if given.heap:
-            path = given.out if given.recorded else None
-            print(json.dumps(allocated(config, overrides, path, given.out.with_suffix(".memray"))))
-            return
-        print(json.dumps(trained(config, overrides, given.out)))
+        found = allocated(config, overrides, given.out, given.memray) if given.memray else trained(config, overrides, given.out)
+        print(json.dumps(found))
         return
     if given.stack:
         print(json.dumps(stacked(given.stack, given.out)))
@@ -237,12 +232,12 @@ def main() -> None:
         return
     print("| training | parameters | ms a step | recorded | more time | more memory, in copies of theta | theta | preconditioner | all |")
     print("|---|---|---|---|---|---|---|---|---|")
-    found = {}
+    table = {}
     for name in SMALL if given.small else TRAININGS:
         if given.only in (None, name):
-            found[name] = study(name, out / name, given.pairs, given.small)
-            print(line(name, found[name]), flush=True)
-    (out / "overhead.json").write_text(json.dumps(found, indent=1))
+            table[name] = study(name, out / name, given.pairs, given.small)
+            print(line(name, table[name]), flush=True)
+    (out / "overhead.json").write_text(json.dumps(table, indent=1))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import asyncio
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -33,6 +34,9 @@ import numpy as np
 from numcodecs import blosc
 from zarr.abc.codec import ArrayBytesCodec
 from zarr.registry import register_codec
+
+with suppress(ImportError):  # where there is none numcodecs does without
+    import multiprocessing.synchronize  # noqa: F401  it would be loaded with the first chunk, while somebody trains
 
 NAME = "explaind.bitdelta"
 CELLS = 1 << 18

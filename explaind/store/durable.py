@@ -87,10 +87,10 @@ def sync_folders(files: Iterable[Path], top: Path, behind: bool = False) -> None
 
 def sync_tree(top: Path, known: Path) -> None:
     """Sync a new folder with all that is in it, and the names of it and of new ones above it; known: the lowest that is not new."""
-    found = list(top.rglob("*"))
-    sync(path for path in found if path.is_file())
+    found = [(folder, names) for folder, _, names in os.walk(top)]
+    sync(Path(folder, name) for folder, names in found for name in names)
     above = [folder for folder in top.absolute().parents if folder == known or known in folder.parents]
-    sync([*(path for path in found if path.is_dir()), top, *above])
+    sync([*(Path(folder) for folder, _ in found), *above])
 
 
 def lowest(path: Path) -> Path:

@@ -7,7 +7,6 @@ Before a commit all of them are synced to the disk, put in their places, and the
 that a power cut can take away, and nothing that it counts is ever half replaced.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -18,18 +17,15 @@ from typing import Any
 
 import numpy as np
 import zarr
-from numcodecs.blosc import Blosc
-from zarr.codecs import BloscCodec, BytesCodec
-from zarr.storage import MemoryStore
 
 from explaind.errors import StoreError
-from explaind.store import schema
-from explaind.store.bitdelta import BitDelta, Packing, packed, tiles
+from explaind.store import described, schema
+from explaind.store.bitdelta import Packing, tiles
+from explaind.store.described import Described
 from explaind.store.durable import sync, sync_folders, write_file, written
 from explaind.store.growing import Growing, Move, Put, Read, Unsettled, filled
-from explaind.store.location import Location, replace_file
+from explaind.store.location import Location, replace_file, store_of
 
-SHUFFLES = {"noshuffle": 0, "shuffle": 1, "bitshuffle": 2}
 OPEN = 0 if os.name == "nt" else 4
 """Files of an array that stay open until they are synced: to open one again is as much work. Windows moves no file that is open."""
 Text = Iterable[tuple[int, bytes]]
@@ -39,11 +35,10 @@ Text = Iterable[tuple[int, bytes]]
 class Filed(Growing):
     """One in a folder."""
 
-    def __init__(self, array: zarr.Array, folder: Path) -> None:
+    def __init__(self, array: Described, folder: Path) -> None:
         """folder: of the array."""
         super().__init__(array)
-        self._folder, self._encode, self._codec = folder, _encoder(array), _codec(array)
-        self._around = _around_shape(array.metadata.to_dict())
+        self._described, self._folder, self._codec = array, folder, array.bitdelta
         self._told = self.shape  # by the file
         self._staged, self._gone = dict[Move, int | None](), list[Path]()
         self._lock = Lock()  # one thread may put rows while another settles
@@ -56,7 +51,7 @@ class Filed(Growing):
         with self._lock:
             Growing.extend(self, self.shape[0] if row < self.shape[0] else row + ahead, values.shape)
             if self.shape != self._told:
-                replace_file(self._folder / "zarr.json", self._text())
+                replace_file(self._folder / described.FILE, self._described.text(self.shape))
                 self._told = self.shape
         self._write(values[None], row, at_once=True)
 
@@ -88,7 +83,7 @@ class Filed(Growing):
                 self._staged[belongs, belongs] = number
             told = None
             if self.shape != self._told:
-                self._stage(*_beside(self._folder / "zarr.json", [(0, self._text())]))
+                self._stage(*_beside(self._folder / described.FILE, [(0, self._described.text(self.shape))]))
                 told = self.shape
             return Unsettled(list(self._staged.items()), list(self._gone), told)
 
@@ -101,10 +96,13 @@ class Filed(Growing):
             gone = set(done.gone)
             self._gone = [file for file in self._gone if file not in gone]
 
-    def write_metadata(self) -> None:
-        """Of a new array, which are synced with the run."""
-        self._folder.mkdir()
-        write_file(self._folder / "zarr.json", self._text())
+    def create(self, values: np.ndarray | None = None) -> None:
+        """Write what says that it is there, and the numbers of a finished one, whose only chunk they are; synced with the run."""
+        self._folder.mkdir(exist_ok=True)
+        write_file(self._folder / described.FILE, self._described.text(self.shape))
+        text = None if values is None else self._chunk(values)
+        if text is not None:
+            os.close(written(self._folder.joinpath("c", *("0" for _ in self.shape)), text))
 
     def tidy(self) -> None:
         with self._lock:
@@ -128,11 +126,6 @@ class Filed(Growing):
         number = self._staged.pop(move, None)
         if number is not None:
             os.close(number)
-
-    def _text(self) -> bytes:
-        """The metadata as zarr writes it."""
-        before, between, after = self._around
-        return (before + between.join(map(str, self.shape)) + after).encode()
 
     def _resize(self, shape: tuple[int, ...]) -> None:
         if any(new < old for new, old in zip(shape, self.shape, strict=True)):
@@ -222,7 +215,7 @@ class Filed(Growing):
             whole = np.full(self.chunks, self.fill, self.dtype)
             whole[tuple(map(slice, values.shape))] = values
             values = whole
-        return [(0, self._encode(np.asarray(values, self.dtype)))]
+        return [(0, self._described.encoded(values))]
 
     def _leave_out(self, file: Path) -> None:
         partial = file.with_name(f"{file.name}.partial")
@@ -266,12 +259,6 @@ class _Row:
             self._values = values[row].copy() if row < len(values) else np.broadcast_to(rest, values.shape[1])
 
 
-def _around_shape(metadata: dict[str, Any]) -> tuple[str, str, str]:
-    """The text of metadata before the numbers of their shape, between them, and behind: it is written for every span anew."""
-    before, between, after = json.dumps({**metadata, "shape": ["?", "?"]}, indent=zarr.config.get("json_indent")).split('"?"')
-    return before, between, after
-
-
 def _in_place(file: Path, text: Text) -> tuple[Move, int]:
     """Write a new file, or beside its place where there is one; its number, since it stays open."""
     return _beside(file, text) if file.exists() else ((file, file), written(file, text, new=True))
@@ -285,21 +272,40 @@ def _beside(file: Path, text: Text) -> tuple[Move, int]:
 
 def growing(array: zarr.Array, place: Location) -> Growing:
     """An array of the run at this place, for writing."""
-    return Filed(array, place / str(array.name).lstrip("/")) if isinstance(place, Path) else Put(array)
-
-
-def created(group: zarr.Group, columns: Mapping[schema.Column, int], place: Location) -> dict[str, Growing]:
-    """New arrays of the run at this place, whose group that is, by name; columns: with the rows of a chunk.
-
-    In a folder their metadata, too, are written here: zarr, which makes them in memory, would take three times as long.
-    """
     if not isinstance(place, Path):
+        return Put(array)
+    name = str(array.name).lstrip("/")
+    return Filed(Described(name, array.metadata.to_dict()), place / name)
+
+
+def created(columns: Mapping[schema.Column, int], place: Location) -> dict[str, Growing]:
+    """New arrays of the run at this place, by name; columns: with the rows of a chunk."""
+    if not isinstance(place, Path):
+        group = zarr.open_group(store_of(place), mode="r+", zarr_format=3)
         return {column.name: Put(schema.create_column(group, column, rows)) for column, rows in columns.items()}
-    aside = zarr.create_group(MemoryStore(), zarr_format=3)
-    found = {column.name: Filed(schema.create_column(aside, column, rows), place / column.name) for column, rows in columns.items()}
+    found = {column.name: Filed(described.column(column, rows), place / column.name) for column, rows in columns.items()}
     for array in found.values():
-        array.write_metadata()
+        array.create()
     return dict(found)
+
+
+def write_finished(arrays: Mapping[str, tuple[np.ndarray, Sequence[str]]], place: Location) -> None:
+    """Arrays of numbers of the run at this place that do not grow, by name, which may have groups in it: values and axes."""
+    if not isinstance(place, Path):
+        group = zarr.open_group(store_of(place), mode="r+", zarr_format=3)
+        for name, (values, dims) in arrays.items():
+            schema.write_array(group, name, values, tuple(dims))
+        return
+    for name, (values, dims) in arrays.items():
+        *groups, _ = parts = name.split("/")
+        if any(part in ("", ".", "..") for part in parts):
+            raise StoreError("this name cannot stand in a run", where=place, got=repr(name)[:80], do="rename it in the model")
+        for i in range(len(groups)):
+            folder = place.joinpath(*groups[: i + 1])
+            if not folder.exists():
+                folder.mkdir()
+                write_file(folder / described.FILE, described.group({}))
+        Filed(described.finished(name, values, dims), place / name).create(values)
 
 
 def settle(arrays: Iterable[Growing], place: Location, synced: bool = True, behind: bool = False) -> None:
@@ -327,23 +333,3 @@ def _alike(values: np.ndarray, fill: Any) -> bool:
     if fill == 0:
         return not first and not np.ascontiguousarray(values).view(np.uint8).any()
     return bool((np.isnan(values) if fill != fill else values == fill).all())
-
-
-def _encoder(array: zarr.Array) -> Callable[[np.ndarray], bytes]:
-    """From a whole chunk to its bytes, as the array's codecs do it."""
-    codecs: tuple[Any, ...] = getattr(array.metadata, "codecs", ())
-    dtype = np.dtype(array.dtype).newbyteorder("<")
-    own = _codec(array)
-    if own is not None:
-        return lambda values: packed(values.astype(dtype, copy=False).reshape(len(values), -1), own.columns)
-    if len(codecs) == 2 and isinstance(codecs[0], BytesCodec) and isinstance(codecs[1], BloscCodec):
-        told = codecs[1]
-        blosc = Blosc(told.cname.value, told.clevel, SHUFFLES[told.shuffle.value], told.blocksize)
-        return lambda values: bytes(blosc.encode(np.ascontiguousarray(values, dtype)))
-    raise StoreError("an array has codecs that no recording writes", where=array.name, got=codecs, do="record to another path")
-
-
-def _codec(array: zarr.Array) -> BitDelta | None:
-    """Of an array that is packed tile by tile."""
-    codecs: tuple[Any, ...] = getattr(array.metadata, "codecs", ())
-    return codecs[0] if len(codecs) == 1 and isinstance(codecs[0], BitDelta) else None

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import zarr
 
+from explaind.store.described import Described
+
 Move = tuple[Path, Path]
 """Where a file stands, and where it belongs."""
 Read = Callable[[np.ndarray, int, int], None]
@@ -27,7 +29,7 @@ class Unsettled:
 class Growing:
     """An array [row, …] that rows are written to; its other dimensions grow as they need to."""
 
-    def __init__(self, array: zarr.Array) -> None:
+    def __init__(self, array: zarr.Array | Described) -> None:
         self.name, self.chunks, self.dtype, self.fill = array.name, array.chunks, np.dtype(array.dtype), array.fill_value
         self.shape = tuple(array.shape)
 

@@ -92,7 +92,7 @@ def lossless() -> BloscCodec:
 
 
 CLEVEL = 9
-
+"""Of "apart"."""
 
 CODECS: Mapping[str, Mapping[str, Any]] = {
     "bitdelta": {"serializer": BitDelta(), "compressors": None},
@@ -130,12 +130,16 @@ CHOICES = ("bitdelta", "standard")
 """How theta, momentum and the preconditioner may be stored: small, or so that any zarr reader reads them."""
 
 
-def create_group(path: Location, kind: str, attributes: Mapping[str, Any], but: Sequence[str] = ()) -> zarr.Group:
-    """A new zarr v3 group marked with what it is and its schema version; the folder must not hold anything yet, but these names."""
-    check_new(path, but)
+def marked(kind: str, attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Attributes that say what a group is, and its schema version."""
+    return {"explaind": {"kind": kind, "schema": VERSIONS[kind]}, **attributes}
+
+
+def create_group(path: Location, kind: str, attributes: Mapping[str, Any]) -> zarr.Group:
+    """A new zarr v3 group marked with what it is; nothing may be there yet."""
+    check_new(path)
     try:
-        told = {"explaind": {"kind": kind, "schema": VERSIONS[kind]}, **attributes}
-        return zarr.create_group(store_of(path), zarr_format=3, attributes=told)
+        return zarr.create_group(store_of(path), zarr_format=3, attributes=marked(kind, attributes))
     except OSError as error:
         raise unwritable(path, error) from error
 
@@ -267,7 +271,7 @@ def write_array(group: zarr.Group, name: str, values: np.ndarray, dims: tuple[st
 
 def compressors(dtype: np.dtype[Any]) -> Any:
     """Of a finished array: numbers as in a column, texts as zarr likes."""
-    return [lossless()] if dtype.kind in "fiub" else "auto"
+    return [lossless()] if dtype.kind in "fiubc" else "auto"
 
 
 def replace_file(path: Location, content: str | bytes) -> None:

@@ -15,11 +15,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import zarr
-
 from explaind.errors import StoreError
-from explaind.store import schema, tail
+from explaind.store import described, schema, tail
 from explaind.store.checksums import text_checksum
+from explaind.store.durable import write_file
 from explaind.store.location import MARKER, Location, is_free, replace_file
 from explaind.store.remote import Remote
 from explaind.store.tail import NAMES, Record, Tail
@@ -27,21 +26,22 @@ from explaind.store.tail import NAMES, Record, Tail
 NAME = "recording"
 
 
-def begin(place: Location, attributes: Mapping[str, Any]) -> tuple[zarr.Group, Tail]:
-    """The group of a new run and its log; StoreError where something is there already, or somebody is recording."""
+def begin(place: Location, attributes: Mapping[str, Any]) -> tuple[str, Tail]:
+    """Name and log of a new run; StoreError where something is there already, or somebody is recording."""
     schema.check_new(place)
-    attributes = {**attributes, NAME: secrets.token_hex(16)}
+    name = secrets.token_hex(16)
     if isinstance(place, Path):
-        return _begun(place, attributes)
-    log = _held(place, named(attributes))
+        return name, _begun(place, {**attributes, NAME: name})
+    log = _held(place, name)
     try:
-        return schema.create_group(place, "run", attributes), log
+        schema.create_group(place, "run", {**attributes, NAME: name})
     except BaseException:
         let_go(place, log, remove=True)
         raise
+    return name, log
 
 
-def _begun(place: Path, attributes: Mapping[str, Any]) -> tuple[zarr.Group, Tail]:
+def _begun(place: Path, attributes: Mapping[str, Any]) -> Tail:
     """In a folder. Of two who begin at once, whoever holds the log does; the other one has written nothing."""
     try:
         place.mkdir(parents=True, exist_ok=True)
@@ -50,10 +50,14 @@ def _begun(place: Path, attributes: Mapping[str, Any]) -> tuple[zarr.Group, Tail
     log = _beside(place)
     own = is_free(place, but=NAMES[:1])  # else somebody has begun since the place was looked at, and may be through
     try:
-        return schema.create_group(place, "run", attributes, but=NAMES[:1]), log
-    except BaseException:
+        schema.check_new(place, but=NAMES[:1])
+        write_file(place / described.FILE, described.group(schema.marked("run", attributes)))
+    except BaseException as error:
         log.close(remove=own)
+        if isinstance(error, OSError):
+            raise schema.unwritable(place, error) from error
         raise
+    return log
 
 
 def go_on(place: Location) -> tuple[str, Tail]:

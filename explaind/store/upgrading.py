@@ -17,6 +17,7 @@ import zarr
 from explaind.errors import StoreError
 from explaind.store import schema
 from explaind.store.checksums import constants_checksum, text_checksum
+from explaind.store.filed import created
 from explaind.store.layout import columns, rows_of_chunk
 from explaind.store.location import MARKER, Location
 from explaind.store.manifest import Manifest
@@ -89,7 +90,7 @@ def _from_2(path: Path) -> Manifest:
     for name in ("gap", "precision"):
         column = columns(manifest)[name]  # zeros, which are its fill
         if not (path / name / "zarr.json").exists():
-            schema.create_column(group, column, rows_of_chunk(column, manifest))
+            created({column: rows_of_chunk(column, manifest)}, path)
         array = schema.growing(path)[name]
         schema.extend(array, max(array.shape[0], steps), column.shape)
     constants = sorted((path / "constant").glob("*/zarr.json"))

@@ -13,12 +13,11 @@ from pathlib import Path
 from types import TracebackType
 
 import numpy as np
-import zarr
 
 from explaind.store import schema, spool
 from explaind.store.checksums import Chain, constants_checksum, crc32, text_checksum, theta_checksum
 from explaind.store.durable import lowest, sync_tree
-from explaind.store.filed import created, growing, settle
+from explaind.store.filed import created, growing, settle, write_finished
 from explaind.store.growing import Growing
 from explaind.store.layout import columns, rows, rows_of_chunk
 from explaind.store.location import Location
@@ -66,14 +65,12 @@ class RunWriter:
         crc = theta_checksum(theta, manifest.layers, np.zeros(len(manifest.layers), np.uint32))
         self._set(path, manifest, 0, 0, [])
         known = lowest(path) if isinstance(path, Path) else None
-        group, self._tail = spool.begin(path, {"manifest": manifest.to_json()})
-        self._run = text_checksum(spool.named(group.attrs))
+        name, self._tail = spool.begin(path, {"manifest": manifest.to_json()})
+        self._run = text_checksum(name)
         with self._guarded:
-            self._columns = self._create(group, momentum, preconditioner, codec)
-            for name, values in constants.items():
-                schema.write_array(group, f"constant/{name}", values, tuple(f"{name}.{i}" for i in range(values.ndim)))
-            if fingerprint is not None:
-                schema.write_array(group, "fingerprint", fingerprint, ("example",))
+            self._columns = self._create(momentum, preconditioner, codec)
+            finished = {f"constant/{name}": (values, [f"{name}.{i}" for i in range(values.ndim)]) for name, values in constants.items()}
+            write_finished(finished | ({} if fingerprint is None else {"fingerprint": (fingerprint, ["example"])}), path)
             # The first state is written at once, so that a run that is killed in its first span still opens.
             self._write_first(theta)
             self._columns["checksum_theta"].append(crc[None], 0)
@@ -145,10 +142,10 @@ class RunWriter:
         """Steps between two anchors."""
         return self.manifest.block
 
-    def _create(self, group: zarr.Group, momentum: bool, preconditioner: bool, codec: str) -> dict[str, Growing]:
+    def _create(self, momentum: bool, preconditioner: bool, codec: str) -> dict[str, Growing]:
         left = {name for name, kept in (("momentum", momentum), ("preconditioner", preconditioner)) if not kept}
         kept = {name: column for name, column in columns(self.manifest, codec).items() if name not in left}
-        return created(group, {column: rows_of_chunk(column, self.manifest) for column in kept.values()}, self.path)
+        return created({column: rows_of_chunk(column, self.manifest) for column in kept.values()}, self.path)
 
     @property
     def crc_theta(self) -> np.ndarray:
