@@ -32,12 +32,16 @@ from tests.stopped import nothing_but, same_ledger, save_at_every_segment
 CASE = cases.optimizer_named("adamw")
 
 
-def recorded(path):
+def record(path):
     torch.manual_seed(0)  # which the manifest tells
     model = cases.PLAIN.model()
     optimizer = CASE.make(cases.trainable(model))
     with explaind.record(optimizer, model, path, data=cases.DATA) as recorder:
         cases.train(cases.PLAIN, model, optimizer, CASE, recorder)
+
+
+def recorded(path):
+    record(path)
     return explaind.open(path)
 
 
@@ -93,6 +97,17 @@ def test_a_span_is_written_by_a_thread_of_its_own_while_the_training_goes_on(tmp
     assert all(name.startswith("explaind-writer") for name, *_ in seen[:2])
     assert run.damage() == []
     assert not [path.name for path in run.path.iterdir() if "tail" in path.name]
+
+
+def test_nothing_is_asked_of_an_event_loop_while_somebody_trains(tmp_path, monkeypatch, whole):
+    """Zarr's own has threads and caches that a small training would pay more for than for its parameters."""
+    cases.shorten_blocks(monkeypatch)
+    asked = list[int]()
+    monkeypatch.setattr("zarr.core.sync._get_loop", lambda: asked.append(1))
+    record(tmp_path / "run")
+    monkeypatch.undo()
+    assert asked == []
+    assert explaind.open(tmp_path / "run").identity == whole.identity
 
 
 def test_a_slow_disk_holds_the_training_up_and_loses_nothing(tmp_path, monkeypatch, whole):

@@ -157,26 +157,27 @@ class Filed(Growing):
             file = self._folder.joinpath("c", *map(str, place))
             self._put(file, place[0], self._chunk(values[cut]), at_once)
 
-    def stream(self, at: int, rows: int, wide: int, read: Read) -> None:
-        if self._codec is None or (self._codec.columns is not None and self._codec.columns < self.chunks[1]):
-            super().stream(at, rows, wide, read)
-            return
+    def _at_a_time(self) -> tuple[int, int]:
+        if self._codec is None or self._by_tiles:
+            return super()._at_a_time()
         # Whole chunks are held in any case: several that are small are read in one go.
-        self.extend(at + rows, (wide,))
         down = self.chunks[0] * max(1, schema.CHUNK_VALUES // (self.chunks[0] * self.chunks[1]))
-        across = self.chunks[1] * max(1, 2 * schema.CHUNK_VALUES // (down * self.chunks[1]))
-        top = at
-        while top < at + rows:
-            count = min(at + rows - top, down - top % self.chunks[0])
-            for start in range(0, self.shape[1], across):
-                values = np.full((count, min(across, self.shape[1] - start)), self.fill, self.dtype)
-                read(values, top - at, start)
-                self._write(values, top, start, start + values.shape[1])
-            top += count
+        return down, self.chunks[1] * max(1, 2 * schema.CHUNK_VALUES // (down * self.chunks[1]))
+
+    @property
+    def _by_tiles(self) -> bool:
+        """Whether a chunk is packed in parts."""
+        return self._codec is not None and self._codec.columns is not None and self._codec.columns < self.chunks[1]
 
     def _stream(self, at: int, shape: tuple[int, int], start: int, read: Read) -> None:
         if at % self.chunks[0]:
             super()._stream(at, shape, start, read)
+            return
+        if not self._by_tiles:
+            whole = [-(-n // chunk) * chunk for n, chunk in zip(shape, self.chunks, strict=True)]  # else they would be copied
+            values = np.full(whole, self.fill, self.dtype)
+            read(values[: shape[0], : shape[1]], 0, 0)
+            self._write(values, at, start, start + whole[1])
             return
 
         def some(out: np.ndarray, left: int) -> None:
@@ -184,15 +185,10 @@ class Filed(Growing):
             if left < shape[1]:
                 read(out[: shape[0], : shape[1] - left], 0, left)
 
-        place, rows, columns = (at // self.chunks[0], start // self.chunks[1]), *self.chunks
-        if self._codec is None:
-            whole = np.empty((rows, columns), self.dtype)
-            some(whole, 0)
-            text = self._chunk(whole)
-        else:
-            packing = Packing((rows, columns), self.dtype, some, self._codec.columns)
-            text = None if packing.holds(self.fill) else packing
-        self._put(self._folder.joinpath("c", *map(str, place)), place[0], text)
+        assert self._codec is not None
+        packing = Packing((self.chunks[0], self.chunks[1]), self.dtype, some, self._codec.columns)
+        place = at // self.chunks[0], start // self.chunks[1]
+        self._put(self._folder.joinpath("c", *map(str, place)), place[0], None if packing.holds(self.fill) else packing)
 
     def _put(self, file: Path, row: int, text: Text | None, at_once: bool = False) -> None:
         """Text of a chunk, whose number along the rows that is; None: it holds nothing."""

@@ -61,18 +61,23 @@ class Growing:
     def stream(self, at: int, rows: int, wide: int, read: Read) -> None:
         """Write rows [at, at + rows) of an array [row, number], and nothing behind them, as little at a time as its codec allows.
 
-        wide: numbers of the longest. At most whole chunks are read, one after another.
+        wide: numbers of the longest.
         """
         self.extend(at + rows, (wide,))
+        down, across = self._at_a_time()
         top = at
         while top < at + rows:
-            count = min(at + rows - top, self.chunks[0] - top % self.chunks[0])
-            for start in range(0, self.shape[1], self.chunks[1]):
-                self._stream(top, (count, min(self.chunks[1], self.shape[1] - start)), start, _behind(read, top - at, start))
+            count = min(at + rows - top, down - top % self.chunks[0])
+            for start in range(0, self.shape[1], across):
+                self._stream(top, (count, min(across, self.shape[1] - start)), start, _behind(read, top - at, start))
             top += count
 
+    def _at_a_time(self) -> tuple[int, int]:
+        """Rows and numbers of the chunks that are read together: one."""
+        return self.chunks[0], self.chunks[1]
+
     def _stream(self, at: int, shape: tuple[int, int], start: int, read: Read) -> None:
-        """What belongs to one chunk: so many rows and columns from there on."""
+        """So many rows and numbers, from a row and a number on, at which chunks begin; but for rows before which some stand already."""
         values = np.full(shape, self.fill, self.dtype)
         read(values, 0, 0)
         self._write(values, at, start, start + shape[1])

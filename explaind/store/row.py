@@ -24,6 +24,9 @@ class Pieces:
 
 Vector = np.ndarray | Pieces
 
+SMALL = ("batch", "part", "weight", "hyper", "age")
+"""Fields of a row that it always has, and that are gone through in one go."""
+
 
 def between(vector: Vector, start: int, stop: int) -> np.ndarray:
     """The numbers [start, stop) of a vector."""
@@ -62,5 +65,6 @@ class StepRow:
 
     @cached_property
     def small(self) -> bytes:
-        """The bytes of the arrays that stand in front, end to end."""
-        return b"".join([values.tobytes() for values in (self.batch, self.part, self.weight, self.hyper, self.age)])
+        """The bytes of the arrays of SMALL, end to end."""
+        row = self.__dict__
+        return b"".join([row[name].tobytes() for name in SMALL])

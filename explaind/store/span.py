@@ -129,7 +129,6 @@ def write_vectors(array: Growing, at: int, log: Log, places: Sequence[Place | No
         return
     if any(place.dtype != array.dtype for place in known):
         raise TypeError(f"{array.name} holds {array.dtype}, and the log {known[0].dtype}")
-
     stay = {row: array.row(at + row) for row, place in enumerate(places) if place is None}
 
     def read(values: np.ndarray, row: int, start: int) -> None:

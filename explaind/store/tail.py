@@ -24,7 +24,7 @@ import numpy as np
 
 from explaind.errors import StoreError
 from explaind.store import schema
-from explaind.store.row import Pieces, StepRow, Vector
+from explaind.store.row import SMALL, Pieces, StepRow, Vector
 
 try:
     import fcntl
@@ -34,9 +34,7 @@ except ImportError:  # a system without such locks: nobody watches over a second
 NAMES = ("tail.log", "tail.odd.log")
 """Of the spans with even and with odd numbers; who writes the run holds the first."""
 HEAD = struct.Struct("<QI")
-ARRAYS = tuple(f.name for f in fields(StepRow) if f.name not in ("mode", "gap", "precision", "gradients"))
-SMALL = 5
-"""So many of them are ``StepRow.small``."""
+ARRAYS = (*SMALL, *(f.name for f in fields(StepRow) if f.name not in (*SMALL, "mode", "gap", "precision", "gradients")))
 NEAR, TOGETHER = 1 << 16, 500
 """Bytes between two vectors that are read with them, and how many pieces at once: the system takes about a thousand."""
 KINDS = "biuf"
@@ -132,7 +130,7 @@ class Log:
             held["crc"] = record.crc
         told = self._line(record, held)
         views = list[Any]()
-        for values in [*held.values()][SMALL:]:
+        for values in [*held.values()][len(SMALL) :]:
             if isinstance(values, Pieces):
                 views += values.views
             else:
