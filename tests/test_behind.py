@@ -20,7 +20,7 @@ import explaind
 from explaind.cli import main
 from explaind.errors import StoreError
 from explaind.record import recorder as recording
-from explaind.store import durable, filed, location, span, spool, tail, thin
+from explaind.store import durable, filed, schema, span, tail, thin
 from explaind.store.reader import open_run
 from explaind.store.repair import repair
 from explaind.store.sealed import read_sealed
@@ -54,7 +54,7 @@ def whole(tmp_path_factory):
 
 def on_write(patch, act):
     """Call act(bytes to write) before every write to disk: of a log, a chunk, metadata or the marker."""
-    log, chunk, own, anew = os.pwritev, local._put, durable.write_file, durable.written
+    log, chunk, anew = os.pwritev, local._put, durable.written
 
     def append(file, views, at):
         return log(file, [act(b"".join(views))], at)
@@ -67,10 +67,6 @@ def on_write(patch, act):
         if not stat.S_ISDIR(os.fstat(file).st_mode):
             act(b"")
 
-    def write(path, text):
-        act(b"")
-        own(path, text)
-
     def written(*args, **options):
         act(b"")
         return anew(*args, **options)
@@ -78,9 +74,8 @@ def on_write(patch, act):
     patch.setattr(os, "pwritev", append)
     patch.setattr(local, "_put", put)
     patch.setattr(os, "fsync", fsync)
-    for module in (filed, location, spool):
-        patch.setattr(module, "write_file", write)
-    patch.setattr(filed, "written", written)
+    for module in (durable, filed):
+        patch.setattr(module, "written", written)
 
 
 def test_a_span_is_written_by_a_thread_of_its_own_while_the_training_goes_on(tmp_path, monkeypatch):
@@ -260,6 +255,37 @@ def test_any_write_may_fail(tmp_path, whole, capsys):
         same(run.states(0, have + 1), whole.states(0, have + 1))
     capsys.readouterr()
     assert len(told) == k > 40, "every write of the recording has failed once"
+
+
+def test_where_a_disk_was_full_from_the_start_a_recording_can_begin_again(tmp_path, monkeypatch):
+    write = os.write
+
+    def half(number, text):
+        write(number, bytes(text)[:10])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", half)
+        with pytest.raises(StoreError, match="cannot write: No space left on device"):
+            record(tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == []
+    assert recorded(tmp_path / "run").damage() == []
+
+
+def test_of_two_who_begin_at_once_one_is_refused_where_nothing_can_be_locked(tmp_path, monkeypatch, whole):
+    """As on Windows: the other one has begun since the place was looked at."""
+    monkeypatch.setattr(tail, "fcntl", None)
+    looked = schema.check_new
+
+    def late(place, but=()):
+        looked(place, but)
+        if not (place / "zarr.json").exists() and "tail.log" in but:
+            (place / "zarr.json").write_text("another's")
+
+    monkeypatch.setattr(schema, "check_new", late)
+    with pytest.raises(StoreError, match="there is something here already"):
+        record(tmp_path / "run")
+    assert (tmp_path / "run" / "zarr.json").read_text() == "another's"
 
 
 @pytest.mark.parametrize("options", [{}, {"resume": True}], ids=["new", "gone on with"])

@@ -99,6 +99,10 @@ def test_any_bits_and_constants_of_any_shape_come_back(steps, dtype, kind, tmp_p
         "phase": np.array([1j, np.nan]),
         "zeros": np.zeros(5),
         "half": np.array([-0.0, 1], np.float16),
+        "a": np.array([1.0]),
+        "a/b.weight": np.array([2.0]),
+        "a%2Fb.weight": np.array([3.0]),
+        "a\\b:c%": np.array([4.0]),
     }
     prints = rng.integers(0, 2**32, 9, dtype=np.uint32)
     writer = RunWriter(tmp_path / "run", manifest(3, dtype), theta[0], constants, prints, momentum=True, preconditioner=True)
@@ -107,8 +111,10 @@ def test_any_bits_and_constants_of_any_shape_come_back(steps, dtype, kind, tmp_p
     writer.close()
     check_same(tmp_path / "run", back(tmp_path / "run", tmp_path, kind))
     again = explaind.open(tmp_path / "back")
+    assert again.constants.keys() == constants.keys()
     for name, values in constants.items():
         same(again.constants[name], values, name)
+    assert again.damage() == []
 
 
 @every_kind

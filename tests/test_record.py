@@ -81,6 +81,24 @@ def test_frozen_parameters_and_buffers_are_kept_as_constants(tmp_path):
     same(buffered.constants["scale"], np.array([0.5, 2.0, 1.0]))
 
 
+def odd_names():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.ModuleDict({"in/0": nn.Linear(3, 4), "in": nn.Identity()})["in/0"], nn.Tanh(), nn.Linear(4, 2))
+    for name in ("a", "a/b", "a\\b", "50%", "50%25", "c:d"):
+        model.register_buffer(name, torch.tensor([float(len(name))], dtype=torch.float64))
+    return model
+
+
+@pytest.mark.parametrize("url", [False, True], ids=["folder", "url"])
+def test_buffers_may_have_any_name_that_torch_allows(url, tmp_path):
+    want = {name: buffer.numpy() for name, buffer in odd_names().named_buffers()}
+    run = cases.recorded("memory://odd/names" if url else tmp_path / "run", cases.Problem("odd names", odd_names))
+    assert run.constants.keys() == want.keys()
+    for name, values in want.items():
+        same(run.constants[name], values, name)
+    assert run.damage() == []
+
+
 def test_tied_weights_are_one_layer(tmp_path):
     run = cases.recorded(tmp_path / "run", cases.Problem("tied", cases.tied))
     assert [layer.name for layer in run.manifest.layers] == ["0.weight", "0.bias", "2.bias"]

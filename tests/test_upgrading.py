@@ -1,6 +1,9 @@
 """A run that an older explaind recorded is refused with what to do, and upgraded to one of today's, bitwise."""
 
+import errno
+import itertools
 import json
+import os
 import zipfile
 from pathlib import Path
 
@@ -100,6 +103,25 @@ def test_an_upgrade_that_was_interrupted_is_made_again(old, monkeypatch):
                 upgrade(old)
         with pytest.raises(StoreError, match="explaind upgrade"):
             explaind.open(old)
+    assert upgrade(old) == Upgraded(2, 3, 20)
+    assert explaind.open(old).damage() == []
+
+
+def test_an_upgrade_that_a_full_disk_has_cut_off_is_made_again(old, monkeypatch):
+    write = os.write
+    for left in range(3):
+        calls = itertools.count()
+
+        def half(number, text, calls=calls, left=left):
+            if next(calls) < left:
+                return write(number, text)
+            write(number, bytes(text)[:10])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", half)
+            with pytest.raises(StoreError, match="cannot write: No space left on device"):
+                upgrade(old)
     assert upgrade(old) == Upgraded(2, 3, 20)
     assert explaind.open(old).damage() == []
 

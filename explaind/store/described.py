@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import zarr
 from numcodecs.blosc import Blosc
 from zarr.codecs import BloscCodec, BytesCodec
 
@@ -28,8 +29,6 @@ class Described:
         """metadata: of an array whose chunks are regular. StoreError for codecs that no recording writes."""
         self.name, self.shape = name, tuple[int, ...](metadata["shape"])
         self.chunks = tuple[int, ...](metadata["chunk_grid"]["configuration"]["chunk_shape"])
-        self.dtype = np.dtype(metadata["data_type"])
-        self.fill_value: Any = self.dtype.type(0 if self.dtype.kind == "c" else metadata["fill_value"])  # "NaN" too is one
         self.bitdelta: BitDelta | None = None
         """Its codec, where it is packed tile by tile."""
         self._blosc: Blosc | None = None
@@ -42,8 +41,12 @@ class Described:
             self._blosc = Blosc(told["cname"], told["clevel"], SHUFFLES[told["shuffle"]], told["blocksize"])
         else:
             raise StoreError("an array has codecs that no recording writes", where=name, got=codecs, do="record to another path")
+        self.dtype = np.dtype(metadata["data_type"])
+        told = metadata["fill_value"]
+        # JSON has numbers, "NaN" and "Infinity", and pairs of them.
+        self.fill_value: Any = self.dtype.type(complex(*map(float, told)) if isinstance(told, list | tuple) else told)
         marks = ["?", "?"] if self.shape else []
-        self._around = [*text({**metadata, "shape": marks}).decode().split('"?"'), "", ""][:3]
+        self._around = [*text({**metadata, "shape": marks}).decode().split('"?"', len(marks)), "", ""][:3]
 
     def encoded(self, chunk: np.ndarray) -> bytes:
         """The bytes of a whole chunk."""
@@ -73,7 +76,7 @@ def finished(name: str, values: np.ndarray, dims: Sequence[str]) -> Described:
 
 def text(metadata: Mapping[str, Any]) -> bytes:
     """As zarr writes it."""
-    return json.dumps(metadata, indent=2).encode()
+    return json.dumps(metadata, indent=zarr.config.get("json_indent")).encode()
 
 
 def group(attributes: Mapping[str, Any]) -> bytes:
@@ -108,4 +111,6 @@ def _number(value: Any) -> Any:
     """A fill value in JSON."""
     if isinstance(value, np.complexfloating):
         return [_number(value.real), _number(value.imag)]
-    return "NaN" if value != value else value.item()
+    if np.isfinite(value):
+        return value.item()
+    return "NaN" if np.isnan(value) else "Infinity" if value > 0 else "-Infinity"

@@ -31,6 +31,19 @@ def write_file(path: Path, text: bytes) -> None:
     os.close(written(path, [(0, text)]))
 
 
+def write_new(path: Path, text: bytes) -> None:
+    """Write a file that is not there yet, all of it or nothing. FileExistsError where there is one."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        write_file(partial, text)
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        os.rename(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
 def written(path: Path, pieces: Iterable[tuple[int, bytes]], new: bool = False) -> int:
     """The same of pieces, each with its place, in a folder that is made where there is none; the number of the open file.
 
@@ -87,10 +100,14 @@ def sync_folders(files: Iterable[Path], top: Path, behind: bool = False) -> None
 
 def sync_tree(top: Path, known: Path) -> None:
     """Sync a new folder with all that is in it, and the names of it and of new ones above it; known: the lowest that is not new."""
-    found = [(folder, names) for folder, _, names in os.walk(top)]
+    found = [(folder, names) for folder, _, names in os.walk(top, onerror=_raise)]
     sync(Path(folder, name) for folder, names in found for name in names)
     above = [folder for folder in top.absolute().parents if folder == known or known in folder.parents]
     sync([*(Path(folder) for folder, _ in found), *above])
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def lowest(path: Path) -> Path:

@@ -18,11 +18,10 @@ from typing import Any
 import numpy as np
 import zarr
 
-from explaind.errors import StoreError
 from explaind.store import described, schema
 from explaind.store.bitdelta import Packing, tiles
 from explaind.store.described import Described
-from explaind.store.durable import sync, sync_folders, write_file, written
+from explaind.store.durable import sync, sync_folders, write_new, written
 from explaind.store.growing import Growing, Move, Put, Read, Unsettled, filled
 from explaind.store.location import Location, replace_file, store_of
 
@@ -97,9 +96,9 @@ class Filed(Growing):
             self._gone = [file for file in self._gone if file not in gone]
 
     def create(self, values: np.ndarray | None = None) -> None:
-        """Write what says that it is there, and the numbers of a finished one, whose only chunk they are; synced with the run."""
+        """Write what says that it is there, and the numbers of a finished one, whose only chunk they are. Nothing is synced."""
         self._folder.mkdir(exist_ok=True)
-        write_file(self._folder / described.FILE, self._described.text(self.shape))
+        write_new(self._folder / described.FILE, self._described.text(self.shape))
         text = None if values is None else self._chunk(values)
         if text is not None:
             os.close(written(self._folder.joinpath("c", *("0" for _ in self.shape)), text))
@@ -286,21 +285,17 @@ def created(columns: Mapping[schema.Column, int], place: Location) -> dict[str, 
 
 
 def write_finished(arrays: Mapping[str, tuple[np.ndarray, Sequence[str]]], place: Location) -> None:
-    """Arrays of numbers of the run at this place that do not grow, by name, which may have groups in it: values and axes."""
+    """Arrays of numbers of the run at this place that do not grow, by name, which may be that of a group and its own: values and axes."""
     if not isinstance(place, Path):
         group = zarr.open_group(store_of(place), mode="r+", zarr_format=3)
         for name, (values, dims) in arrays.items():
             schema.write_array(group, name, values, tuple(dims))
         return
     for name, (values, dims) in arrays.items():
-        *groups, _ = parts = name.split("/")
-        if any(part in ("", ".", "..") for part in parts):
-            raise StoreError("this name cannot stand in a run", where=place, got=repr(name)[:80], do="rename it in the model")
-        for i in range(len(groups)):
-            folder = place.joinpath(*groups[: i + 1])
-            if not folder.exists():
-                folder.mkdir()
-                write_file(folder / described.FILE, described.group({}))
+        folder = (place / name).parent
+        if not folder.exists():
+            folder.mkdir()
+            write_new(folder / described.FILE, described.group({}))
         Filed(described.finished(name, values, dims), place / name).create(values)
 
 

@@ -23,6 +23,7 @@ from explaind.store.location import Where
 from explaind.store.manifest import ROUNDINGS
 from explaind.store.opening import COPY, opened, reading
 from explaind.store.row import StepRow
+from explaind.store.schema import unescaped
 from explaind.store.spool import log_of
 from explaind.store.tail import Record, has_log
 from explaind.store.writer import Begun
@@ -101,7 +102,7 @@ class Run(Committed):
             group = self._group["constant"]
             names = sorted(group.keys()) if isinstance(group, zarr.Group) else []
             arrays = {name: opened(self._group, f"constant/{name}", self.manifest, self.path / "constant" / name) for name in names}
-            return {name: np.asarray(array[...]) for name, array in arrays.items()}
+            return {unescaped(name): np.asarray(array[...]) for name, array in arrays.items()}
 
     @cached_property
     def fingerprint(self) -> np.ndarray | None:

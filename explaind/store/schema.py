@@ -26,7 +26,7 @@ run/
   checksum_theta     [state, layer]          crc32 of the tensor's bytes, chained to the previous row
   checksum_step      [step]                  crc32 of all else that the step recorded, chained likewise; of a thin run with checksum_theta
   fingerprint        [example]               crc32 of each training example, where the recorder was given the data
-  constant/<name>                            frozen parameters and buffers
+  constant/<name>                            frozen parameters and buffers; ESCAPES stand in their names
 """
 
 import json
@@ -56,6 +56,8 @@ CHUNK_BYTES = 1 << 13
 """Of random states in one chunk."""
 CHUNK_ROWS = 48
 """With so many rows; with more it is narrower."""
+ESCAPES = str.maketrans({"%": "%25", "/": "%2F", "\\": "%5C", ":": "%3A"})
+"""In names of frozen parameters and buffers."""
 CHUNK_VALUES = 1 << 20
 """Numbers in one chunk, so that neither the writer nor a reader of one layer holds a whole large model."""
 
@@ -216,6 +218,18 @@ def check_version(path: Location, kind: str, found: object) -> None:
     again = "decompose again" if kind == "ledger" else f"explaind upgrade {path}" if folder else "upgrade a copy of it in a folder"
     do = again if older else "update explaind"
     raise StoreError(f"{'an older' if older else 'unknown'} schema version of a {kind}", where=path, expected=want, got=found, do=do)
+
+
+def escaped(name: str) -> str:
+    """The name of a frozen parameter or a buffer as that of an array: those of modules may hold signs that stand between folders."""
+    return name.translate(ESCAPES)
+
+
+def unescaped(word: str) -> str:
+    """What ``escaped`` was given."""
+    for sign, escaped in reversed(ESCAPES.items()):
+        word = word.replace(escaped, chr(sign))
+    return word
 
 
 def create_column(group: zarr.Group, column: Column, rows: int) -> zarr.Array:

@@ -18,7 +18,7 @@ from typing import Any
 from explaind.errors import StoreError
 from explaind.store import described, schema, tail
 from explaind.store.checksums import text_checksum
-from explaind.store.durable import write_file
+from explaind.store.durable import write_new
 from explaind.store.location import MARKER, Location, is_free, replace_file
 from explaind.store.remote import Remote
 from explaind.store.tail import NAMES, Record, Tail
@@ -51,7 +51,11 @@ def _begun(place: Path, attributes: Mapping[str, Any]) -> Tail:
     own = is_free(place, but=NAMES[:1])  # else somebody has begun since the place was looked at, and may be through
     try:
         schema.check_new(place, but=NAMES[:1])
-        write_file(place / described.FILE, described.group(schema.marked("run", attributes)))
+        try:
+            write_new(place / described.FILE, described.group(schema.marked("run", attributes)))
+        except FileExistsError:  # somebody who holds no lock, where there are none
+            schema.check_new(place)
+            raise
     except BaseException as error:
         log.close(remove=own)
         if isinstance(error, OSError):

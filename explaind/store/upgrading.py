@@ -89,12 +89,15 @@ def _from_2(path: Path) -> Manifest:
     group = zarr.open_group(path, mode="r+", zarr_format=3)
     for name in ("gap", "precision"):
         column = columns(manifest)[name]  # zeros, which are its fill
-        if not (path / name / "zarr.json").exists():
-            created({column: rows_of_chunk(column, manifest)}, path)
-        array = schema.growing(path)[name]
-        schema.extend(array, max(array.shape[0], steps), column.shape)
+        try:
+            if not (path / name / "zarr.json").exists():
+                created({column: rows_of_chunk(column, manifest)}, path)
+            array = schema.growing(path)[name]
+            schema.extend(array, max(array.shape[0], steps), column.shape)
+        except OSError as error:
+            raise schema.unwritable(path, error) from error
     constants = sorted((path / "constant").glob("*/zarr.json"))
-    values = {file.parent.name: _values(group, f"constant/{file.parent.name}", manifest, path) for file in constants}
+    values = {schema.unescaped(file.parent.name): _values(group, f"constant/{file.parent.name}", manifest, path) for file in constants}
     prints = _values(group, "fingerprint", manifest, path) if (path / "fingerprint").exists() else None
     sums = {"manifest": text_checksum(manifest.to_json()), "constants": constants_checksum(values, prints)}
     schema.replace_file(path / MARKER, marker_of(steps, complete, modes, sums))

@@ -69,7 +69,8 @@ class RunWriter:
         self._run = text_checksum(name)
         with self._guarded:
             self._columns = self._create(momentum, preconditioner, codec)
-            finished = {f"constant/{name}": (values, [f"{name}.{i}" for i in range(values.ndim)]) for name, values in constants.items()}
+            words = {schema.escaped(name): values for name, values in constants.items()}
+            finished = {f"constant/{word}": (values, [f"{word}.{i}" for i in range(values.ndim)]) for word, values in words.items()}
             write_finished(finished | ({} if fingerprint is None else {"fingerprint": (fingerprint, ["example"])}), path)
             # The first state is written at once, so that a run that is killed in its first span still opens.
             self._write_first(theta)
