@@ -247,6 +247,8 @@ def test_any_write_may_fail(tmp_path, whole, capsys):
         run = explaind.open(path)
         assert (run.complete, run.damage()) == (False, [])
         same(run.states(0, run.steps + 1), whole.states(0, run.steps + 1))
+        if k % 3:  # what follows takes most of the time
+            continue
         assert main(["info", str(path)]) == 0
         have = run.steps + run.logged
         repair(path)
