@@ -1,6 +1,7 @@
 """A recorder watches: the training is bitwise the one without it, and what cannot be replayed is refused at once."""
 
 import copy
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -83,15 +84,17 @@ def test_frozen_parameters_and_buffers_are_kept_as_constants(tmp_path):
 
 def odd_names():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.ModuleDict({"in/0": nn.Linear(3, 4), "in": nn.Identity()})["in/0"], nn.Tanh(), nn.Linear(4, 2))
+    model = nn.Sequential(OrderedDict({"in/0": nn.Linear(3, 4), "in": nn.Tanh(), "out": nn.Linear(4, 2)}))
+    model.get_parameter("in/0.bias").requires_grad_(False)
     for name in ("a", "a/b", "a\\b", "50%", "50%25", "c:d"):
         model.register_buffer(name, torch.tensor([float(len(name))], dtype=torch.float64))
     return model
 
 
 @pytest.mark.parametrize("url", [False, True], ids=["folder", "url"])
-def test_buffers_may_have_any_name_that_torch_allows(url, tmp_path):
-    want = {name: buffer.numpy() for name, buffer in odd_names().named_buffers()}
+def test_what_stays_may_have_any_name_that_torch_allows(url, tmp_path):
+    model = odd_names().double()
+    want = {name: buffer.numpy() for name, buffer in model.named_buffers()} | {"in/0.bias": model.get_parameter("in/0.bias").numpy()}
     run = cases.recorded("memory://odd/names" if url else tmp_path / "run", cases.Problem("odd names", odd_names))
     assert run.constants.keys() == want.keys()
     for name, values in want.items():
