@@ -50,11 +50,10 @@ class Described:
 
     def encoded(self, chunk: np.ndarray) -> bytes:
         """The bytes of a whole chunk."""
-        values = np.ascontiguousarray(chunk, self.dtype.newbyteorder("<"))
         if self.bitdelta is not None:
-            return packed(values.reshape(len(values), -1), self.bitdelta.columns)
+            return packed(chunk.reshape(len(chunk), -1), self.bitdelta.columns)
         assert self._blosc is not None
-        return bytes(self._blosc.encode(values))
+        return bytes(self._blosc.encode(np.ascontiguousarray(chunk, self.dtype.newbyteorder("<"))))
 
     def text(self, shape: Sequence[int]) -> bytes:
         """The metadata of this array with other extents: only these are told anew, since that is done for every span."""

@@ -3,8 +3,7 @@
 import errno
 import os
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor, wait
-from functools import cache
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 NO_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
@@ -14,16 +13,6 @@ AT_ONCE = 4
 """Files that are synced at a time: a disk that is asked for several makes one journey of it."""
 SHARE = 64
 """Files that are worth a thread where nobody waits for them: every one asks the training for the interpreter."""
-
-
-@cache
-def _threads() -> ThreadPoolExecutor:
-    """Kept: to start them takes longer than a fast disk does."""
-    return ThreadPoolExecutor(AT_ONCE, "explaind-sync")
-
-
-if hasattr(os, "register_at_fork"):  # a process that is forked has the pool, but not its threads
-    os.register_at_fork(after_in_child=_threads.cache_clear)
 
 
 def write_file(path: Path, text: bytes) -> None:
@@ -81,8 +70,9 @@ def sync(paths: Iterable[Path | int], behind: bool = False) -> None:
     if count < 2:
         _sync(known)
         return
-    shares = [_threads().submit(_sync, known[i::count]) for i in range(count)]
-    wait(shares)
+    # Threads that waited for the next time would hold some memory for as long as somebody trains.
+    with ThreadPoolExecutor(count, "explaind-sync") as threads:
+        shares = [threads.submit(_sync, known[i::count]) for i in range(count)]
     for share in shares:
         share.result()
 

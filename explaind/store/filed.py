@@ -320,7 +320,7 @@ def settle(arrays: Iterable[Growing], place: Location, synced: bool = True, behi
 
 def _alike(values: np.ndarray, fill: Any) -> bool:
     """Whether all numbers are the fill value; −0 is not 0."""
-    first = values.flat[0]
     if fill == 0:
-        return not first and not np.ascontiguousarray(values).view(np.uint8).any()
+        # The first row tells of most: a whole chunk need not be copied then.
+        return not any(np.ascontiguousarray(part).view(np.uint8).any() for part in (np.atleast_1d(values)[:1], values))
     return bool((np.isnan(values) if fill != fill else values == fill).all())

@@ -15,9 +15,8 @@ SMALL_CHUNK = 1 << 18
 FEW, MANY, TILE, LEAST = 1 << 16, 1 << 17, 1 << 12, 1 << 13
 """Parameters below which a model is small, and from which on it is not; columns of a small one's chunks that are packed at a
 time, and numbers of any other's at least."""
-OWN, SHARE, NARROW = 7 << 13, 3, 4
-"""Numbers that half of what a recorder holds besides would be; how many of the others there are for one that is packed at a time; rows that
-there is room for at least."""
+OWN, NARROW = 15 << 12, 4
+"""Numbers that half of what a recorder holds besides would be; rows that there is room for at least."""
 
 OPTIONAL = ("momentum", "preconditioner")
 """Columns that only some optimizers have, which the manifest does not tell."""
@@ -61,14 +60,14 @@ def columns(m: Manifest, codec: str = "standard") -> dict[str, Column]:
 
 
 def tile(params: int, rows: int) -> int:
-    """How many columns of a chunk are packed at a time. Large tiles are packed sooner, and into less; of a number in one five are held.
+    """How many columns of a chunk are packed at a time. Large tiles are packed sooner, and into less; of a number in one two are held.
 
     All that a recorder holds is to be less than two copies of the parameters, or three megabytes where there are many: they are no matter
     then, and a training with short steps would wait for small tiles. Nor are they where there are few.
     """
     if params < FEW:
         return TILE
-    numbers = max((params - OWN) // SHARE, MANY if params >= MANY else LEAST)
+    numbers = max(params - OWN, MANY if params >= MANY else LEAST)
     return max(1, min(CELLS, numbers) // max(rows, NARROW))
 
 

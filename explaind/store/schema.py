@@ -50,7 +50,7 @@ from explaind.store.remote import Remote, RemoteError
 
 VERSIONS: Mapping[str, int] = {"run": 3, "ledger": 2}
 """Of the schema, by what it is of. A change that older runs cannot be read without is a new one, and a step in upgrading.py."""
-CHUNK_SLOTS = 384
+CHUNK_SLOTS = 768
 """Examples of a batch in one chunk."""
 CHUNK_BYTES = 1 << 13
 """Of random states in one chunk."""

@@ -61,8 +61,8 @@ class Span:
 
     @property
     def wide(self) -> bool:
-        """Whether a batch of it is large."""
-        return any(is_wide(entry.places["batch"].shape) for entry in self.entries)
+        """Whether a batch of it is large, and therefore in the log alone."""
+        return any(entry.row.batch is None for entry in self.entries)
 
     def vectors(self) -> Iterator[tuple[str, list[Place]]]:
         """Arrays of vectors, with the place of each row."""
@@ -110,7 +110,7 @@ def light(row: StepRow) -> StepRow:
     """Without what is large."""
     found = object.__new__(StepRow)  # far cheaper than ``replace``, which sets every field anew
     found.__dict__.update(row.__dict__, **NOTHING)
-    if is_wide(row.batch.shape):
+    if row.batch.shape[0] > CHUNK_SLOTS:
         found.__dict__.update(dict.fromkeys(SLOTS))
     found.__dict__.pop("small", None)
     return found
@@ -138,11 +138,6 @@ def write_vectors(array: Growing, at: int, log: Log, places: Sequence[Place | No
         log.read_rows(values, places[row : row + len(values)], start)
 
     array.stream(at, len(places), max(map(length, known)), read)
-
-
-def is_wide(shape: tuple[int, ...]) -> bool:
-    """Whether a batch of this shape is large."""
-    return shape[0] > CHUNK_SLOTS
 
 
 def length(place: Place) -> int:

@@ -186,25 +186,26 @@ class Log:
 
         What stands close together is read in one go: every call of the system lets another thread have the interpreter.
         """
-        known = [
-            (row[: place.shape[0] - start], place) for row, place in zip(rows, places, strict=True) if place and start < place.shape[0]
-        ]
-        ends = [place.at + start * rows.itemsize + row.nbytes for row, place in known]
-        gaps = [place.at + start * rows.itemsize - end for (_, place), end in zip(known[1:], ends, strict=False)]
-        first = 0
-        for last, gap in enumerate([*gaps, -1][: len(known)]):
-            if 0 <= gap <= NEAR and last - first < TOGETHER:
+        number, whole, views, at, end = self._file.fileno(), True, list[Any](), 0, 0
+        for row, place in zip(rows, places, strict=True):
+            if place is None or start >= place.shape[0]:
                 continue
-            if max(gaps[first:last], default=0) > len(self._between):
-                self._between = bytearray(NEAR)
-            views = list[memoryview | bytearray]()
-            for (row, _), before in zip(known[first : last + 1], [0, *gaps[first:last]], strict=True):
-                views += [memoryview(self._between)[:before], row.data.cast("B")] if before else [row.data.cast("B")]
-            at = known[first][1].at + start * rows.itemsize
-            if os.preadv(self._file.fileno(), views, at) < ends[last] - at:  # it may give less than it is asked for
-                for row, place in known[first : last + 1]:
-                    self.read_into(row, place, start)
-            first = last + 1
+            begins = place.at + start * rows.itemsize
+            if views and not (0 <= begins - end <= NEAR and len(views) < TOGETHER):
+                whole &= os.preadv(number, views, at) == end - at
+                views = []
+            if not views:
+                at = begins
+            elif begins > end:
+                self._between = self._between or bytearray(NEAR)
+                views.append(memoryview(self._between)[: begins - end])
+            part = row[: place.shape[0] - start]
+            views.append(part)
+            end = begins + part.nbytes
+        if views and not (os.preadv(number, views, at) == end - at and whole):  # it may give less than it is asked for
+            for row, place in zip(rows, places, strict=True):
+                if place is not None and start < place.shape[0]:
+                    self.read_into(row[: place.shape[0] - start], place, start)
 
     def restart(self, kept: Sequence[Record]) -> None:
         """Begin again with these steps, which other files have too.
