@@ -12,11 +12,10 @@ TOGETHER = 32
 SMALL_CHUNK = 1 << 18
 """Numbers in such a chunk, which is filled up where a step has fewer examples."""
 
-FEW, MANY, TILE, LEAST = 1 << 16, 1 << 17, 1 << 12, 1 << 13
-"""Parameters below which a model is small, and from which on it is not; columns of a small one's chunks that are packed at a
-time, and numbers of any other's at least."""
-OWN, NARROW = 15 << 12, 4
-"""Numbers that half of what a recorder holds besides would be; rows that there is room for at least."""
+OWN, LEAST, MANY = 35 << 11, 1 << 13, 1 << 17
+"""Numbers that half of what a recorder holds besides a tile would be, numbers of a tile at least, and parameters of a model that has many."""
+TILE, NARROW = 1 << 12, 4
+"""Columns of a tile where the parameters are few, and rows that there is room for in any."""
 
 OPTIONAL = ("momentum", "preconditioner")
 """Columns that only some optimizers have, which the manifest does not tell."""
@@ -65,9 +64,9 @@ def tile(params: int, rows: int) -> int:
     All that a recorder holds is to be less than two copies of the parameters, or three megabytes where there are many: they are no matter
     then, and a training with short steps would wait for small tiles. Nor are they where there are few.
     """
-    if params < FEW:
+    if params < OWN + LEAST:
         return TILE
-    numbers = max(params - OWN, MANY if params >= MANY else LEAST)
+    numbers = params - OWN if params < MANY else max(params - OWN, MANY)
     return max(1, min(CELLS, numbers) // max(rows, NARROW))
 
 

@@ -99,7 +99,7 @@ CLEVEL = 9
 CODECS: Mapping[str, Mapping[str, Any]] = {
     "bitdelta": {"serializer": BitDelta(), "compressors": None},
     "standard": {"compressors": [lossless()]},
-    "short": {"compressors": [BloscCodec(cname="lz4", clevel=5, shuffle=BloscShuffle.bitshuffle)]},
+    "short": {"compressors": [BloscCodec(cname="lz4", clevel=5, shuffle=BloscShuffle.bitshuffle, blocksize=1 << 13)]},
     "quick": {"compressors": [BloscCodec(cname="lz4", clevel=5, shuffle=BloscShuffle.shuffle)]},
     "apart": {"compressors": [BloscCodec(cname="zstd", clevel=CLEVEL, shuffle=BloscShuffle.shuffle)]},
 }
