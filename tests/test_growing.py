@@ -87,10 +87,10 @@ def puts(column):
     return write
 
 
-def reading(values):
+def reading(values, fill):
     def read(out, row, start):
         part = values[row : row + len(out), start : start + out.shape[1]]
-        out[:, : part.shape[1]] = part
+        out[:, : part.shape[1]], out[:, part.shape[1] :] = part, fill
 
     return read
 
@@ -103,7 +103,7 @@ def streamed(column):
             self._array = array
 
         def append(self, values, at):
-            self._array.stream(at, len(values), values.shape[1], reading(values))
+            self._array.stream(at, len(values), values.shape[1], reading(values, column.fill))
 
     return lambda array: spans(column)(Streaming(array))
 

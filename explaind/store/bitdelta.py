@@ -97,8 +97,8 @@ Read = Callable[[np.ndarray, int], None]
 class Packing:
     """What ``packed`` makes of a matrix that is read tile by tile, so that no more than a few tiles are in memory."""
 
-    def __init__(self, shape: tuple[int, int], dtype: np.dtype[Any], read: Read, wide: int | None = None) -> None:
-        """wide: columns of a tile."""
+    def __init__(self, shape: tuple[int, int], dtype: np.dtype[Any], read: Read, wide: int | None = None, behind: Any = None) -> None:
+        """wide: columns of a tile; behind: the number in all rows behind these, where there are more."""
         self._columns, self._dtype, self._read, self._wide = shape[1], dtype.newbyteorder("<"), read, wide
         most = CELLS if wide is None else shape[0] * wide
         self._size = max(shape[0], min(most, shape[0] * shape[1])) + EIGHT
@@ -106,9 +106,11 @@ class Packing:
         self._loaded: tuple[int, int] | None = None
         self.kept = self.rest = 0
         """Rows in front of those at the end that hold a single bit pattern; and that, as an unsigned number."""
+        if behind is not None:
+            self.rest = self._bits_of(behind)
         for start, stop in _tiles(*shape, wide):
             bits = self._bits(start, stop, shape[0])
-            if not start:
+            if not start and behind is None:
                 self.rest = int(bits[-1, 0]) & (256**dtype.itemsize - 1)
             self.kept = max(self.kept, _kept(bits.view(f"<u{dtype.itemsize}"), self.rest))
             if self.kept == shape[0]:
@@ -116,7 +118,7 @@ class Packing:
 
     def holds(self, number: Any) -> bool:
         """Whether that is all there is, bit for bit."""
-        return not self.kept and int.from_bytes(np.asarray(number, self._dtype).tobytes(), "little") == self.rest
+        return not self.kept and self._bits_of(number) == self.rest
 
     def __iter__(self) -> Iterator[tuple[int, bytes]]:
         """Its bytes, piece by piece, each with its place: a file of several tiles gets its checksum last."""
@@ -133,6 +135,9 @@ class Packing:
             at += len(text)
             del text  # not to be held while the next one is made
         yield 0, CRC.pack(crc)
+
+    def _bits_of(self, number: Any) -> int:
+        return int.from_bytes(np.asarray(number, self._dtype).tobytes(), "little")
 
     def _bits(self, start: int, stop: int, rows: int) -> np.ndarray:
         """The first rows of columns [start, stop), as signed integers, in the room of a tile."""
@@ -171,13 +176,13 @@ class Packing:
         return widths, other
 
 
-def packed(values: np.ndarray, wide: int | None = None) -> bytes:
-    """A matrix of floats [row, column]; wide: columns of a tile."""
+def packed(values: np.ndarray, wide: int | None = None, behind: Any = None) -> bytes:
+    """A matrix of floats [row, column]; wide and behind: as of a ``Packing``."""
 
     def read(out: np.ndarray, start: int) -> None:
         out[:] = values[: len(out), start : start + out.shape[1]]
 
-    pieces = sorted(Packing((values.shape[0], values.shape[1]), values.dtype, read, wide))
+    pieces = sorted(Packing((values.shape[0], values.shape[1]), values.dtype, read, wide, behind))
     return b"".join([text for _, text in pieces])
 
 

@@ -49,11 +49,15 @@ class Described:
         self._around = [*text({**metadata, "shape": marks}).decode().split('"?"', len(marks)), "", ""][:3]
 
     def encoded(self, chunk: np.ndarray) -> bytes:
-        """The bytes of a whole chunk."""
+        """The bytes of a whole chunk; packed ones may have more rows, which hold the fill value."""
         if self.bitdelta is not None:
-            return packed(chunk.reshape(len(chunk), -1), self.bitdelta.columns)
+            return packed(chunk.reshape(len(chunk), -1), self.bitdelta.columns, self.behind(len(chunk)))
         assert self._blosc is not None
         return bytes(self._blosc.encode(np.ascontiguousarray(chunk, self.dtype.newbyteorder("<"))))
+
+    def behind(self, rows: int) -> Any:
+        """What stands in a chunk behind so many rows; None where there are no more."""
+        return self.fill_value if rows < self.chunks[0] else None
 
     def text(self, shape: Sequence[int]) -> bytes:
         """The metadata of this array with other extents: only these are told anew, since that is done for every span."""

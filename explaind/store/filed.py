@@ -173,19 +173,21 @@ class Filed(Growing):
             super()._stream(at, shape, start, read)
             return
         if not self._by_tiles:
-            whole = [-(-n // chunk) * chunk for n, chunk in zip(shape, self.chunks, strict=True)]  # else they would be copied
-            values = np.full(whole, self.fill, self.dtype)
-            read(values[: shape[0], : shape[1]], 0, 0)
-            self._write(values, at, start, start + whole[1])
+            whole = -(-shape[1] // self.chunks[1]) * self.chunks[1]  # else they would be copied
+            values = np.empty((shape[0], whole), self.dtype)
+            values[:, shape[1] :] = self.fill
+            read(values[:, : shape[1]], 0, 0)
+            self._write(values, at, start, start + whole)
             return
 
         def some(out: np.ndarray, left: int) -> None:
-            out.fill(self.fill)
-            if left < shape[1]:
-                read(out[: shape[0], : shape[1] - left], 0, left)
+            there = max(0, shape[1] - left)
+            out[:, there:] = self.fill
+            if there:
+                read(out[:, :there], 0, left)
 
         assert self._codec is not None
-        packing = Packing((self.chunks[0], self.chunks[1]), self.dtype, some, self._codec.columns)
+        packing = Packing((shape[0], self.chunks[1]), self.dtype, some, self._codec.columns, self._described.behind(shape[0]))
         place = at // self.chunks[0], start // self.chunks[1]
         self._put(self._folder.joinpath("c", *map(str, place)), place[0], None if packing.holds(self.fill) else packing)
 
@@ -206,8 +208,9 @@ class Filed(Growing):
         """Filled up; None where that is all there is, which zarr leaves out."""
         if not values.size or _alike(values, self.fill):
             return None
-        if values.shape != self.chunks:
-            whole = np.full(self.chunks, self.fill, self.dtype)
+        shape = self.chunks if self._codec is None else (len(values), *self.chunks[1:])
+        if values.shape != shape:
+            whole = np.full(shape, self.fill, self.dtype)
             whole[tuple(map(slice, values.shape))] = values
             values = whole
         return [(0, self._described.encoded(values))]

@@ -13,7 +13,7 @@ from explaind.store.described import Described
 Move = tuple[Path, Path]
 """Where a file stands, and where it belongs."""
 Read = Callable[[np.ndarray, int, int], None]
-"""Fills a matrix [row, number] of fill values with others, from a row and a number of theirs on, as far as they go."""
+"""Fills a matrix [row, number] with numbers from a row and a number of theirs on, and with fill values where there are none."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Growing:
 
     def _stream(self, at: int, shape: tuple[int, int], start: int, read: Read) -> None:
         """So many rows and numbers, from a row and a number on, at which chunks begin; but for rows before which some stand already."""
-        values = np.full(shape, self.fill, self.dtype)
+        values = np.empty(shape, self.dtype)
         read(values, 0, 0)
         self._write(values, at, start, start + shape[1])
 
@@ -139,6 +139,8 @@ def _behind(read: Read, row: int, start: int) -> Read:
 
 def filled(rows: Sequence[np.ndarray], wide: int, fill: float) -> np.ndarray:
     """Vectors of the same dtype, filled up to one width: [row, number]."""
+    if all(len(row) == wide for row in rows):
+        return np.concatenate(rows).reshape(len(rows), wide)
     found = np.full((len(rows), wide), fill, rows[0].dtype)
     for own, row in zip(found, rows, strict=True):
         own[: len(row)] = row

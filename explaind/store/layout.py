@@ -13,7 +13,7 @@ SMALL_CHUNK = 1 << 18
 """Numbers in such a chunk, which is filled up where a step has fewer examples."""
 
 OWN, LEAST, MANY = 35 << 11, 1 << 13, 1 << 17
-"""Numbers that half of what a recorder holds besides a tile would be, numbers of a tile at least, and parameters of a model that has many."""
+"""Numbers that half of what a recorder holds besides a tile would be; numbers of a tile at least; parameters of a model that has many."""
 TILE, NARROW = 1 << 12, 4
 """Columns of a tile where the parameters are few, and rows that there is room for in any."""
 

@@ -79,19 +79,19 @@ class Span:
         nothing = np.full((len(self.chain.theta), 2), np.nan)
         found = {
             **({} if self.wide else self._slots(rows)),
-            "hyper": np.stack([row.hyper for row in rows]),
-            "age": np.stack([row.age for row in rows]),
+            "hyper": _stacked([row.hyper for row in rows]),
+            "age": _stacked([row.age for row in rows]),
             "mode": np.array([entry.mode for entry in self.entries]),
             "checksum_step": np.array([entry.chain.step for entry in self.entries], dtype=np.uint32),
             "gap": np.array([row.gap for row in rows]),
             "precision": np.array([row.precision for row in rows]),
-            "consumed": np.stack([nothing if row.consumed is None else row.consumed for row in rows]),
-            **{name: self._bytes(name) for name in BYTES},
+            "consumed": _stacked([nothing if row.consumed is None else row.consumed for row in rows]),
+            **{name: self._bytes(name) for name in BYTES if name in having},
         }
         crcs = [row.gradients_crc for row in rows if row.gradients_crc is not None]
         found |= {"checksum_gradient": np.concatenate(crcs)} if crcs else {}
         scalars = [row.scalars for row in rows if row.scalars is not None]
-        found |= {"scalar": np.stack(scalars)} if scalars else {}
+        found |= {"scalar": _stacked(scalars)} if scalars else {}
         return {name: values for name, values in found.items() if name in having}
 
     def _slots(self, rows: Sequence[StepRow]) -> dict[str, np.ndarray]:
@@ -134,10 +134,18 @@ def write_vectors(array: Growing, at: int, log: Log, places: Sequence[Place | No
     def read(values: np.ndarray, row: int, start: int) -> None:
         for other in stay.keys() & set(range(row, row + len(values))):
             there = stay[other](start, start + values.shape[1])
-            values[other - row, : len(there)] = there
-        log.read_rows(values, places[row : row + len(values)], start)
+            values[other - row, : len(there)], values[other - row, len(there) :] = there, array.fill
+        log.read_rows(values, places[row : row + len(values)], start, array.fill)
 
     array.stream(at, len(places), max(map(length, known)), read)
+
+
+def _stacked(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """The same as numpy's stack, in one go, since this stands in the training's way; of a single array it is a view."""
+    first = rows[0]
+    if all(row is first for row in rows):
+        return np.broadcast_to(first, (len(rows), *first.shape))
+    return np.concatenate(rows).reshape(len(rows), *first.shape)
 
 
 def length(place: Place) -> int:

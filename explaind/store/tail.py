@@ -181,16 +181,20 @@ class Log:
                 raise StoreError("steps that were logged are gone", where=self.path, do="let nobody else write into a run")
             rest, at = rest[count:], at + count
 
-    def read_rows(self, rows: np.ndarray, places: Sequence[Place | None], start: int = 0) -> None:
-        """Fill rows [row, number], each with a vector of their dtype from there on, as far as it goes; None: that row stays as it is.
+    def read_rows(self, rows: np.ndarray, places: Sequence[Place | None], start: int = 0, fill: Any = 0) -> None:
+        """Fill rows [row, number], each with a vector of their dtype from there on, and what is behind it; None: that row stays as it is.
 
         What stands close together is read in one go: every call of the system lets another thread have the interpreter.
         """
         number, whole, views, at, end = self._file.fileno(), True, list[Any](), 0, 0
         for row, place in zip(rows, places, strict=True):
-            if place is None or start >= place.shape[0]:
+            if place is None:
                 continue
-            begins = place.at + start * rows.itemsize
+            part, begins = row[: max(0, place.shape[0] - start)], place.at + start * rows.itemsize
+            if len(part) < len(row):
+                row[len(part) :] = fill
+            if not len(part):
+                continue
             if views and not (0 <= begins - end <= NEAR and len(views) < TOGETHER):
                 whole &= os.preadv(number, views, at) == end - at
                 views = []
@@ -199,7 +203,6 @@ class Log:
             elif begins > end:
                 self._between = self._between or bytearray(NEAR)
                 views.append(memoryview(self._between)[: begins - end])
-            part = row[: place.shape[0] - start]
             views.append(part)
             end = begins + part.nbytes
         if views and not (os.preadv(number, views, at) == end - at and whole):  # it may give less than it is asked for
