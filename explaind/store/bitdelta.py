@@ -97,8 +97,10 @@ Read = Callable[[np.ndarray, int], None]
 class Packing:
     """What ``packed`` makes of a matrix that is read tile by tile, so that no more than a few tiles are in memory."""
 
-    def __init__(self, shape: tuple[int, int], dtype: np.dtype[Any], read: Read, wide: int | None = None, behind: Any = None) -> None:
-        """wide: columns of a tile; behind: the number in all rows behind these, where there are more."""
+    def __init__(
+        self, shape: tuple[int, int], dtype: np.dtype[Any], read: Read | np.ndarray, wide: int | None = None, behind: Any = None
+    ) -> None:
+        """read: or the matrix itself; wide: columns of a tile; behind: the number in all rows behind these, where there are more."""
         self._columns, self._dtype, self._read, self._wide = shape[1], dtype.newbyteorder("<"), read, wide
         most = CELLS if wide is None else shape[0] * wide
         self._size = max(shape[0], min(most, shape[0] * shape[1])) + EIGHT
@@ -140,9 +142,12 @@ class Packing:
         return int.from_bytes(np.asarray(number, self._dtype).tobytes(), "little")
 
     def _bits(self, start: int, stop: int, rows: int) -> np.ndarray:
-        """The first rows of columns [start, stop), as signed integers, in the room of a tile."""
+        """The first rows of columns [start, stop), as signed integers; those that are read stand in the room of a tile."""
+        kind = f"<i{self._dtype.itemsize}"
+        if isinstance(self._read, np.ndarray):
+            return self._read[:rows, start:stop].view(kind)
         if self._room is None:
-            self._room = np.empty(self._size, f"<i{self._dtype.itemsize}")
+            self._room = np.empty(self._size, kind)
         bits = self._room[: rows * (stop - start)].reshape(rows, -1)
         if self._loaded != (start, stop):
             self._read(bits.view(self._dtype), start)
@@ -162,7 +167,7 @@ class Packing:
         """The residuals of a tile in the order of their columns' widths, in a room; and these. The other room is given back."""
         self._order = _order(bits)
         room, other = self._room, np.empty(self._size, bits.dtype)
-        assert room is not None
+        room = np.empty_like(other) if room is None else room
         self._room = self._loaded = None
         numbers, spare = (whole[: bits.size].reshape(bits.shape) for whole in (other, room))
         turned(bits, out=numbers)
@@ -178,11 +183,8 @@ class Packing:
 
 def packed(values: np.ndarray, wide: int | None = None, behind: Any = None) -> bytes:
     """A matrix of floats [row, column]; wide and behind: as of a ``Packing``."""
-
-    def read(out: np.ndarray, start: int) -> None:
-        out[:] = values[: len(out), start : start + out.shape[1]]
-
-    pieces = sorted(Packing((values.shape[0], values.shape[1]), values.dtype, read, wide, behind))
+    little = values.astype(values.dtype.newbyteorder("<"), copy=False)
+    pieces = sorted(Packing((values.shape[0], values.shape[1]), values.dtype, little, wide, behind))
     return b"".join([text for _, text in pieces])
 
 
