@@ -117,7 +117,7 @@ def test_a_matrix_is_read_tile_by_tile_and_once_where_it_is_full():
         return list(bitdelta.Packing(values.shape, values.dtype, read, 20))
 
     found = pieces()
-    assert (asked, len(found)) == ([(0, 20), (20, 20), (40, 10)], 4)
+    assert (asked, len(found)) == ([(0, 20), (20, 20), (40, 10)], 7)
     assert b"".join(text for _, text in sorted(found)) == packed(values, 20)
     values[4:] = 7  # only the last tile tells that one row of these is no filling
     values[4, 45] = 8
@@ -134,6 +134,18 @@ def test_rows_that_hold_one_pattern_at_the_end_take_no_room():
     for fill in (0, -0.0, np.nan, 7):
         values[3:] = fill
         assert len(packed(values)) == len(packed(values[:4]))
+
+
+@pytest.mark.parametrize("wide", [None, 40])
+@pytest.mark.parametrize("rows", [1, 3, 16])
+@pytest.mark.parametrize("fill", [0.0, -0.0, np.nan, 7.0], ids=str)
+def test_rows_behind_those_that_are_told_are_packed_as_if_they_were_there(fill, rows, wide):
+    whole = np.full((16, 100), fill, "float32")
+    whole[:rows] = trained(np.random.default_rng(0), (rows, 100), "float32")
+    assert packed(whole[:rows], wide, None if rows == 16 else fill) == packed(whole, wide)
+    whole[:rows] = fill
+    alone = packed(whole[:rows], wide, None if rows == 16 else fill)
+    assert (alone, len(alone)) == (packed(whole, wide), bitdelta.CRC.size + bitdelta.HEAD.size)
 
 
 def test_a_changed_or_missing_byte_is_refused():

@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -78,8 +79,7 @@ def checked_ids(ids: Tensor | np.ndarray | Sequence[int], examples: int | None) 
 def checked_weights(weights: Tensor | np.ndarray | Sequence[float] | None, reduction: str, count: int) -> np.ndarray:
     """The factor on each example's loss: float64 [batch]."""
     if weights is None:
-        one = np.array([1.0 / count if reduction == "mean" else 1.0])
-        return np.ndarray((count,), one.dtype, one, 0, (0,))  # a single number, however large the batch is
+        return _alike(1.0 / count if reduction == "mean" else 1.0, count)
     values = weights.detach().cpu().numpy() if isinstance(weights, Tensor) else np.asarray(weights)
     if values.shape != (count,) or not np.isfinite(values).all():
         raise RecordError(
@@ -89,6 +89,12 @@ def checked_weights(weights: Tensor | np.ndarray | Sequence[float] | None, reduc
             do="pass the factor that the training loss puts on each example",
         )
     return values.astype(np.float64)
+
+
+@lru_cache(maxsize=4)
+def _alike(weight: float, count: int) -> np.ndarray:
+    """The same weight so often, for reading: a single number in memory, however large the batch is."""
+    return np.broadcast_to(np.float64(weight), (count,))
 
 
 def fingerprint(item: Any) -> int:

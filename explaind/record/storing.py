@@ -227,7 +227,7 @@ class Storing:
                 got=fault,
                 do="call recorder.examples(ids) right before the forward pass of these examples, or give losses= and data=",
             )
-        weights = [torch.from_numpy(batch.weights) for batch in taken]
+        weights = [torch.tensor(batch.weights) for batch in taken]
         inverse = [torch.where(w != 0, 1 / w, 0.0).to(self._like)[:, None] for w in weights]
         found = [batch.gradients.mul_(w) for batch, w in zip(taken, inverse, strict=True) if batch.gradients is not None]
         return found[0] if len(found) == 1 else torch.cat(found)

@@ -23,7 +23,7 @@ All integers are little-endian.
 import asyncio
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -123,20 +123,26 @@ class Packing:
         return not self.kept and self._bits_of(number) == self.rest
 
     def __iter__(self) -> Iterator[tuple[int, bytes]]:
-        """Its bytes, piece by piece, each with its place: a file of several tiles gets its checksum last."""
-        tiles, ahead = list(_tiles(self.kept, self._columns, self._wide)), [HEAD.pack(self.kept, self.rest)]
-        if len(tiles) < 2:
-            parts = [*ahead, *(part for tile in tiles for part in self._tile(*tile))]
-            yield 0, b"".join([CRC.pack(_crc(parts)), *parts])
-            return
+        """Its bytes, piece by piece, each with its place; the checksum comes last."""
         at, crc = CRC.size, 0
-        for tile in tiles:
-            text = b"".join([*ahead, *self._tile(*tile)])
-            crc, ahead = zlib.crc32(text, crc), []
-            yield at, text
-            at += len(text)
-            del text  # not to be held while the next one is made
+        for part in self._parts():
+            crc = zlib.crc32(part, crc)
+            yield at, part
+            at += len(part)
+            del part  # not to be held while the next one is made
         yield 0, CRC.pack(crc)
+
+    def _parts(self) -> Iterator[bytes]:
+        """All but the checksum; what is large stands alone, since nothing else can be done while it is copied."""
+        ahead = HEAD.pack(self.kept, self.rest)
+        for tile in _tiles(self.kept, self._columns, self._wide):
+            widths, alike = self._tile(*tile)
+            yield b"".join([ahead, TILE_HEAD.pack(self._order, len(widths), len(alike)), widths])
+            yield alike
+            ahead = b""
+            del alike
+        if ahead:
+            yield ahead
 
     def _bits_of(self, number: Any) -> int:
         return int.from_bytes(np.asarray(number, self._dtype).tobytes(), "little")
@@ -154,14 +160,15 @@ class Packing:
         self._loaded = start, stop  # its first rows are those of fewer, too
         return bits
 
-    def _tile(self, start: int, stop: int) -> Sequence[bytes]:
+    def _tile(self, start: int, stop: int) -> tuple[bytes, bytes]:
+        """The two parts of a tile."""
         widths, room = self._sorted(self._bits(start, stop, self.kept))
         count = self.kept * (stop - start)
         room[count : count + EIGHT] = 0
         table = blosc.compress(widths, b"zstd", 1, blosc.SHUFFLE)
         alike = blosc.compress(room[: count + -count % EIGHT], b"lz4", LEVEL, blosc.BITSHUFFLE, BLOCK)
         self._room = room  # memory that was used already is much faster
-        return TILE_HEAD.pack(self._order, len(table), len(alike)), table, alike
+        return table, alike
 
     def _sorted(self, bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The residuals of a tile in the order of their columns' widths, in a room; and these. The other room is given back."""

@@ -16,7 +16,8 @@ from zarr.codecs import BloscCodec, BytesCodec
 
 from explaind.errors import StoreError
 from explaind.store import bitdelta, schema
-from explaind.store.bitdelta import BitDelta, packed
+from explaind.store.bitdelta import BitDelta, Packing
+from explaind.store.durable import Text
 
 FILE = "zarr.json"
 SHUFFLES = {"noshuffle": 0, "shuffle": 1, "bitshuffle": 2}
@@ -48,12 +49,14 @@ class Described:
         marks = ["?", "?"] if self.shape else []
         self._around = [*text({**metadata, "shape": marks}).decode().split('"?"', len(marks)), "", ""][:3]
 
-    def encoded(self, chunk: np.ndarray) -> bytes:
-        """The bytes of a whole chunk; packed ones may have more rows, which hold the fill value."""
+    def encoded(self, chunk: np.ndarray) -> Text:
+        """The bytes of a chunk, in pieces; packed ones may have fewer rows, behind which there are fill values."""
+        little = self.dtype.newbyteorder("<")
         if self.bitdelta is not None:
-            return packed(chunk.reshape(len(chunk), -1), self.bitdelta.columns, self.behind(len(chunk)))
+            values = chunk.reshape(len(chunk), -1).astype(little, copy=False)
+            return Packing((values.shape[0], values.shape[1]), little, values, self.bitdelta.columns, self.behind(len(chunk)))
         assert self._blosc is not None
-        return bytes(self._blosc.encode(np.ascontiguousarray(chunk, self.dtype.newbyteorder("<"))))
+        return [(0, bytes(self._blosc.encode(np.ascontiguousarray(chunk, little))))]
 
     def behind(self, rows: int) -> Any:
         """What stands in a chunk behind so many rows; None where there are no more."""

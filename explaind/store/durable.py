@@ -9,6 +9,8 @@ from pathlib import Path
 NO_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 """What filesystems say that sync no folders."""
 WRITE = os.O_WRONLY | os.O_CREAT | getattr(os, "O_BINARY", 0)
+Text = Iterable[tuple[int, bytes]]
+"""Of a file: pieces, each with its place."""
 AT_ONCE = 4
 """Files that are synced at a time: a disk that is asked for several makes one journey of it."""
 SHARE = 64
@@ -33,7 +35,7 @@ def write_new(path: Path, text: bytes) -> None:
         raise
 
 
-def written(path: Path, pieces: Iterable[tuple[int, bytes]], new: bool = False) -> int:
+def written(path: Path, pieces: Text, new: bool = False) -> int:
     """The same of pieces, each with its place, in a folder that is made where there is none; the number of the open file.
 
     That is the caller's to close. new: FileExistsError where there is one.

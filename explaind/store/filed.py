@@ -21,14 +21,12 @@ import zarr
 from explaind.store import described, schema
 from explaind.store.bitdelta import Packing, tiles
 from explaind.store.described import Described
-from explaind.store.durable import sync, sync_folders, write_new, written
+from explaind.store.durable import Text, sync, sync_folders, write_new, written
 from explaind.store.growing import Growing, Move, Put, Read, Unsettled, filled
 from explaind.store.location import Location, replace_file, store_of
 
 OPEN = 0 if os.name == "nt" else 4
 """Files of an array that stay open until they are synced: to open one again is as much work. Windows moves no file that is open."""
-Text = Iterable[tuple[int, bytes]]
-"""Of a file: pieces, each with its place."""
 
 
 class Filed(Growing):
@@ -213,7 +211,7 @@ class Filed(Growing):
             whole = np.full(shape, self.fill, self.dtype)
             whole[tuple(map(slice, values.shape))] = values
             values = whole
-        return [(0, self._described.encoded(values))]
+        return self._described.encoded(values)
 
     def _leave_out(self, file: Path) -> None:
         partial = file.with_name(f"{file.name}.partial")

@@ -139,8 +139,8 @@ class Log:
         crc = zlib.crc32(small, zlib.crc32(told))
         for view in views:
             crc = zlib.crc32(view, crc)
-        self._write([HEAD.pack(len(told) + self._bytes, crc) + told + small, *views])
         at = self._end + HEAD.size + len(told)
+        self._write([HEAD.pack(len(told) + self._bytes, crc) + told + small, *views], at + self._bytes)
         self._end = at + self._bytes
         return Places(at, self._layout)
 
@@ -159,12 +159,13 @@ class Log:
         links = "" if record.links is None else f'"links": {list(record.links)}, '
         return f'{{"step": {record.step}, {links}{self._told}\n'.encode()
 
-    def _write(self, views: Sequence[Any]) -> None:
-        """Behind the last whole record, whatever an interrupted one has left there."""
+    def _write(self, views: Sequence[Any], end: int) -> None:
+        """Behind the last whole record, whatever an interrupted one has left there; end: of what is written."""
         at, rest = self._end, views
-        while rest:  # a file may take less than it is given
+        while at < end:  # a file may take less than it is given
             count = os.pwritev(self._file.fileno(), rest[:TOGETHER], at)
-            at, rest = at + count, _behind(rest, count)
+            at += count
+            rest = _behind(rest, count) if at < end else ()
 
     def read(self, place: Place, start: int = 0, stop: int | None = None) -> np.ndarray:
         """An array, or of a vector the numbers [start, stop). StoreError where the file has become shorter."""
