@@ -134,7 +134,7 @@ def test_large_batches_are_read_back_from_the_log_and_are_the_same_record(option
     cases.shorten_blocks(monkeypatch)
     torch.manual_seed(0)
     small = cases.recorded(tmp_path / "small", data=cases.DATA, **options)
-    monkeypatch.setattr(span, "CHUNK_SLOTS", 1)
+    monkeypatch.setattr(span, "LARGE", 1)
     monkeypatch.setattr(thin, "LOGGED", 2)
     torch.manual_seed(0)
     large = cases.recorded(tmp_path / "large", data=cases.DATA, **options)
@@ -147,7 +147,7 @@ def test_large_batches_are_read_back_from_the_log_and_are_the_same_record(option
 @pytest.mark.parametrize("end", ["closed", "killed", "url"])
 def test_gradients_of_the_largest_batch_stay_where_it_is_in_the_last_span(sizes, end, tmp_path, monkeypatch):
     cases.shorten_blocks(monkeypatch)
-    monkeypatch.setattr(span, "CHUNK_SLOTS", 3)
+    monkeypatch.setattr(span, "LARGE", 3)
     model, path = torch.nn.Linear(2, 1), f"memory://large/{'-'.join(map(str, sizes))}" if end == "url" else tmp_path / "run"
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     recorder = explaind.record(optimizer, model, path, gradients="store", **({"spool": tmp_path / "spool"} if end == "url" else {}))

@@ -9,9 +9,10 @@ import numpy as np
 from explaind.store.checksums import Chain
 from explaind.store.growing import Growing, filled
 from explaind.store.row import StepRow
-from explaind.store.schema import CHUNK_SLOTS
 from explaind.store.tail import Log, Place
 
+LARGE = 384
+"""Examples of a batch that are not kept in memory until its span is in chunks."""
 SLOTS = ("batch", "part", "weight")
 """Fields with a number for every example of a batch; those of large batches are read like vectors."""
 VECTORS = {"preconditioner": "preconditioner", "anchor": "momentum", "filtered": "filtered", "state": "state"}
@@ -110,7 +111,7 @@ def light(row: StepRow) -> StepRow:
     """Without what is large."""
     found = object.__new__(StepRow)  # far cheaper than ``replace``, which sets every field anew
     found.__dict__.update(row.__dict__, **NOTHING)
-    if row.batch.shape[0] > CHUNK_SLOTS:
+    if row.batch.shape[0] > LARGE:
         found.__dict__.update(dict.fromkeys(SLOTS))
     found.__dict__.pop("small", None)
     return found

@@ -162,7 +162,7 @@ class Log:
     def _write(self, views: Sequence[Any], end: int) -> None:
         """Behind the last whole record, whatever an interrupted one has left there; end: of what is written."""
         at, rest = self._end, views
-        while at < end:  # a file may take less than it is given
+        while rest:  # a file may take less than it is given
             count = os.pwritev(self._file.fileno(), rest[:TOGETHER], at)
             at += count
             rest = _behind(rest, count) if at < end else ()
