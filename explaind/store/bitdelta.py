@@ -82,7 +82,7 @@ def unfolded(numbers: np.ndarray) -> np.ndarray:
 
 
 def summed(differences: np.ndarray, order: int) -> np.ndarray:
-    """What was differenced down the rows so often, as ``_run`` does it: overflow wraps round, and wraps back."""
+    """What was differenced down the rows so often, as a ``Packing`` does it: overflow wraps round, and wraps back."""
     numbers = differences.copy()
     for k in reversed(range(order)):
         for above, row in pairwise(numbers[k:]):  # numpy's own accumulate goes down the columns, one number a cache line
@@ -117,6 +117,12 @@ class Packing:
             self.kept = max(self.kept, _kept(bits.view(f"<u{dtype.itemsize}"), self.rest))
             if self.kept == shape[0]:
                 break
+
+    @classmethod
+    def of(cls, values: np.ndarray, wide: int | None = None, behind: Any = None) -> "Packing":
+        """Of a matrix at hand, which is not copied."""
+        little = values.dtype.newbyteorder("<")
+        return cls((values.shape[0], values.shape[1]), little, values.astype(little, copy=False), wide, behind)
 
     def holds(self, number: Any) -> bool:
         """Whether that is all there is, bit for bit."""
@@ -190,9 +196,7 @@ class Packing:
 
 def packed(values: np.ndarray, wide: int | None = None, behind: Any = None) -> bytes:
     """A matrix of floats [row, column]; wide and behind: as of a ``Packing``."""
-    little = values.astype(values.dtype.newbyteorder("<"), copy=False)
-    pieces = sorted(Packing((values.shape[0], values.shape[1]), values.dtype, little, wide, behind))
-    return b"".join([text for _, text in pieces])
+    return b"".join([text for _, text in sorted(Packing.of(values, wide, behind))])
 
 
 def _crc(parts: Iterable[bytes]) -> int:

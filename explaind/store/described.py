@@ -51,12 +51,11 @@ class Described:
 
     def encoded(self, chunk: np.ndarray) -> Text:
         """The bytes of a chunk, in pieces; packed ones may have fewer rows, behind which there are fill values."""
-        little = self.dtype.newbyteorder("<")
         if self.bitdelta is not None:
-            values = chunk.reshape(len(chunk), -1).astype(little, copy=False)
-            return Packing((values.shape[0], values.shape[1]), little, values, self.bitdelta.columns, self.behind(len(chunk)))
+            values = chunk.reshape(len(chunk), -1).astype(self.dtype, copy=False)
+            return Packing.of(values, self.bitdelta.columns, self.behind(len(chunk)))
         assert self._blosc is not None
-        return [(0, bytes(self._blosc.encode(np.ascontiguousarray(chunk, little))))]
+        return [(0, bytes(self._blosc.encode(np.ascontiguousarray(chunk, self.dtype.newbyteorder("<")))))]
 
     def behind(self, rows: int) -> Any:
         """What stands in a chunk behind so many rows; None where there are no more."""
