@@ -1,6 +1,6 @@
 """What does recording cost a training: time, memory and disk?
 
-python experiments/overhead/run.py [--small] [--pairs 5] [--only NAME] [--out runs/overhead] [--memory | --heap]
+python experiments/overhead/run.py [--small] [--pairs 5] [--only NAME] [--device cpu] [--out runs/overhead] [--memory | --heap]
 
 Every training is made with and without a recorder, in turn, each in a process of its own. Time is the loop's, the recorder's closing
 included, behind a few steps to warm up; memory is the most that the process ever held. --memory looks at that alone, in large models;
@@ -74,6 +74,8 @@ def trained(config: str, overrides: list[str], path: Path | None) -> dict[str, f
     settings, task, model = prepared(config, overrides)
     begun = time.perf_counter()
     fit(task, settings, model, path)
+    if settings.train.device != "cpu":
+        torch.cuda.synchronize()  # which a training without a recorder need not have waited for
     seconds = time.perf_counter() - begun
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"seconds": seconds, "peak": peak, "own": peak - mapped(), "params": count(model), "steps": settings.train.steps}
@@ -164,9 +166,9 @@ def spread(numbers: list[float], digits: int) -> str:
     return f"{middle} ({least} … {most})"
 
 
-def study(name: str, out: Path, pairs: int, small: bool) -> dict[str, Any]:
+def study(name: str, out: Path, pairs: int, small: bool, device: str) -> dict[str, Any]:
     """Pairs of one training without and with a recorder."""
-    found = paired(["--child", name, *(["--small"] if small else [])], out, pairs)
+    found = paired(["--child", name, "--device", device, *(["--small"] if small else [])], out, pairs)
     run = open_run(out)
     steps, params = run.steps, run.manifest.params
     ratios = [recorded["seconds"] / plain["seconds"] - 1 for plain, recorded in found]
@@ -207,6 +209,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--only")
+    parser.add_argument("--device", default="cpu", help="that is trained on, where times are looked at")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--heap", action="store_true")
@@ -216,6 +219,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.child:
         config, overrides = (SMALL if given.small else TRAININGS)[given.child]
+        overrides = [*overrides, "--train.device", given.device]
         found = allocated(config, overrides, given.out, given.memray) if given.memray else trained(config, overrides, given.out)
         print(json.dumps(found))
         return
@@ -235,7 +239,7 @@ def main() -> None:
     table = {}
     for name in SMALL if given.small else TRAININGS:
         if given.only in (None, name):
-            table[name] = study(name, out / name, given.pairs, given.small)
+            table[name] = study(name, out / name, given.pairs, given.small, given.device)
             print(line(name, table[name]), flush=True)
     (out / "overhead.json").write_text(json.dumps(table, indent=1))
 
