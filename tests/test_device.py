@@ -2,6 +2,7 @@
 
 import threading
 import time
+import warnings
 
 import pytest
 import torch
@@ -37,7 +38,9 @@ def waits_of_steps(monkeypatch, device, **asked):
 
     def watched(self, *of, **named):
         if torch.device(device).type == "cuda" and found:
-            torch.cuda.set_sync_debug_mode("error")
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Synchronization debug mode")  # torch says once that it does not see all of them
+                torch.cuda.set_sync_debug_mode("error")
         try:
             with Waits() as waits:
                 return step(self, *of, **named)
