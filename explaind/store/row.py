@@ -26,6 +26,14 @@ Vector = np.ndarray | Pieces
 
 SMALL = ("batch", "part", "weight", "hyper", "age")
 """Fields of a row that it always has, and that are gone through in one go."""
+EARLY = ("preconditioner", "anchor", "scalars", "consumed", "random", "filtered")
+LATE = ("state", "groups", "gradients_crc")
+"""Arrays that it may have; what is not an array stands between them where a row is summed up."""
+
+
+def views_of(vector: Vector) -> Sequence[Any]:
+    """The bytes of a vector, or of any array, piece by piece; what lies in order is not copied."""
+    return vector.views if isinstance(vector, Pieces) else (np.ascontiguousarray(vector).data,)
 
 
 def between(vector: Vector, start: int, stop: int) -> np.ndarray:
@@ -66,5 +74,39 @@ class StepRow:
     @cached_property
     def small(self) -> bytes:
         """The bytes of the arrays of SMALL, end to end."""
+        return self.batch.tobytes() + self.middle + self.age.tobytes()
+
+    @cached_property
+    def middle(self) -> bytes:
+        """Those of all but the first and the last of them."""
         row = self.__dict__
-        return b"".join([row[name].tobytes() for name in SMALL])
+        return b"".join([row[name].tobytes() for name in SMALL[1:-1]])
+
+    @cached_property
+    def held(self) -> tuple[str, ...]:
+        """Names of the arrays of EARLY and LATE that it has."""
+        row = self.__dict__
+        return tuple([name for name in (*EARLY, *LATE) if row[name] is not None])
+
+    @cached_property
+    def views(self) -> tuple[list[Any], list[Any]]:
+        """The bytes of those of EARLY, and of those of LATE, piece by piece."""
+        row = self.__dict__
+        early, late = ([view for name in names if row[name] is not None for view in views_of(row[name])] for names in (EARLY, LATE))
+        return early, late
+
+    @cached_property
+    def alike(self) -> tuple[Any, ...]:
+        """What most steps of a training have in common: all of the row but the numbers in its arrays."""
+        row = self.__dict__
+        return self.mode, self.gap, self.precision, self.held, [row[name].shape for name in (*SMALL, *self.held)]
+
+    def again(self, batch: np.ndarray, age: np.ndarray) -> "StepRow":
+        """The row of a step that differs from this one in its examples, which are as many, and in the ages of its parameters.
+
+        Its vectors stand where those of this row stand, whatever numbers are there by now. Made much sooner than from its fields.
+        """
+        found = object.__new__(StepRow)
+        small = batch.tobytes() + self.middle + age.tobytes()
+        found.__dict__.update(self.__dict__, batch=batch, age=age, small=small)
+        return found

@@ -22,6 +22,8 @@ ANCHORED = ("momentum", "filtered", "state")
 BYTES = ("random", "groups")
 """Fields whose length changes from step to step."""
 NOTHING: Mapping[str, None] = dict.fromkeys((*VECTORS, *BYTES))
+MADE = ("small", "middle", "views")
+"""What a row has made of its arrays."""
 
 
 class Entry(NamedTuple):
@@ -110,10 +112,12 @@ class Span:
 def light(row: StepRow) -> StepRow:
     """Without what is large."""
     found = object.__new__(StepRow)  # far cheaper than ``replace``, which sets every field anew
-    found.__dict__.update(row.__dict__, **NOTHING)
+    fields = found.__dict__
+    fields.update(row.__dict__, **NOTHING)
     if row.batch.shape[0] > LARGE:
-        found.__dict__.update(dict.fromkeys(SLOTS))
-    found.__dict__.pop("small", None)
+        fields.update(dict.fromkeys(SLOTS))
+    for name in MADE:
+        fields.pop(name, None)
     return found
 
 

@@ -14,7 +14,7 @@ import os
 import struct
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from io import FileIO
 from math import prod
 from pathlib import Path
@@ -24,7 +24,7 @@ import numpy as np
 
 from explaind.errors import StoreError
 from explaind.store import schema
-from explaind.store.row import SMALL, Pieces, StepRow, Vector
+from explaind.store.row import EARLY, LATE, SMALL, StepRow, Vector, views_of
 
 try:
     import fcntl
@@ -34,7 +34,6 @@ except ImportError:  # a system without such locks: nobody watches over a second
 NAMES = ("tail.log", "tail.odd.log")
 """Of the spans with even and with odd numbers; who writes the run holds the first."""
 HEAD = struct.Struct("<QI")
-ARRAYS = (*SMALL, *(f.name for f in fields(StepRow) if f.name not in (*SMALL, "mode", "gap", "precision", "gradients")))
 NEAR, TOGETHER = 1 << 16, 500
 """Bytes between two vectors that are read with them, and how many pieces at once: the system takes about a thousand."""
 KINDS = "biuf"
@@ -73,7 +72,7 @@ class Place(NamedTuple):
     shape: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Places(Mapping[str, Place]):
     """Where the arrays of a record stand."""
 
@@ -123,41 +122,37 @@ class Log:
 
     def append(self, record: Record) -> Places:
         """Add a step, which survives the process from here on; where its arrays stand."""
-        row = record.row.__dict__
-        held: dict[str, Vector] = {name: row[name] for name in ARRAYS if row[name] is not None}
-        held["theta"] = record.theta
-        if record.crc is not None:
-            held["crc"] = record.crc
-        told = self._line(record, held)
-        views = list[Any]()
-        for values in [*held.values()][len(SMALL) :]:
-            if isinstance(values, Pieces):
-                views += values.views
-            else:
-                views.append(np.ascontiguousarray(values).data)
-        small = record.row.small
-        crc = zlib.crc32(small, zlib.crc32(told))
+        step, row, theta, crc, links = record
+        alike = row.alike, theta.shape, crc is None  # their dtypes are the manifest's
+        if alike != self._alike:
+            self._lay_out(row, theta, crc)
+            self._alike = alike
+        linked = "" if links is None else f'"links": [{links.run}, {links.before}, {links.behind}], '
+        told, small = f'{{"step": {step}, {linked}{self._told}\n'.encode(), row.small
+        early, late = row.views
+        views = [*early, *late, *views_of(theta)]
+        if crc is not None:
+            views.append(crc.data)
+        summed = zlib.crc32(small, zlib.crc32(told))
         for view in views:
-            crc = zlib.crc32(view, crc)
+            summed = zlib.crc32(view, summed)
         at = self._end + HEAD.size + len(told)
-        self._write([HEAD.pack(len(told) + self._bytes, crc) + told + small, *views], at + self._bytes)
-        self._end = at + self._bytes
+        end = at + self._bytes
+        self._write([HEAD.pack(len(told) + self._bytes, summed) + told + small, *views], end)
+        self._end = end
         return Places(at, self._layout)
 
-    def _line(self, record: Record, held: Mapping[str, Vector]) -> bytes:
-        """JSON of a record without its arrays; from step to step little but the number changes."""
-        row = record.row
-        alike = (row.mode, row.gap, row.precision, [*held], [v.shape for v in held.values()])  # their dtypes are the manifest's
-        if alike != self._alike:
-            told = {"mode": list(row.mode), "gap": row.gap, "precision": row.precision}
-            arrays = {name: [v.dtype.str, list(v.shape)] for name, v in held.items()}
-            self._alike, self._told = alike, json.dumps({**told, "arrays": arrays})[1:]
-            self._layout, self._bytes = {}, 0
-            for name, v in held.items():
-                self._layout[name] = Place(self._bytes, v.dtype, v.shape)
-                self._bytes += v.size * v.dtype.itemsize
-        links = "" if record.links is None else f'"links": {list(record.links)}, '
-        return f'{{"step": {record.step}, {links}{self._told}\n'.encode()
+    def _lay_out(self, row: StepRow, theta: Vector, crc: np.ndarray | None) -> None:
+        """What is told of a record beside its step and its links, and where its arrays stand: from step to step the same, mostly."""
+        held: dict[str, Vector] = {name: row.__dict__[name] for name in (*SMALL, *row.held)} | {"theta": theta}
+        if crc is not None:
+            held["crc"] = crc
+        told = {"mode": list(row.mode), "gap": row.gap, "precision": row.precision}
+        self._told = json.dumps({**told, "arrays": {name: [v.dtype.str, list(v.shape)] for name, v in held.items()}})[1:]
+        self._layout, self._bytes = {}, 0
+        for name, v in held.items():
+            self._layout[name] = Place(self._bytes, v.dtype, v.shape)
+            self._bytes += v.size * v.dtype.itemsize
 
     def _write(self, views: Sequence[Any], end: int) -> None:
         """Behind the last whole record, whatever an interrupted one has left there; end: of what is written."""
@@ -332,7 +327,7 @@ def _unpacked(payload: memoryview) -> Record:
         arrays[name] = np.frombuffer(rest[at : at + size], dtype).reshape(shape).copy()
         at += size
     theta, crc = arrays.pop("theta"), arrays.pop("crc", None)
-    optional: dict[str, Any] = {name: arrays.get(name) for name in ARRAYS}
+    optional: dict[str, Any] = {name: arrays.get(name) for name in (*SMALL, *EARLY, *LATE)}
     row = StepRow(**optional, mode=tuple(bool(m) for m in told["mode"]), gap=int(told["gap"]), precision=float(told["precision"]))
     return Record(int(told["step"]), row, theta, crc, Links(*map(int, told["links"])) if "links" in told else None)
 

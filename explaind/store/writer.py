@@ -15,7 +15,7 @@ from types import TracebackType
 import numpy as np
 
 from explaind.store import schema, spool
-from explaind.store.checksums import Chain, constants_checksum, crc32, text_checksum, theta_checksum
+from explaind.store.checksums import Chain, constants_checksum, crc32, step_checksum, text_checksum, theta_checksum
 from explaind.store.durable import lowest, sync_tree
 from explaind.store.filed import created, growing, settle, write_finished
 from explaind.store.growing import Growing
@@ -93,6 +93,8 @@ class RunWriter:
 
     def _set(self, path: Location, manifest: Manifest, steps: int, anchors: int, modes: list[tuple[bool, ...]]) -> None:
         self.path, self.manifest, self.steps, self.closed = path, manifest, steps, False
+        self.block, self._full = manifest.block, manifest.span
+        """Steps between two anchors, and between two commits."""
         self._anchors, self._modes = anchors, modes
         self._columns = dict[str, Growing]()
         self._marked: str | None = None
@@ -138,11 +140,6 @@ class RunWriter:
         """Steps that a reader finds in the arrays of what is gone on with."""
         return begun.start + len(begun.records)
 
-    @property
-    def block(self) -> int:
-        """Steps between two anchors."""
-        return self.manifest.block
-
     def _create(self, momentum: bool, preconditioner: bool, codec: str) -> dict[str, Growing]:
         left = {name for name, kept in (("momentum", momentum), ("preconditioner", preconditioner)) if not kept}
         kept = {name: column for name, column in columns(self.manifest, codec).items() if name not in left}
@@ -158,17 +155,18 @@ class RunWriter:
 
         StoreError when the disk refuses this step, or those that are being written behind it.
         """
-        with self._guarded:
+        try:  # as ``_guarded``, which every step would have to enter and leave
             if self._writing is not None and self._writing.done():
                 self._writing.result()
-            record = self._take(Record(self.steps, self._without_gradients(row), theta))
-            if len(self._span.entries) >= self.manifest.span:
+            record = self._take(Record(self.steps, row if self.manifest.gradients is None else self._without_gradients(row), theta))
+            if len(self._span.entries) >= self._full:
                 self._turn(record)
+        except Exception as error:
+            self._over(error)
+            raise
 
     def _without_gradients(self, row: StepRow) -> StepRow:
         """The step as it is logged: before it is, the gradients of its examples stand in whole chunks, of their own."""
-        if self.manifest.gradients is None:
-            return row
         nothing = np.zeros((0, self.manifest.params), self.manifest.gradients)
         values = nothing if row.gradients is None else row.gradients
         self._columns["gradient"].put(self.steps, values, AHEAD)
@@ -177,17 +175,21 @@ class RunWriter:
     def _take(self, record: Record, places: Mapping[str, Place] | None = None) -> Record:
         """Into the log and the span, linked to the step before it; places: where the log has it already."""
         mode, chain = self._behind(record, self._chain)
-        linked = Record(record.step, record.row, record.theta, record.crc, self._links(self._chain, chain))
-        where = self._span.log.append(linked) if places is None else places
-        self._span.entries.append(Entry(light(record.row), mode, chain, where))
-        self.steps, self._chain = self._span.stop, chain
+        step, row, theta, crc, _ = record
+        linked, span = Record(step, row, theta, crc, self._links(self._chain, chain)), self._span
+        where = span.log.append(linked) if places is None else places
+        span.entries.append(Entry(light(row), mode, chain, where))
+        self.steps, self._chain = step + 1, chain
         return linked
 
     def _behind(self, record: Record, before: Chain) -> tuple[int, Chain]:
         """Its mode, and how far the checksums come with it."""
-        mode = self._mode(record.row.mode)
-        crc = theta_checksum(record.theta, self.manifest.layers, before.theta) if record.crc is None else record.crc
-        return mode, before.behind(record.row, mode, crc, self.manifest.thin is not None)
+        row, manifest, modes = record.row, self.manifest, self._modes
+        if row.mode not in modes:
+            modes.append(row.mode)
+        mode = modes.index(row.mode)
+        crc = theta_checksum(record.theta, manifest.layers, before.theta) if record.crc is None else record.crc
+        return mode, Chain(crc, step_checksum(row, mode, before.step, None if manifest.thin is None else before.theta))
 
     def _links(self, before: Chain, behind: Chain) -> Links:
         return Links(self._run, before.link, behind.link)
@@ -197,11 +199,6 @@ class RunWriter:
         for record in records:
             before, chain = chain, self._behind(record, chain)[1]
             yield record._replace(crc=chain.theta, links=self._links(before, chain))
-
-    def _mode(self, mode: tuple[bool, ...]) -> int:
-        if mode not in self._modes:
-            self._modes.append(mode)
-        return self._modes.index(mode)
 
     def _turn(self, last: Record, later: Sequence[Record] = ()) -> None:
         """Hand a full span over to the thread, once that is through with the one before; the other log takes the steps to come.
@@ -219,7 +216,7 @@ class RunWriter:
         self._span = Span(full.stop, log, self._chain, where)
         for record, places in zip(later, log.places[len(opening) :], strict=False):
             self._take(record, places)
-        if len(later) >= self.manifest.span:
+        if len(later) >= self._full:
             self._turn(later[-1])
 
     def _opening(self, last: Record) -> list[Record]:
@@ -254,6 +251,12 @@ class RunWriter:
         for array in self._columns.values():
             array.close()
         spool.let_go(self.path, self._tail, remove)
+
+    def _over(self, error: Exception) -> None:
+        """End the recording; what was committed or logged stays. StoreError for an error of the system."""
+        self._fail()
+        if isinstance(error, OSError):
+            raise schema.unwritable(self.path, error) from error
 
     def _fail(self) -> None:
         if not self.closed:
@@ -296,7 +299,7 @@ class RunWriter:
 
 
 class _Guarded:
-    """Whatever goes wrong within ends the recording; what was committed or logged stays."""
+    """Whatever goes wrong within ends the recording (``RunWriter._over``)."""
 
     def __init__(self, writer: RunWriter) -> None:
         self._writer = writer
@@ -305,9 +308,7 @@ class _Guarded:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if isinstance(error, Exception):
-            self._writer._fail()
-        if isinstance(error, OSError):
-            raise schema.unwritable(self._writer.path, error) from error
+            self._writer._over(error)
 
 
 def marker_of(steps: int, complete: bool, modes: Iterable[tuple[bool, ...]], sums: Mapping[str, int], **more: str) -> str:
