@@ -60,6 +60,13 @@ class Groups:
             self._told = [_Told(group, read) for group, read in zip(groups, now, strict=True)]
         return self._hyper
 
+    def stand(self, hyper: np.ndarray) -> bool:
+        """Whether they surely hold what ``look`` found last, and say this, which ``hyper`` returned last."""
+        groups, told = self.all(), self._told
+        if hyper is not self._hyper or not told or self.strangers:
+            return False
+        return [[*map(id, group["params"])] for group in groups] == self._held and all(map(_Told.stands, told, groups))
+
 
 class _Told:
     """What a group said when it was read: where it says the same still, a rule need not read it again."""

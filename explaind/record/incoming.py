@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ CPU = torch.device("cpu")
 
 def random_state(device: torch.device) -> Tensor:
     """State of the generators that a forward pass may draw from: the host's, then the device's where that has its own. uint8 [byte]."""
-    host = torch.get_rng_state()
+    host = torch.default_generator.get_state()  # as torch.get_rng_state does
     if device == CPU:  # sooner told than the type
         return host
     return torch.cat([host, torch.cuda.get_rng_state(device)]) if device.type == "cuda" else host
@@ -50,7 +51,7 @@ class Incoming:
     def __init__(self, params: Sequence[Tensor], device: torch.device, reduced: bool = False) -> None:
         """reduced: gradients are averaged over processes, in place, when a backward pass is through."""
         self._reduced = reduced
-        self._params, self._device = params, device
+        self._params, self._device, self.kind = params, device, device.type
         self.pending: list[MicroBatch] = []
         """Announced since the last step."""
         self._left: list[tuple[int, int] | None] = [None] * len(params)  # identity and version of each gradient when torch left it
@@ -68,13 +69,18 @@ class Incoming:
             batch.over = bool(batch.reached)
         if self._reduced:
             self._left = [None if p.grad is None else (p.grad._cdata, p.grad._version) for p in self._params]
-        precision = max(precision, precision_of(self._device))
+        if torch.is_autocast_enabled(self.kind):
+            precision = max(precision, self._precision())
         self.pending.append(MicroBatch(ids, weights, random_state(self._device), precision=precision))
 
-    def lower(self, precision: float) -> None:
+    def lower(self) -> None:
         """The forward pass of the last micro-batch is computed by autocast."""
-        if precision and self.pending:
-            self.pending[-1].precision = max(self.pending[-1].precision, precision)
+        if self.pending:
+            self.pending[-1].precision = max(self.pending[-1].precision, self._precision())
+
+    def _precision(self) -> float:
+        """ε of the numbers that autocast computes in now."""
+        return torch.finfo(torch.get_autocast_dtype(self.kind)).eps
 
     def taken(self) -> list[MicroBatch]:
         """The micro-batches that the gradients as they stand are sums of; one that was taken away alone (frozen by hand) does not count."""
@@ -99,6 +105,23 @@ class Incoming:
             if grad is not None and left != (grad._cdata, grad._version):
                 return False
         return True
+
+    def plain(self) -> MicroBatch | None:
+        """The micro-batch whose gradient the coming step consumes, where that is told at a glance; else None.
+
+        It is the only one, drew no random number, its backward pass reached every parameter, and nobody touched what it left.
+        """
+        if len(self.pending) != 1:
+            return None
+        batch = self.pending[0]
+        reached, begun = batch.reached, self._begun
+        if batch.drew is not False or len(reached) != len(begun):
+            return None
+        for i, (p, left) in enumerate(zip(self._params, self._left, strict=True)):
+            grad = p.grad
+            if grad is None or left != (grad._cdata, grad._version) or reached[i] != begun[i]:
+                return None
+        return batch
 
     def _stands(self, batch: MicroBatch) -> bool:
         there = [self._begun[i] == begun for i, begun in batch.reached.items() if self._params[i].grad is not None]
@@ -125,7 +148,12 @@ class _Grown(Hook):
                 batch.reached[index] = own._begun[index]
 
 
-def precision_of(device: torch.device) -> float:
-    """ε of the numbers that autocast computes in now; 0 where it is off."""
-    kind = "cpu" if device == CPU else device.type
-    return torch.finfo(torch.get_autocast_dtype(kind)).eps if torch.is_autocast_enabled(kind) else 0.0
+class Begins(Hook):
+    """A forward pass begins."""
+
+    def __init__(self, incoming: Incoming) -> None:
+        self._incoming = incoming
+
+    def __call__(self, *args: Any) -> None:
+        if torch.is_autocast_enabled(self._incoming.kind):
+            self._incoming.lower()

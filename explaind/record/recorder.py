@@ -17,10 +17,10 @@ from torch.utils.hooks import RemovableHandle
 from explaind.errors import RecordError
 from explaind.record.examples import MapStyle, checked_ids, checked_weights, fingerprints
 from explaind.record.filtering import Filtering, Remembered
-from explaind.record.hooks import Hook
-from explaind.record.incoming import Incoming, precision_of, random_state
+from explaind.record.incoming import Begins, Incoming, MicroBatch, random_state
 from explaind.record.ranks import ALONE, Ranks, Writer, ranks_of
 from explaind.record.resuming import resumed, stored_examples
+from explaind.record.steady import Steady
 from explaind.record.storing import BUDGET, Losses, Storing, Wanted, wanted
 from explaind.record.thinning import Thinning, check_asked
 from explaind.record.unwrapping import unwrapped_model, unwrapped_optimizer
@@ -77,9 +77,14 @@ class Recorder:
         self._examples = None if data is None else len(data)
         self._fault: str | None = None
         self._update: Update | None = None
+        """The step that is being made."""
+        self._alike: MicroBatch | None = None
+        """Of the step that is being made in its place, one like the last."""
         theta = self._watched.theta()
         self._storing = None if stored is None else Storing(stored, self._watched, data)
         self._incoming = Incoming(self._watched.params, self._watched.device, reduced=ranks.size > 1)
+        plain = self._storing is self._filtering is self._thinning is None and self._windows.all and ranks.size == 1
+        self._steady = Steady(self._watched, self._incoming) if plain and self._watched.steady else None
         # A block begins with what a gradient filter remembers, which may be much.
         wanted = 16 if gradient_filter is None else max(16, gradient_filter.slots)
         step = max(1, 2 * theta.size * theta.dtype.itemsize)
@@ -112,7 +117,7 @@ class Recorder:
         # A library may have put its own forward around the model's, as accelerate does, with autocast inside: its children are in it.
         wrapped = "forward" in vars(self._watched.model)
         for module in (self._watched.model, *(self._watched.model.children() if wrapped else ())):
-            self._hooks.append(module.register_forward_pre_hook(Hook(self._forward)))
+            self._hooks.append(module.register_forward_pre_hook(Begins(self._incoming)))
         if self._storing is not None:
             self._storing.watch(self._incoming, stored_examples(path) if resume else 0, self._windows.to_come)
 
@@ -128,15 +133,18 @@ class Recorder:
         ("mean": 1 / batch, "sum": 1). A micro-batch whose gradient is thrown away before the step (zeroed, as after a step that a
         GradScaler skips) is not counted.
         """
-        self._refuse_if_over()
+        if self._fault is not None or self._writer.closed:
+            raise self._over()
         try:
             checked = checked_ids(ids, self._examples)
             factors = checked_weights(weights, self._reduction, len(checked))
         except RecordError as error:
             raise self._fail(error) from None
-        self._finish()
-        self._windows.end()
-        if self._windows.recorded:
+        if self._update is not None:
+            self._finish()
+        if not self._windows.all:
+            self._windows.end()
+        if self._windows.all or self._windows.recorded:
             if self._storing is not None:
                 self._announce(self._storing, len(checked))
             self._incoming.add(checked, factors, self._told)
@@ -177,21 +185,25 @@ class Recorder:
             self._fault = f"the training stopped with {kind.__name__}"
         self.close()
 
-    def _forward(self, model: nn.Module, args: Any) -> None:
-        self._incoming.lower(precision_of(self._watched.device))
-
     def _hooked(self, index: int, optimizer: torch.optim.Optimizer) -> list[RemovableHandle]:
         before, after = partial(self._before, index), partial(self._after, index)
         return [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
 
     def _before(self, index: int, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        self._refuse_if_over()
+        if self._fault is not None or self._writer.closed:
+            raise self._over()
         try:
             if self._update is not None and index in self._update.stepped:
                 self._finish()
-            if not self._windows.recorded or _skips(optimizer):
+            if not (self._windows.all or self._windows.recorded) or _skips(optimizer):
                 return
+            if self._steady is not None:
+                writer, self._alike = self._writer, None
+                if closure is None and self._update is None and writer.steps % writer.block:
+                    self._alike = self._steady.begin(*self._sums, writer.steps)
+                if self._alike is not None:
+                    return
             if self._update is None or not self._update.stepped:  # if there is one, it failed: this is made in its place
                 self._update = self._begin(closure)
             if closure is None and index not in self._update.checked:  # with one, the gradient is made during the step
@@ -215,10 +227,17 @@ class Recorder:
         update = self._update
         if _skips(optimizer):
             return
-        if update is None:
-            self._windows.stepped(index)
-            return
         try:
+            if self._alike is not None and self._steady is not None:
+                row, batch, self._alike = self._steady.made(self._alike), self._alike, None
+                if row is not None:
+                    self._incoming.clear()
+                    self._add(row)
+                    return
+                update = self._update = self._steady.update(batch)
+            if update is None:
+                self._windows.stepped(index)
+                return
             if index not in update.checked:
                 self._gather(update, index)
             update.step(index)
@@ -266,6 +285,8 @@ class Recorder:
         self._windows.taken()
         self._incoming.clear()
         self._add(row if self._thinning is None else self._thinning.thinned(row))
+        if self._steady is not None:
+            self._steady.know(update, row)
         if update.anchor is not None and not self._first:
             self._watched.forget_momentum()
 
@@ -280,11 +301,8 @@ class Recorder:
         """Whether the row to come is the first of a block."""
         return self.steps % self._writer.block == 0
 
-    def _refuse_if_over(self) -> None:
-        if self._fault is not None or self._writer.closed:
-            raise RecordError(
-                "this recording is over", where=self.path, got=self._fault or "closed", do="start another with explaind.record"
-            )
+    def _over(self) -> RecordError:
+        return RecordError("this recording is over", where=self.path, got=self._fault or "closed", do="start another with explaind.record")
 
     def _fail(self, error: RecordError) -> RecordError:
         """Keep what was recorded, stop recording, and hand the error back to be raised."""

@@ -15,17 +15,19 @@ from explaind.store.row import Pieces, StepRow
 class Update:
     """What is known of a step so far: begun before the first optimizer steps, finished when all have, or no other will."""
 
-    def __init__(self, watched: Watched, first: bool, filtering: Filtering | None = None) -> None:
-        """first: of a block or behind a gap, for which the momentum is kept."""
-        self._watched, self._theta = watched, watched.before()
-        self._ages, self._remembered = watched.ages(), watched.remembered()
+    def __init__(
+        self, watched: Watched, first: bool, filtering: Filtering | None = None, known: tuple[list[int], np.ndarray] | None = None
+    ) -> None:
+        """first: of a block or behind a gap, for which the momentum is kept. known: ages and options before it, where it is made by now."""
+        self._watched, self._theta, self._remembered = watched, watched.before(), watched.remembered()
+        self._ages, self._hyper = known or (watched.ages(), watched.hyper(again=True))
         self.anchor = watched.momentum() if first else None
         self._filtered = filtering.anchor() if first and filtering is not None else None
         self.filtered: Any = None
         self._frozen: list[Tensor | None] = [None] * len(watched.layers)
         self._several = len(watched.rules) > 1
         self._lasting = not self._several
-        self._hyper, self._owned = watched.hyper(again=True), False
+        self._owned = False
         self._scalars = watched.no_scalars()
         self._active = [-1] * len(watched.layers)
         self.checked: set[int] = set()
@@ -70,6 +72,11 @@ class Update:
         if not self._owned:
             self._hyper, self._owned = self._hyper.copy(), True
         self._hyper[layer] = hyper
+
+    @property
+    def whole(self) -> bool:
+        """Whether it stepped every parameter, and all that was frozen of it is the optimizer's own."""
+        return min(self._active) >= 0 and (self._lasting or not self._watched.has_frozen)
 
     def frozen(self) -> Pieces | None:
         """What the rules froze of the step, as it stands: [param]; None where none freezes a tensor."""

@@ -1,6 +1,7 @@
 """Tensors of a model as vectors on the host, layer by layer: most stand there already as they are recorded, and are not copied."""
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 import numpy as np
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor
 from explaind.store.manifest import Layer
 from explaind.store.row import Pieces
 
-NOWHERE = list[int](), Pieces([np.empty(0)])
+POINTER, CONTIGUOUS, NUMBERS, DTYPE = Tensor.data_ptr, Tensor.is_contiguous, Tensor.numel, attrgetter("dtype")
+NOWHERE = list[int](), list[int](), Pieces([np.empty(0)])
 
 
 class Views:
@@ -19,7 +21,8 @@ class Views:
         self._layers, self._dtype, self._device = layers, dtype, device
         self._rooms: dict[str, Tensor] = {}
         self._numpy = torch.empty(0, dtype=dtype).numpy().dtype
-        self._known: dict[str, tuple[list[int], Pieces]] = {}
+        self._known: dict[str, tuple[list[int], list[int], Pieces]] = {}
+        """Where tensors stood, how many numbers each held, and the vector that was made of them."""
 
     def pieces(self, tensors: Sequence[Tensor | None], room: str) -> Pieces:
         """A vector that changes with the tensors; None stands for zeros.
@@ -35,22 +38,20 @@ class Views:
         """The same of tensors that stay where they are from step to step."""
         if self._device.type != "cpu":
             return self.pieces(tensors, room)
-        pointers, known = self._known.get(room, NOWHERE)
+        pointers, sizes, known = self._known.get(room, NOWHERE)
         # The known pieces keep their memory alive: no other tensor can have come to stand there.
-        stay = [
-            tensor.data_ptr() == pointer and tensor.dtype is self._dtype and tensor.is_contiguous() and tensor.numel() == len(piece)
-            for tensor, pointer, piece in zip(tensors, pointers, known.parts, strict=False)
-        ]
-        if not stay or not all(stay):
+        stay = [*map(POINTER, tensors)] == pointers and [*map(NUMBERS, tensors)] == sizes
+        if not (stay and all(map(CONTIGUOUS, tensors)) and {*map(DTYPE, tensors)} == {self._dtype}):
             there = [self._there(layer, tensor) for layer, tensor in zip(self._layers, tensors, strict=True)]
             known = Pieces([self._piece(layer, tensor, room) for layer, tensor in zip(self._layers, tensors, strict=True)])
-            self._known[room] = [tensor.data_ptr() if here else -1 for tensor, here in zip(tensors, there, strict=True)], known
+            places = [tensor.data_ptr() if here else -1 for tensor, here in zip(tensors, there, strict=True)]
+            self._known[room] = places, [len(piece) for piece in known.parts], known
         return known
 
     def glanced(self, tensors: Sequence[Tensor], room: str) -> Pieces:
         """The same, of tensors that ``lasting`` has looked at closely a moment ago: do they still stand where they stood?"""
-        pointers, known = self._known.get(room, NOWHERE)
-        return known if [tensor.data_ptr() for tensor in tensors] == pointers else self.lasting(tensors, room)
+        pointers, _, known = self._known.get(room, NOWHERE)
+        return known if [*map(POINTER, tensors)] == pointers else self.lasting(tensors, room)
 
     def _piece(self, layer: Layer, tensor: Tensor | None, room: str) -> np.ndarray:
         if tensor is None:

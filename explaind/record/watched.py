@@ -52,8 +52,10 @@ class Watched:
         for p in self._params:
             self.dtype = torch.promote_types(self.dtype, p.dtype)
         self._views = Views(self.layers, self.dtype, self.device)
+        self._held, self._kept = [-1], list[tuple[Rule, dict[str, Any]]]()
+        self._none = [dict[str, Tensor]()] * len(self.layers)
         self._remembers, self._reads = (any(getattr(rule, what) for rule in self.rules) for what in ("remembers", "reads_theta"))
-        self._groups = Groups(self._optimizers, self.rules, self._params)
+        self.groups = Groups(self._optimizers, self.rules, self._params)
         self._scalars = max(len(rule.scalars) for rule in self.rules)
         self.hyper()  # refuse an option without a rule now rather than at the first step
         # A forward pass may assign a tensor to a buffer in place of moving it, so that they are looked up by name.
@@ -107,8 +109,15 @@ class Watched:
 
     def _states(self) -> list[tuple[Rule, dict[str, Any]]]:
         """The rule and the optimizer's state of every parameter; a buffer has no state."""
-        pairs = zip(self._params, self.layers, strict=True)
-        return [(self.rules[a.optimizer], {} if a.optimizer < 0 else self._optimizers[a.optimizer].state.get(p, {})) for p, a in pairs]
+        held = list[int]()
+        for optimizer in self._optimizers:  # to look them up, tensors are hashed, which takes longer
+            held += [*map(id, optimizer.state), *map(id, optimizer.state.values())]
+        if held != self._held:  # what is held here keeps its id
+            pairs = zip(self._params, self.layers, strict=True)
+            states = [{} if a.optimizer < 0 else self._optimizers[a.optimizer].state.get(p, {}) for p, a in pairs]
+            self._kept = [(self.rules[a.optimizer], state) for a, state in zip(self.layers, states, strict=True)]
+            self._held = held
+        return self._kept
 
     @property
     def params_count(self) -> int:
@@ -166,20 +175,20 @@ class Watched:
     def remembered(self) -> list[dict[str, Tensor]]:
         """Copies of the state that the rules must know from before a step, parameter by parameter."""
         if not self._remembers:
-            return [{}] * len(self.layers)
+            return self._none
         return [{key: state[key].clone() for key in rule.remembers if key in state} for rule, state in self._states()]
 
     def moments(self, optimizer: int, theta: np.ndarray | None, remembered: list[dict[str, Tensor]]) -> list[Moment | None]:
         """The step that one optimizer has just made from theta [param]; None for parameters that it did not step."""
-        found, groups, states = list[Moment | None](), self._groups.all(), self._optimizers[optimizer].state
-        for p, layer, place, before in zip(self._params, self.layers, self._groups.places, remembered, strict=True):
+        found, groups, states = list[Moment | None](), self.groups.all(), self._states()
+        for p, layer, place, before, (_, state) in zip(self._params, self.layers, self.groups.places, remembered, states, strict=True):
             if layer.optimizer != optimizer or place < 0 or p.grad is None:
                 found.append(None)
                 continue
             own = None
             if theta is not None:
                 own = torch.from_numpy(theta[layer.offset : layer.offset + layer.size].reshape(layer.shape)).to(p)
-            found.append(Moment(own, p.grad, before, states.get(p, {}), groups[place]))
+            found.append(Moment(own, p.grad, before, state, groups[place]))
         return found
 
     def no_scalars(self) -> np.ndarray | None:
@@ -192,8 +201,26 @@ class Watched:
         again: right behind ``check_unchanged``, which has looked which parameters are in the groups.
         """
         if not again:
-            self._groups.look()
-        return self._groups.hyper()
+            self.groups.look()
+        return self.groups.hyper()
+
+    @property
+    def steady(self) -> bool:
+        """Whether the rows of two steps may be alike: one optimizer, nothing but it moves anything, and its rule needs to know no more of
+        an update than one tensor at most."""
+        return len(self.rules) == 1 and not (self._moving or self._remembers or self._reads or self._scalars)
+
+    def kept(self, optimizer: int) -> Pieces | None:
+        """What the rule of an optimizer, the only one, has frozen in its state of a step of all parameters, as ``frozen``; else None."""
+        if not self.has_frozen:
+            return None
+        frozen, kept = self.rules[optimizer].frozen, list[Tensor]()
+        for moment in self.moments(optimizer, None, self._none):
+            tensor = None if moment is None else frozen(moment)
+            if tensor is None:
+                return None
+            kept.append(tensor)
+        return self._views.lasting(kept, "frozen")
 
     def mode(self) -> tuple[bool, ...]:
         """Whether each module is in train mode."""
@@ -214,17 +241,21 @@ class Watched:
 
         known, previous: checksums of the parameters after it, and of those before it, which they continue: uint32 [layer].
         """
-        now = theta_checksum(self._views.glanced(self._params, "theta"), self.layers, previous)
-        if now.tobytes() != known.tobytes():
-            self._check_moved(now != known, step)
-        self._groups.look()
-        for p in self._groups.strangers:
+        self.groups.look()
+        self.check_still(previous, known, step)
+        for p in self.groups.strangers:
             names = {id(p): name for name, p in self.model.named_parameters()}
             raise RecordError(
                 "the optimizer was given a parameter that is not recorded",
                 where=f"before step {step}: {names.get(id(p), tuple(p.shape))}",
                 do="name it when recording begins: explaind.record(…, watch=['head.*'])",
             )
+
+    def check_still(self, previous: np.ndarray, known: np.ndarray, step: int) -> None:
+        """The same, of all but the optimizers."""
+        now = theta_checksum(self._views.glanced(self._params, "theta"), self.layers, previous)
+        if now.tobytes() != known.tobytes():
+            self._check_moved(now != known, step)
         for name, (held, key, copy) in self._still.items():
             if name not in self._counters and not same(held[key], copy):
                 record = f"let it be recorded: explaind.record(…, watch=[{name!r}]), or keep it still"
@@ -272,7 +303,7 @@ class Watched:
                 if grad.is_sparse:
                     raise RecordError("a sparse gradient cannot be recorded", where=f"step {step}: {layer.name}", do="use sparse=False")
         # One number tells of all: a norm is not finite where any number is not, or where it is too large itself.
-        if grads and not math.isfinite(sum([norm.item() for norm in torch._foreach_norm(grads)])):
+        if grads and not math.isfinite(sum(map(Tensor.item, torch._foreach_norm(grads)))):
             self._check_finite(names, grads, step)
         if not given:
             raise RecordError("no parameter has a gradient", where=f"step {step}", do="call backward() before optimizer.step()")

@@ -11,6 +11,8 @@ class Windows:
     def __init__(self, spans: Sequence[tuple[int, int]] | None, optimizers: int, number: int = 0) -> None:
         """spans: ascending; None: every step. number: of the step to come."""
         self.number, self.passed = number, 0
+        self.all = spans is None
+        """Whether there are none: every step is recorded."""
         self._spans, self._optimizers = _checked(spans), optimizers
         self._stepped = set[int]()
 
