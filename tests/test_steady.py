@@ -127,7 +127,8 @@ ALL = STEPS - FIRST - 1
     ],
 )
 def test_the_same_is_recorded(tmp_path, monkeypatch, made, quick):
-    assert both(tmp_path, monkeypatch, made=made)["made"] == quick
+    count = both(tmp_path, monkeypatch, made=made)
+    assert count == {"begin": quick, "made": quick}
 
 
 def change_lr(step, model, optimizer):
@@ -318,6 +319,18 @@ def test_micro_batches(tmp_path, monkeypatch):
     for a, b in zip(quick.block(0, STEPS).rows, slow.block(0, STEPS).rows, strict=True):
         assert np.array_equal(a.batch, b.batch)
         assert np.array_equal(a.part, b.part)
+
+
+def test_parameters_that_no_optimizer_holds_are_not_stepped(tmp_path):
+    model = Net()
+    optimizer = optim.SGD(model[0].parameters(), lr=0.1)
+    with explaind.record(optimizer, model, tmp_path / "run", watch=["3.*"]) as recorder:
+        for _ in range(STEPS):
+            recorder.examples(range(6))
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(X[:6]), Y[:6]).backward()
+            optimizer.step()
+    assert [row.age.tolist()[2:] for row in explaind.open(tmp_path / "run").block(0, STEPS).rows] == [[-1, -1]] * STEPS
 
 
 def test_autocast_from_some_step_on(tmp_path, monkeypatch):

@@ -114,12 +114,11 @@ class Incoming:
         if len(self.pending) != 1:
             return None
         batch = self.pending[0]
-        reached, begun = batch.reached, self._begun
-        if batch.drew is not False or len(reached) != len(begun):
+        if batch.drew is not False or len(batch.reached) != len(self._params):
             return None
-        for i, (p, left) in enumerate(zip(self._params, self._left, strict=True)):
+        for p, left in zip(self._params, self._left, strict=True):
             grad = p.grad
-            if grad is None or left != (grad._cdata, grad._version) or reached[i] != begun[i]:
+            if grad is None or left != (grad._cdata, grad._version):
                 return None
         return batch
 
