@@ -260,6 +260,25 @@ def test_what_changes_while_the_optimizer_steps_is_seen(tmp_path, monkeypatch, h
     assert 0 < count["made"] < count["begin"]
 
 
+@pytest.mark.parametrize("change", [lambda m: m.to(torch.bfloat16), lambda m: m.to(memory_format=torch.channels_last)])
+def test_what_is_copied_to_be_recorded_is_copied_once(tmp_path, monkeypatch, change):
+    """Vectors that do not stand as they are recorded: a row cannot be made of the one before, and nobody tries."""
+    count = counted(monkeypatch)
+    model = change(nn.Sequential(nn.Conv2d(3, 3, 2), nn.Flatten()))
+    x = torch.randn(1, 3, 3, 3).to(next(model.parameters()).dtype)
+    optimizer = optim.AdamW(model.parameters())
+    with explaind.record(optimizer, model, tmp_path / "run") as recorder:
+        for _ in range(5):
+            recorder.examples([0])
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            optimizer.step()
+    assert count == {"begin": 0, "made": 0}
+    assert np.array_equal(
+        explaind.open(tmp_path / "run").states(5, 6)[0], torch.cat([p.detach().reshape(-1).float() for p in model.parameters()]).numpy()
+    )
+
+
 def test_batches_of_two_sizes(tmp_path, monkeypatch):
     count = both(tmp_path, monkeypatch, ids=lambda step: torch.arange(3 if step % 5 == 4 else 6))
     assert 0 < count["made"] < STEPS

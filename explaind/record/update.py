@@ -75,8 +75,8 @@ class Update:
 
     @property
     def whole(self) -> bool:
-        """Whether it stepped every parameter, and all that was frozen of it is the optimizer's own."""
-        return min(self._active) >= 0 and (self._lasting or not self._watched.has_frozen)
+        """Whether it stepped every parameter, and all that was frozen of it is the optimizer's own and recorded from where it stands."""
+        return min(self._active) >= 0 and (not self._watched.has_frozen or (self._lasting and self._watched.in_place))
 
     def frozen(self) -> Pieces | None:
         """What the rules froze of the step, as it stands: [param]; None where none freezes a tensor."""

@@ -53,6 +53,11 @@ class Views:
         pointers, _, known = self._known.get(room, NOWHERE)
         return known if [*map(POINTER, tensors)] == pointers else self.lasting(tensors, room)
 
+    def in_place(self, room: str) -> bool:
+        """Whether ``lasting`` copied none of them."""
+        pointers = self._known.get(room, NOWHERE)[0]
+        return bool(pointers) and -1 not in pointers
+
     def _piece(self, layer: Layer, tensor: Tensor | None, room: str) -> np.ndarray:
         if tensor is None:
             return np.zeros(layer.size, self._numpy)  # memory that is never written to takes none

@@ -210,6 +210,11 @@ class Watched:
         an update than one tensor at most."""
         return len(self.rules) == 1 and not (self._moving or self._remembers or self._reads or self._scalars)
 
+    @property
+    def in_place(self) -> bool:
+        """Whether what the rules froze of a step last was recorded from where the optimizer keeps it, without a copy."""
+        return self._views.in_place("frozen")
+
     def kept(self, optimizer: int) -> Pieces | None:
         """What the rule of an optimizer, the only one, has frozen in its state of a step of all parameters, as ``frozen``; else None."""
         if not self.has_frozen:
