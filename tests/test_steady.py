@@ -1,6 +1,7 @@
 """Steps that are like the last one are recorded in less time: what is recorded is what it would be otherwise, whatever happens between."""
 
 from contextlib import suppress
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import explaind
 from explaind.errors import RecordError
 from explaind.record.steady import Steady
 from explaind.record.watched import Watched
-from explaind.store.row import StepRow
+from explaind.store.row import EARLY, LATE, SMALL, StepRow
 from explaind.store.tail import records
 
 STEPS = 20
@@ -78,6 +79,18 @@ def counted(monkeypatch):
     for name in count:
         monkeypatch.setattr(Steady, name, counting(name, getattr(Steady, name)))
     return count
+
+
+def steps(path, model, optimizer, number=STEPS, act=lambda step: None, x=X[:6], **how):
+    """A run of steps on one batch; act: before each."""
+    with explaind.record(optimizer, model, path, **how) as recorder:
+        for step in range(number):
+            act(step)
+            recorder.examples(range(len(x)))
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            optimizer.step()
+    return explaind.open(path)
 
 
 def both(tmp_path, monkeypatch, **how):
@@ -267,16 +280,9 @@ def test_what_is_copied_to_be_recorded_is_copied_once(tmp_path, monkeypatch, cha
     model = change(nn.Sequential(nn.Conv2d(3, 3, 2), nn.Flatten()))
     x = torch.randn(1, 3, 3, 3).to(next(model.parameters()).dtype)
     optimizer = optim.AdamW(model.parameters())
-    with explaind.record(optimizer, model, tmp_path / "run") as recorder:
-        for _ in range(5):
-            recorder.examples([0])
-            optimizer.zero_grad()
-            model(x).square().sum().backward()
-            optimizer.step()
+    run = steps(tmp_path / "run", model, optimizer, 5, x=x)
     assert count == {"begin": 0, "made": 0}
-    assert np.array_equal(
-        explaind.open(tmp_path / "run").states(5, 6)[0], torch.cat([p.detach().reshape(-1).float() for p in model.parameters()]).numpy()
-    )
+    assert np.array_equal(run.states(5, 6)[0], torch.cat([p.detach().reshape(-1).float() for p in model.parameters()]).numpy())
 
 
 def test_batches_of_two_sizes(tmp_path, monkeypatch):
@@ -294,16 +300,12 @@ def test_parameters_that_are_turned_round_where_they_stand(tmp_path, monkeypatch
     def run(path):
         torch.manual_seed(0)
         model = nn.Linear(4, 4, bias=False)
-        optimizer = optim.SGD(model.parameters(), lr=0.1)
-        with explaind.record(optimizer, model, path) as recorder:
-            for step in range(6):
-                if step == 4:
-                    model.weight.data = model.weight.data.t()
-                recorder.examples([0])
-                optimizer.zero_grad()
-                model(X[:1]).square().sum().backward()
-                optimizer.step()
-        return explaind.open(path), model
+
+        def turn(step):
+            if step == 4:
+                model.weight.data = model.weight.data.t()
+
+        return steps(path, model, optim.SGD(model.parameters(), lr=0.1), 6, turn), model
 
     quick, model = run(tmp_path / "quick")
     assert np.array_equal(quick.states(6, 7)[0], model.weight.detach().reshape(-1).numpy())
@@ -343,31 +345,22 @@ def test_micro_batches(tmp_path, monkeypatch):
 def test_parameters_that_no_optimizer_holds_are_not_stepped(tmp_path):
     model = Net()
     optimizer = optim.SGD(model[0].parameters(), lr=0.1)
-    with explaind.record(optimizer, model, tmp_path / "run", watch=["3.*"]) as recorder:
-        for _ in range(STEPS):
+    run = steps(tmp_path / "run", model, optimizer, watch=["3.*"])
+    assert [row.age.tolist()[2:] for row in run.block(0, STEPS).rows] == [[-1, -1]] * STEPS
+
+
+def test_autocast_from_some_step_on(tmp_path):
+    model = Net()
+    with explaind.record(optimizer := adamw(model), model, tmp_path / "run") as recorder:
+        for step in range(STEPS):
             recorder.examples(range(6))
             optimizer.zero_grad()
-            nn.functional.cross_entropy(model(X[:6]), Y[:6]).backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=step % 9 > 4):
+                loss = nn.functional.cross_entropy(model(X[:6]), Y[:6])
+            loss.backward()
             optimizer.step()
-    assert [row.age.tolist()[2:] for row in explaind.open(tmp_path / "run").block(0, STEPS).rows] == [[-1, -1]] * STEPS
-
-
-def test_autocast_from_some_step_on(tmp_path, monkeypatch):
-    def run(path):
-        torch.manual_seed(0)
-        model = Net()
-        optimizer = adamw(model)
-        with explaind.record(optimizer, model, path) as recorder:
-            for step in range(STEPS):
-                recorder.examples(range(6))
-                optimizer.zero_grad()
-                with torch.autocast("cpu", torch.bfloat16, enabled=step % 9 > 4):
-                    loss = nn.functional.cross_entropy(model(X[:6]), Y[:6])
-                loss.backward()
-                optimizer.step()
-        return [row.precision for row in explaind.open(path).block(0, STEPS).rows]
-
-    assert run(tmp_path / "quick") == [torch.finfo(torch.bfloat16).eps if step % 9 > 4 else 0.0 for step in range(STEPS)]
+    found = [row.precision for row in explaind.open(tmp_path / "run").block(0, STEPS).rows]
+    assert found == [torch.finfo(torch.bfloat16).eps if step % 9 > 4 else 0.0 for step in range(STEPS)]
 
 
 def nine(path, harm=None, factor=1.0, told=True):
@@ -425,3 +418,8 @@ def test_a_row_like_another_is_the_row_of_its_own_fields():
     assert first.small != found.small, "the other stays as it is"
     for name in ("batch", "age", "part", "weight", "hyper", "preconditioner"):
         assert getattr(found, name) is getattr(wanted, name)
+
+
+def test_no_field_of_a_row_is_left_out_of_the_log():
+    known = (*SMALL, *EARLY, *LATE, "mode", "gap", "precision", "gradients")  # the last stand in chunks of their own
+    assert sorted(field.name for field in fields(StepRow)) == sorted(known)

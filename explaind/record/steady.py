@@ -47,7 +47,7 @@ class Steady:
         """The record of the step, now that it is made; None where it was not like the last one after all."""
         row, watched = self._row, self._watched
         assert row is not None
-        if not watched.groups.stand(row.hyper) or watched.mode() != row.mode or watched.kept(0) is not row.preconditioner:
+        if not watched.groups.stand(row.hyper) or watched.mode() != row.mode or watched.kept() is not row.preconditioner:
             return None
         return row.again(batch.ids, np.array(self._ages, np.int32))
 

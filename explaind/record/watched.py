@@ -215,12 +215,12 @@ class Watched:
         """Whether what the rules froze of a step last was recorded from where the optimizer keeps it, without a copy."""
         return self._views.in_place("frozen")
 
-    def kept(self, optimizer: int) -> Pieces | None:
-        """What the rule of an optimizer, the only one, has frozen in its state of a step of all parameters, as ``frozen``; else None."""
+    def kept(self) -> Pieces | None:
+        """What the rule of the only optimizer has frozen in its state of a step of all parameters, as ``frozen``; else None."""
         if not self.has_frozen:
             return None
-        frozen, kept = self.rules[optimizer].frozen, list[Tensor]()
-        for moment in self.moments(optimizer, None, self._none):
+        frozen, kept = self.rules[0].frozen, list[Tensor]()
+        for moment in self.moments(0, None, self._none):
             tensor = None if moment is None else frozen(moment)
             if tensor is None:
                 return None
