@@ -27,6 +27,7 @@ class Steady:
         """A step was recorded otherwise; where it is not one of those that others may be like, the last of those stays."""
         if row.held in PLAIN and update.whole:
             self._row = row
+            row.forget()
 
     def begin(self, previous: np.ndarray, known: np.ndarray, step: int) -> MicroBatch | None:
         """The examples of the step to come, where it is like the last one so far; else None, and nothing was done.

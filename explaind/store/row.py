@@ -76,6 +76,10 @@ class StepRow:
         """The bytes of the arrays of SMALL, end to end."""
         return self.batch.tobytes() + self.middle + self.age.tobytes()
 
+    def forget(self) -> None:
+        """Give ``small`` back, which is as large as a batch; it is made anew where it is asked for."""
+        self.__dict__.pop("small", None)
+
     @cached_property
     def middle(self) -> bytes:
         """Those of all but the first and the last of them."""
