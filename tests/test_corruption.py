@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 
 import explaind
+from explaind.cli import main
 from explaind.errors import ExplaindError
 from explaind.store.checksums import text_checksum
 from explaind.store.repair import Repair, repair
@@ -154,14 +155,22 @@ def test_what_fills_short_batches_up_is_no_example(tmp_path):
     same(run.examples, want)
 
 
-def test_a_frozen_parameter_that_changed_on_disk_is_told(tmp_path):
+def test_a_frozen_parameter_that_changed_on_disk_is_told(tmp_path, capsys):
     module = study()
     module.record(tmp_path / "run")
     run = explaind.open(tmp_path / "run")
     assert run.damage() == []
     array = explaind.store.schema.zarr.open_array(run.path / "constant" / "3.bias", mode="r+")
     array[0] = array[0] + 1
-    assert explaind.open(run.path).damage() == ["frozen parameters, buffers or fingerprints are not what was recorded"]
+    words = "frozen parameters, buffers or fingerprints are not what was recorded"
+    damaged = explaind.open(run.path)
+    assert (damaged.damage(), damaged.sound()) == ([words], run.steps)
+    assert main(["info", str(run.path)]) == 0
+    told = capsys.readouterr().out
+    assert (f"DAMAGED     {words}" in told, "steps are sound of" in told) == (True, False)
+    assert repair(run.path) == Repair(run.steps, run.steps, 0, 0, words)
+    assert main(["repair", str(run.path)]) == 1
+    assert f"nothing to repair\n  DAMAGED     {words}" in capsys.readouterr().out
     edit(run.path / "zarr.json", lambda group: group["attributes"]["manifest"].__setitem__("reduction", "sum"))
     with pytest.raises(ExplaindError, match="the run's attributes are not what was recorded"):
         explaind.open(run.path)

@@ -17,7 +17,7 @@ from explaind.errors import StoreError
 from explaind.store import tail, writer
 from explaind.store.exporting import export_run, import_run
 from explaind.store.logs import following
-from explaind.store.repair import Repair, repair
+from explaind.store.repair import Repair, recovered, repair
 from explaind.store.tail import Links, Log, Tail
 from explaind.store.writer import RunWriter
 from tests import cases
@@ -69,6 +69,23 @@ def copied(tmp_path_factory):
     return made
 
 
+@pytest.fixture
+def far_behind(tmp_path, monkeypatch):
+    """A run whose chunks were two spans behind the training."""
+    going, write = threading.Event(), RunWriter._write
+
+    def slow(self, span, *words, **options):
+        if span.start == 3:
+            going.wait()
+        write(self, span, *words, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunWriter, "_write", slow)
+        run = left(tmp_path / "run", 8, waiting=going.set)
+    assert (run.steps, run.logged, run.damage()) == (2, 6, [])
+    return run
+
+
 @pytest.mark.parametrize("names", [tail.NAMES[:1], tail.NAMES[1:], tail.NAMES], ids=["even", "odd", "both"])
 @pytest.mark.parametrize("options", [{}, {"thin": 3}, {"gradients": "store"}], ids=["full", "thin", "gradients"])
 @pytest.mark.parametrize("steps", [2, 5, 8])
@@ -107,15 +124,15 @@ def test_the_log_of_a_namedthat_is_elsewhere_is_told_too(steps, tmp_path):
 def test_of_two_records_of_a_step_the_one_that_goes_on_is_taken(tmp_path):
     """The other one was made before the run was gone on with at an earlier step."""
     run = left(tmp_path / "run", 8)
-    found = run.logged_behind(run.steps)
+    found = run.logged_behind(run.steps).steps
     named, before, behind = found[0].links
     old = [record._replace(links=Links(named, record.links.before ^ 1, record.links.behind ^ 1)) for record in found]
     for records in ([*old, *found], [*found, *old]):
-        own, others = following(records, run.steps, before, named)
+        own, others, _ = following(records, run.steps, before, named)
         assert [record.links for record in own] == [record.links for record in found]
         assert not others
-    assert [following(found, run.steps, link, named)[0] for link in (before ^ 1, behind)] == [[], []]
-    assert following([*found[:2], *old[2:]], run.steps, before)[1]
+    assert [following(found, run.steps, link, named).steps for link in (before ^ 1, behind)] == [[], []]
+    assert following([*found[:2], *old[2:]], run.steps, before).others
 
 
 def test_a_log_that_an_older_explaind_wrote_is_taken_up(tmp_path, monkeypatch):
@@ -130,6 +147,47 @@ def test_a_log_that_an_older_explaind_wrote_is_taken_up(tmp_path, monkeypatch):
     same(explaind.open(run.path).states(0, 9), explaind.open(want.path).states(0, 9))
 
 
+@pytest.mark.parametrize(
+    ("options", "at"),
+    [({}, -tail.HEAD.size), ({}, 30), ({}, 400), ({"thin": 3}, 400), ({"gradients": "store"}, 400)],
+    ids=["head", "line", "array", "thin", "gradients"],
+)
+def test_a_rotten_step_of_the_log_that_hides_others_is_told(options, at, copied, tmp_path, capsys):
+    """The last step alone may be gone without a word, for a kill leaves half of one, too."""
+    run, told = copied(tmp_path / "run", 8, **options), 0
+    found = {name: (run.path / name).read_bytes() for name in tail.NAMES}
+    begins = [(name, place.start()) for name, text in found.items() for place in re.finditer(re.escape(tail.BEGINNING), text)]
+    for number, (name, begin) in enumerate(begins):
+        damaged = explaind.open(shutil.copytree(run.path, tmp_path / f"{number}"))
+        rotten = bytearray(found[name])
+        rotten[begin + at] ^= 1
+        (damaged.path / name).write_bytes(rotten)
+        have, held = {record.step for record in tail.records(damaged.path)}, damaged.steps
+        while held in have:
+            held += 1
+        lost = max(have) + 1 - held
+        assert (damaged.steps + damaged.logged, len(damaged.damage())) == (held, lost > 0)
+        if lost > 0:
+            [words] = damaged.damage()
+            assert f"step {held} is damaged in the log" in words
+            assert f"behind them, {lost} that cannot be taken up" in words
+            assert main(["info", str(damaged.path)]) == 0
+            assert words in capsys.readouterr().out
+            with pytest.raises(StoreError, match=f"step {held} is damaged in the log"):
+                recovered(damaged.path)
+            told += 1
+        assert repair(damaged.path) == Repair(run.steps, held, held - run.steps, max(0, lost))
+        assert explaind.open(damaged.path).damage() == []
+    assert told
+
+
+def test_a_log_whose_first_steps_are_in_the_other_one_which_is_lost_is_told(far_behind):
+    run = far_behind
+    (run.path / tail.NAMES[1]).unlink()
+    [told] = run.damage()
+    assert re.search(r"step 2 is damaged in the log.*0 steps and, behind them, 6 that cannot be taken up", told)
+
+
 @pytest.mark.parametrize(("chunk", "sound", "more"), [("0", 0, 0), ("1", 3, 5)])
 def test_info_counts_the_logged_steps_that_repair_takes_up(chunk, sound, more, tmp_path, capsys):
     """Behind the sound steps; the older log may have some of those that are damaged."""
@@ -140,7 +198,7 @@ def test_info_counts_the_logged_steps_that_repair_takes_up(chunk, sound, more, t
     said = capsys.readouterr().out
     assert f"{sound} steps are sound of the 5 recorded" in said
     assert (f"{more} more steps" in said) == (more > 0)
-    assert repair(run.path) == Repair(before=5, after=sound + more, regained=more, lost=max(0, 5 - sound - more))
+    assert repair(run.path) == Repair(before=5, after=sound + more, regained=more, lost=8 - sound - more)
     assert explaind.open(run.path).damage() == []
 
 
@@ -161,19 +219,9 @@ class AtOnce(ThreadPoolExecutor):
         return done
 
 
-def test_a_repair_that_is_killed_loses_no_logged_step(tmp_path, monkeypatch):
+def test_a_repair_that_is_killed_loses_no_logged_step(far_behind, tmp_path, monkeypatch):
     """At any moment, and not even where the chunks were two spans behind the training."""
-    going, write, copies = threading.Event(), RunWriter._write, list[Path]()
-
-    def slow(self, span, *words, **options):
-        if span.start == 3:
-            going.wait()
-        write(self, span, *words, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunWriter, "_write", slow)
-        run = left(tmp_path / "run", 8, waiting=going.set)
-    assert (run.steps, run.logged) == (2, 6)
+    run, copies = far_behind, list[Path]()
 
     def copied_before(plain):
         def call(*words, **options):

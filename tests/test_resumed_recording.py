@@ -249,7 +249,7 @@ def test_a_log_that_is_used_again_gives_no_old_step_for_a_new_one(tmp_path):
     seen = set()
     for damaged in (*changed, *(text[:cut] for cut in range(0, len(text), 7))):
         log.path.write_bytes(damaged)
-        found, _ = following(records(tmp_path), 110)
+        found = following(records(tmp_path), 110).steps
         assert [kept.step for kept in found] == [110, 111, 112][: len(found)]
         assert all((kept.theta == kept.step).all() for kept in found)
         seen.add(len(found))
@@ -263,7 +263,7 @@ def test_no_change_of_a_byte_of_the_log_gives_a_wrong_step(tmp_path, killed):
     text, rng = log.read_bytes(), np.random.default_rng(0)
     for place in rng.integers(0, len(text), 300):
         log.write_bytes(text[:place] + bytes([text[place] ^ (1 << int(rng.integers(8)))]) + text[place + 1 :])
-        for record in following(records(run.path), run.steps)[0]:
+        for record in following(records(run.path), run.steps).steps:
             same(record.theta, want[record.step])
 
 

@@ -62,7 +62,7 @@ def everything(path: Path) -> tuple[list[str], dict[str, Any]]:
     blocks = [run.block(start, min(start + 16, run.steps)) for start in range(0, run.steps, 16)] if run.manifest.thin is None else []
     found: dict[str, Any] = {
         "steps": (run.steps, run.complete),
-        "logged": [{**record._asdict(), "row": asdict(record.row)} for record in run.logged_behind(run.steps)],
+        "logged": [{**record._asdict(), "row": asdict(record.row)} for record in run.logged_behind(run.steps).steps],
         "manifest": json.dumps(run.manifest.to_json(), sort_keys=True),
         "theta": run.stored_states(0, run.steps + 1),
         "rows": [asdict(row) for block in blocks for row in block.rows],

@@ -205,10 +205,14 @@ def info(path: str, /, *, spool: Spool = None, json: Json = False) -> int:
 
 @app.command(name="repair")
 def repaired(run: str, /, *, spool: Spool = None, json: Json = False) -> int:
-    """Put a RUN right that was killed or damaged: take up the steps of its log, and cut it off before the first fault."""
+    """Put a RUN right that was killed or damaged: take up the steps of its log, and cut it off before the first fault.
+
+    The exit status is 1 where something is still wrong.
+    """
     place = location_of(run, spool)
-    printed({"run": str(place), **asdict(repair(place))}, json, repair_lines)
-    return FINE
+    done = repair(place)
+    printed({"run": str(place), **asdict(done)}, json, repair_lines)
+    return FAILED if done.left else FINE
 
 
 @app.command(name="upgrade")

@@ -116,9 +116,8 @@ def info_lines(facts: dict[str, Any]) -> list[str]:
     if damaged:
         of = f"{facts['sound']} steps are sound of the {facts['steps']} recorded"
         lines.append(f"  DAMAGED     {of}: explaind verify says what is not, explaind repair cuts the rest off")
-    if facts["log_damage"]:
-        lines.append(f"  DAMAGED     {facts['log_damage']}")
-    elif facts["logged"]:
+    lines += [f"  DAMAGED     {facts[what]}" for what in ("constants_damage", "log_damage") if facts[what]]
+    if facts["logged"] and not facts["log_damage"]:
         lines.append(f"  log         {facts['logged']} more steps: explaind repair takes them up")
     lines += [f"  task        {json.dumps(config['task'])}"] if "task" in config else []
     return lines + [f"  ledger      {path}" for path in facts["ledgers"]]
@@ -204,7 +203,8 @@ def _clock(seconds: float | None) -> str:
 def repair_lines(facts: dict[str, Any]) -> list[str]:
     """What a repair did."""
     done = [f"{facts[name]} {words}" for name, words in (("regained", "taken from its log"), ("lost", "cut off")) if facts[name]]
-    return [f"run {facts['run']}: {facts['after']} steps" + (f" ({', '.join(done)})" if done else ", nothing to repair")]
+    rest = [f"  DAMAGED     {facts['left']}: restore them from a copy"] if facts["left"] else []
+    return [f"run {facts['run']}: {facts['after']} steps" + (f" ({', '.join(done)})" if done else ", nothing to repair"), *rest]
 
 
 def upgrade_lines(facts: dict[str, Any]) -> list[str]:

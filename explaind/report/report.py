@@ -94,6 +94,7 @@ def run_facts(run: Run) -> dict[str, Any]:
         "complete": run.complete,
         "logged": logged,
         "log_damage": log_damage,
+        "constants_damage": run.constants_damage(),
         "model": m.model,
         "optimizer": m.optimizer,
         "parameters": m.params,

@@ -12,14 +12,18 @@ if TYPE_CHECKING:
     from explaind.store.reader import Run
 
 
-def damage(run: "Run", start: int = 0, gradients: bool = True) -> list[str]:
-    """In words; empty when every checksum holds. Of a thin run the parameters that are stored.
+def damage(run: "Run") -> list[str]:
+    """In words; empty when every checksum holds. Of a thin run the parameters that are stored."""
+    return [*of_constants(run), *of_steps(run, 0), *_of_gradients(run)]
+
+
+def of_steps(run: "Run", start: int) -> Iterator[str]:
+    """Of the steps from there on and the parameters before and after each, without gradients of examples.
 
     start: a step, one of a thin run before which something is stored; what is before it is known to be sound
-    gradients: of examples, too, where they are stored; they are most of the run
     """
-    found = [*(_of_constants(run) if start == 0 else ()), *_of_states(run, start), *_of_steps(run, start)]
-    return [*found, *_of_gradients(run)] if gradients else found
+    yield from _of_states(run, start)
+    yield from _of_rows(run, start)
 
 
 def _of_gradients(run: "Run") -> Iterator[str]:
@@ -28,7 +32,8 @@ def _of_gradients(run: "Run") -> Iterator[str]:
         yield f"the gradients of the examples of step {step} are not what was recorded"
 
 
-def _of_constants(run: "Run") -> Iterator[str]:
+def of_constants(run: "Run") -> Iterator[str]:
+    """Of what belongs to all steps, and to none; StoreError where it cannot be read."""
     if run.sums["constants"] != constants_checksum(run.constants, run.fingerprint):
         yield "frozen parameters, buffers or fingerprints are not what was recorded"
 
@@ -46,7 +51,7 @@ def _of_states(run: "Run", first: int) -> Iterator[str]:
                 yield _theta_words(i, wrong, len(crc))
 
 
-def _of_steps(run: "Run", first: int) -> Iterator[str]:
+def _of_rows(run: "Run", first: int) -> Iterator[str]:
     thin, block = run.manifest.thin is not None, run.manifest.block
     previous = int(run.step_checksums(first - 1, first)[0]) if first else 0
     wanted, of_theta = run.step_checksums(first, run.steps), run.checksums(first, run.steps)

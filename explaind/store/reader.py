@@ -16,8 +16,8 @@ from explaind.errors import RequestError, StoreError
 from explaind.store import logs
 from explaind.store.checksums import Chain
 from explaind.store.committed import Committed
-from explaind.store.damage import damage
-from explaind.store.gradients import first_damaged, having_gradients, rows_of
+from explaind.store.damage import damage, of_constants, of_steps
+from explaind.store.gradients import first_damaged, rows_of
 from explaind.store.layout import starts
 from explaind.store.location import Where
 from explaind.store.manifest import ROUNDINGS
@@ -245,24 +245,36 @@ class Run(Committed):
     @property
     def logged(self) -> int:
         """Steps behind the committed ones that the tail log of a killed recording still holds; ``explaind repair`` takes them up."""
-        return self.log_facts()[0]
+        return len(logs.behind(self, self.steps).steps)
 
-    def logged_behind(self, steps: int) -> list[Record]:
-        """What the tail log holds of the steps behind so many, without a gap; StoreError where those are another run's."""
-        found, other = logs.behind(self, steps)
-        if other is not None:
-            raise other
-        return having_gradients(self, found)
+    def logged_behind(self, steps: int) -> logs.Logged:
+        """What the tail log holds of the steps behind so many; StoreError where those are another run's."""
+        found = logs.behind(self, steps)
+        if found.others:
+            raise logs.foreign(self)
+        return found
 
     def log_facts(self) -> tuple[int, str | None]:
         """``logged``; and what is wrong with the log, in words, None where its steps go on from the committed ones."""
-        found, other = logs.behind(self, self.steps)
-        return len(having_gradients(self, found)), None if other is None else str(other)
+        found = logs.behind(self, self.steps)
+        fault = logs.foreign(self) if found.others else logs.gap(self) if found.lost else None
+        return len(found.steps), None if fault is None else str(fault)
+
+    def is_current(self) -> bool:
+        """Whether the commit marker still tells of as many steps."""
+        return bool(self._read_commit()["steps"] == self.steps)
 
     def ends_sound(self, steps: int) -> bool:
         """Whether the last of so many steps is what was recorded, and the parameters behind it."""
         last = max(0, steps - 1)
         return self._holds(last if self.manifest.thin is None else last - last % self.manifest.block, steps)
+
+    def constants_damage(self) -> str | None:
+        """What is wrong with frozen parameters, buffers and fingerprints, which are in no step; None where they are sound."""
+        try:
+            return next(of_constants(self), None)
+        except StoreError as error:
+            return str(error)
 
     def sound(self) -> int:
         """Steps up to the first fault of what is stored: all of them where ``damage`` finds none."""
@@ -279,7 +291,7 @@ class Run(Committed):
     def _holds(self, start: int, stop: int) -> bool:
         """Whether steps [start, stop), with the states before and after each, are sound."""
         try:
-            return not damage(self.first(stop), start, gradients=False)
+            return not any(of_steps(self.first(stop), start))
         except StoreError:
             return False
 

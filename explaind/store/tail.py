@@ -4,8 +4,8 @@ Two files take turns, a span of steps each: while one is made into chunks the ot
 its first, which the span before has too: of that one the parameters that it led to belong to this span's chunks.
 
 A file of records, each a length, a crc32 and a payload: one line of JSON that names the run, the step, what that goes on from (logs.py) and
-arrays with dtype and shape, then their bytes. Reading ends at the first record that is cut off or does not fit its crc. Appends reach the
-operating system at every step. A file that is used again holds, behind its new steps, some of the span before the last; they are known by
+arrays with dtype and shape, then their bytes. A record that is cut off or does not fit its crc is left out. Appends reach the operating
+system at every step. A file that is used again holds, behind its new steps, some of the span before the last; they are known by
 their numbers, and are in chunks by then.
 """
 
@@ -33,7 +33,9 @@ except ImportError:  # a system without such locks: nobody watches over a second
 
 NAMES = ("tail.log", "tail.odd.log")
 """Of the spans with even and with odd numbers; who writes the run holds the first."""
-HEAD = struct.Struct("<QI")
+HEAD, BEGINNING = struct.Struct("<QI"), b'{"step": '
+PASSES = 8
+"""Over a log, in which records are looked for behind one that is damaged: anything may look like the beginning of one."""
 NEAR, TOGETHER = 1 << 16, 500
 """Bytes between two vectors that are read with them, and how many pieces at once: the system takes about a thousand."""
 KINDS = "biuf"
@@ -302,17 +304,20 @@ def has_log(folder: Path) -> bool:
 
 
 def _sound(text: bytes) -> Iterator[Record]:
-    at = 0
-    while at + HEAD.size <= len(text):
+    """Those that fit their crc; behind one that does not, the next is looked for by how it begins, until that becomes too much work."""
+    at, work = 0, PASSES * len(text)
+    while 0 <= at <= len(text) - HEAD.size and work >= 0:
         length, crc = HEAD.unpack_from(text, at)
         payload = memoryview(text)[at + HEAD.size : at + HEAD.size + length]
-        if len(payload) < length or zlib.crc32(payload) != crc:
-            return
+        work -= len(payload)
         try:
+            if len(payload) < length or zlib.crc32(payload) != crc:
+                raise ValueError("no record, or half of one")
             yield _unpacked(payload)
+            at += HEAD.size + length
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-            return
-        at += HEAD.size + length
+            found = text.find(BEGINNING, at + HEAD.size + 1)
+            at = found - HEAD.size if found > 0 else -1
 
 
 def _unpacked(payload: memoryview) -> Record:
