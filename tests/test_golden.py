@@ -70,7 +70,7 @@ def test_a_run_holds_these_files_arrays_and_attributes(name, tmp_path):
         assert [codec["name"] for codec in told["codecs"]] == (SMALL if small else PLAIN), key
         assert told["chunk_key_encoding"] == {"name": "default", "configuration": {"separator": "/"}}
     others = {str(path) for path in files if path.name != "zarr.json" and "c" not in path.parts}
-    assert others == {"commit.json"}
+    assert others == {"commit.json", "metadata.json"}
     assert group["attributes"].keys() == {"explaind", "manifest", "recording"}
     assert group["attributes"]["explaind"] == {"kind": "run", "schema": SCHEMA}
     assert group["attributes"]["manifest"].keys() == MANIFEST

@@ -433,7 +433,7 @@ class Absent:
 sys.meta_path.insert(0, Absent())
 import obstore.fsspec, xarray
 obstore.fsspec.register("s3")
-warnings.filterwarnings("ignore", message=r"Object at commit\\\\.json")
+warnings.filterwarnings("ignore", message=r"Object at (commit|metadata)\\\\.json")
 tree = xarray.open_datatree(sys.argv[1], engine="zarr", consolidated=False)
 assert tree["theta"].dims == ("state", "param"), tree
 assert tree["hyper"].dims == ("step", "layer", "option"), tree

@@ -117,6 +117,8 @@ def info_lines(facts: dict[str, Any]) -> list[str]:
         of = f"{facts['sound']} steps are sound of the {facts['steps']} recorded"
         lines.append(f"  DAMAGED     {of}: explaind verify says what is not, explaind repair cuts the rest off")
     lines += [f"  DAMAGED     {facts[what]}" for what in ("constants_damage", "log_damage") if facts[what]]
+    if facts["changed"]:
+        lines.append(f"  CHANGED     {', '.join(facts['changed'])}: not what was recorded")
     if facts["logged"] and not facts["log_damage"]:
         lines.append(f"  log         {facts['logged']} more steps: explaind repair takes them up")
     lines += [f"  task        {json.dumps(config['task'])}"] if "task" in config else []
@@ -203,6 +205,7 @@ def _clock(seconds: float | None) -> str:
 def repair_lines(facts: dict[str, Any]) -> list[str]:
     """What a repair did."""
     done = [f"{facts[name]} {words}" for name, words in (("regained", "taken from its log"), ("lost", "cut off")) if facts[name]]
+    done += [f"{', '.join(facts['restored'])} put back"] if facts["restored"] else []
     rest = [f"  DAMAGED     {facts['left']}: restore them from a copy"] if facts["left"] else []
     return [f"run {facts['run']}: {facts['after']} steps" + (f" ({', '.join(done)})" if done else ", nothing to repair"), *rest]
 

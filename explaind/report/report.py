@@ -20,7 +20,7 @@ from explaind.ledger.ledger import Ledger
 from explaind.report import figures, tables
 from explaind.report.figures import UNIT
 from explaind.report.summary import Labels, by_axes, ledger_facts, predictions, strongest
-from explaind.store import schema
+from explaind.store import mirror, schema
 from explaind.store.location import Location, Where, location_of
 from explaind.store.reader import Run
 from explaind.tasks import Task
@@ -95,6 +95,7 @@ def run_facts(run: Run) -> dict[str, Any]:
         "logged": logged,
         "log_damage": log_damage,
         "constants_damage": run.constants_damage(),
+        "changed": sorted(mirror.changed(run.path)),
         "model": m.model,
         "optimizer": m.optimizer,
         "parameters": m.params,

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from explaind.errors import StoreError
-from explaind.store import schema
+from explaind.store import mirror, schema
 from explaind.store.copying import Copied, Progress, copied
 from explaind.store.grouped import FolderSink, FolderSource, ZipSink, ZipSource
 from explaind.store.hdf5 import USER_BLOCK, Hdf5Sink, Hdf5Source, needed
@@ -100,6 +100,7 @@ def import_run(source: Where, where: Where, ledgers: bool = True, overwrite: boo
         with _readable(file), ZipSource(file) if zipped else Hdf5Source(file) as read, FolderSink(partial) as sink:
             found = copied(read, sink, ledgers, progress)
         open_run(partial)
+        mirror.keep(partial)
         _replace(target, partial)
     except OSError as error:
         raise schema.unwritable(target, error) from error

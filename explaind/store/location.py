@@ -20,8 +20,8 @@ from explaind.errors import StoreError
 from explaind.store.durable import sync, write_file
 from explaind.store.remote import Objects, Remote, RemoteError, remote
 
-MARKER = "commit.json"
-"""What says which part of a run or a ledger is there: it goes first and comes last."""
+MARKER, MIRROR = "commit.json", "metadata.json"
+"""What says which part of a run or a ledger is there: it goes first and comes last; and a copy of all that is no chunk (mirror.py)."""
 URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 CHAINED = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*::.*://")
 SHORTENED = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/[^/]")

@@ -13,13 +13,13 @@ import numpy as np
 import zarr
 
 from explaind.errors import RequestError, StoreError
-from explaind.store import logs
+from explaind.store import logs, mirror
 from explaind.store.checksums import Chain
 from explaind.store.committed import Committed
 from explaind.store.damage import damage, of_constants, of_steps
 from explaind.store.gradients import first_damaged, rows_of
 from explaind.store.layout import starts
-from explaind.store.location import Where
+from explaind.store.location import Where, location_of
 from explaind.store.manifest import ROUNDINGS
 from explaind.store.opening import COPY, opened, reading
 from explaind.store.row import StepRow
@@ -322,4 +322,11 @@ def open_run(path: Where, spool: str | os.PathLike[str] | None = None) -> Run:
 
     spool: of a run at a URL, where that was given to ``record``. StoreError where there is none, or one of another schema version.
     """
-    return Run(path, spool)
+    place = location_of(path, spool)
+    try:
+        return Run(place)
+    except StoreError as error:
+        if not (changed := sorted(mirror.changed(place))):
+            raise
+        got = f"another {', '.join(changed)}: {error}"
+        raise StoreError("the run's metadata are damaged", where=place, got=got, do=mirror.BACK) from error

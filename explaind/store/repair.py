@@ -4,10 +4,11 @@ import os
 from dataclasses import dataclass
 
 from explaind.errors import StoreError
-from explaind.store import logs
+from explaind.store import logs, mirror
 from explaind.store.damage import of_steps
-from explaind.store.location import Location, Where
+from explaind.store.location import Location, Where, location_of
 from explaind.store.reader import Run, open_run
+from explaind.store.schema import unwritable
 from explaind.store.thin import going_on
 
 
@@ -24,28 +25,45 @@ class Repair:
     """Steps that were cut off, committed or logged, from the first fault on, or behind a commit marker that is an older one."""
     left: str | None = None
     """What is still wrong, in words: frozen parameters, buffers or fingerprints, which are in no step that could be cut off."""
+    restored: tuple[str, ...] = ()
+    """Files of metadata that were made again what they had been."""
 
 
 def repair(where: Where, spool: str | os.PathLike[str] | None = None) -> Repair:
     """Truncate a run to its last sound step, and take up the steps of its log; a sound run is left alone.
 
-    StoreError where nothing can be read, where not even the first state is sound, or where another process is writing the run.
+    Before that, metadata of a run that was finished are made again what they were (``mirror``). StoreError where nothing can be read, where
+    not even the first state is sound, or where another process is writing the run.
     """
-    run = open_run(where, spool)
-    path = run.path
+    path = location_of(where, spool)
     if path.is_file():
         raise StoreError("a run in a zip is only read", where=path, do="explaind import it first")
+    restored = _put_back(path)
+    run = open_run(path)
     before, sound = run.steps, run.sound()
     behind, left = run.forgotten(), run.constants_damage()
     if sound == 0 and any(of_steps(run.first(0), 0)):
         raise StoreError("not even the first state of the run is sound", where=path, do="restore the run from a copy")
     logged, _, lost = run.logged_behind(sound)
     if sound == before and not logged and not lost and not behind:
-        return Repair(before, before, 0, 0, left)
+        return Repair(before, before, 0, 0, left, restored)
     writer = going_on(path, run.manifest, run.first(sound).begun(sound), logged)
     writer.close(complete=False)
     after = sound + len(logged)
-    return Repair(before, after, len(logged), max(0, before - after, lost) + behind, left)
+    return Repair(before, after, len(logged), max(0, before - after, lost) + behind, left, restored)
+
+
+def _put_back(path: Location) -> tuple[str, ...]:
+    """Only of a run that is damaged: whoever added words of his own to the metadata of a sound one keeps them."""
+    try:
+        if not open_run(path).damage():
+            return ()
+    except StoreError:
+        pass
+    try:
+        return mirror.put_back(path)
+    except OSError as error:
+        raise unwritable(path, error) from error
 
 
 def recovered(path: Location) -> Run:

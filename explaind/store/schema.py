@@ -3,6 +3,7 @@
 run/
   zarr.json          attributes: schema version, manifest, and a name that no other run has, "recording" (spool.py)
   commit.json        how many steps are safely on disk; readers clamp to it
+  metadata.json      once it is finished: the texts of commit.json and of every zarr.json a second time (mirror.py)
   tail.log, tail.odd.log   steps since then, while the run is written or after it was killed (tail.py); of one at a URL in its spool
   theta              [state, param]          parameters before step `state` (one row more than steps)
                                              of a thin run [stored, param]: before the first step of every block, and after the last step
@@ -45,7 +46,7 @@ from zarr.storage import ZipStore
 from explaind.errors import ExplaindError, StoreError
 from explaind.store import location
 from explaind.store.bitdelta import BitDelta
-from explaind.store.location import Location, is_free, names_in, store_of
+from explaind.store.location import MIRROR, Location, is_free, names_in, store_of
 from explaind.store.remote import Remote, RemoteError
 
 VERSIONS: Mapping[str, int] = {"run": 3, "ledger": 2}
@@ -184,6 +185,8 @@ def kind_of(path: Location) -> str:
     except ExplaindError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
+        if MIRROR in names_in(path):
+            return "run"  # which is damaged
         raise StoreError("this is neither a run nor a ledger", where=path, got=type(error).__name__, do="check the path") from error
     return str(kind)
 

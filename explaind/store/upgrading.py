@@ -15,7 +15,7 @@ import numpy as np
 import zarr
 
 from explaind.errors import StoreError
-from explaind.store import schema
+from explaind.store import mirror, schema
 from explaind.store.checksums import constants_checksum, text_checksum
 from explaind.store.filed import created
 from explaind.store.layout import columns, rows_of_chunk
@@ -52,12 +52,14 @@ def upgrade(path: Location) -> Upgraded:
         raise StoreError("a run at a URL is not upgraded", where=path, do="upgrade a copy of it in a folder, and put that there")
     if path.is_file():
         raise StoreError("a run in one file is not upgraded", where=path, do="import it with the explaind that wrote it, then upgrade it")
+    mirror.drop(path)
     while version in STEPS:
         with reading("the run cannot be upgraded", path):
             manifest = STEPS[version](path)
         version += 1
         _put(path, version, manifest)
     run = open_run(path)
+    mirror.keep(path)
     return Upgraded(before, version, run.steps)
 
 

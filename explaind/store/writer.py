@@ -14,7 +14,7 @@ from types import TracebackType
 
 import numpy as np
 
-from explaind.store import schema, spool
+from explaind.store import mirror, schema, spool
 from explaind.store.checksums import Chain, constants_checksum, crc32, step_checksum, text_checksum, theta_checksum
 from explaind.store.durable import lowest, sync_tree
 from explaind.store.filed import created, growing, settle, write_finished
@@ -119,6 +119,7 @@ class RunWriter:
         known = list(self._linked([*begun.records, *logged], begun.chain))
         now, later = known[: manifest.span], known[manifest.span :]
         with self._guarded:
+            mirror.drop(path)
             schema.tidy(path)
             for array in self._columns.values():
                 array.tidy()
@@ -237,6 +238,7 @@ class RunWriter:
             self._span.modes = tuple(self._modes)
             self._write(self._span, end=True, complete=complete)
             self._trim()
+            mirror.keep(self.path)
         self.closed = True
         self._release(remove=True)
 
