@@ -245,7 +245,8 @@ def test_any_write_may_fail(tmp_path, whole, capsys):
                 open_run(path)
             continue
         run = explaind.open(path)
-        assert (run.complete, run.damage()) == (False, [])
+        only_the_copy = not (path / "metadata.json").exists() and run.steps == whole.steps
+        assert (run.complete, run.damage()) == (only_the_copy, [])
         same(run.states(0, run.steps + 1), whole.states(0, run.steps + 1))
         if k % 3:  # what follows takes most of the time
             continue
