@@ -241,11 +241,14 @@ ZIP = {
     "metadata that are none": ({"theta/zarr.json": "{"}, "theta is damaged|cannot be read"),
     "endless rows": (metadata_with("theta", shape=[2**40, 22]), "theta is not whole"),
     "endless chunks": (metadata_with("theta", chunk_grid=chunked(2**40, 22)), "theta is too large"),
-    "another codec": (metadata_with("age", codecs=[{"name": "bytes"}, {"name": "crc32c"}]), "age is no array of numbers"),
+    "another codec": (
+        metadata_with("age", codecs=[{"name": "bytes"}, {"name": "crc32c"}]),
+        "age is damaged.*codecs that nothing is written with",
+    ),
     "a codec that is not there": (metadata_with("age", codecs=[{"name": "numcodecs.pickle"}]), "age is damaged"),
     "objects": (metadata_with("age", data_type="variable_length_bytes", fill_value=""), "age is no array of numbers"),
-    "a chunk of four gigabytes": ({"theta/c/0/0": lambda text: text[:4] + b"\xff" * 4 + text[8:]}, "theta is larger than it can be"),
-    "a chunk that is too short": ({"theta/c/0/0": "short"}, "theta is larger than it can be"),
+    "a chunk of four gigabytes": ({"theta/c/0/0": lambda text: text[:4] + b"\xff" * 4 + text[8:]}, "a chunk cannot be read.*another size"),
+    "a chunk that is too short": ({"theta/c/0/0": "short"}, "a chunk cannot be read.*another size"),
     "a chunk that is damaged": ({"theta/c/0/0": lambda text: text[:16] + bytes(len(text) - 16)}, "a chunk cannot be read"),
 }
 

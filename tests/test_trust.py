@@ -1,9 +1,11 @@
 """A stranger's run, or ledger, is data: nothing in it is executed, no name in it leads anywhere, no size in it is believed."""
 
 import ast
+import gzip
 import json
 import pickle
 import shutil
+import tracemalloc
 from io import BytesIO
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as some
+from numcodecs import blosc
 
 import explaind
 from explaind.cli import main
@@ -196,3 +199,41 @@ def test_steps_that_nothing_is_stored_of_are_refused_before_memory_is_made(tmp_p
     cases.resealed(run.path)
     with pytest.raises(ExplaindError, match="chunks of checksum_theta are missing"):
         explaind.open(run.path)
+
+
+def check_small(path, match):
+    """Opened, and held against its checksums: refused in one line, before memory is made for what it claims."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(ExplaindError, match=match) as caught:
+            check_whole(path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 25
+    finally:
+        tracemalloc.stop()
+    assert "\n" not in str(caught.value)
+
+
+def check_whole(path):
+    run = explaind.open(path)
+    assert run.damage() == []
+    run.block(0, run.steps)
+
+
+BOMB = np.zeros(1 << 27, np.uint8)
+
+
+def zipped(told):
+    told["codecs"] = [told["codecs"][0], {"name": "gzip", "configuration": {"level": 1}}]
+
+
+@pytest.mark.parametrize("array", ["age", "theta", "constant/0.bias", "fingerprint"])
+def test_a_chunk_that_would_fill_the_memory_is_refused(array, tmp_path):
+    case = cases.optimizer_named("adamw")
+    run = cases.recorded(tmp_path / "run", cases.problem_named("frozen parameter"), case, data=cases.DATA, codec="standard")
+    check_whole(run.path)
+    metadata, chunk = run.path / array / "zarr.json", next(file for file in (run.path / array / "c").rglob("*") if file.is_file())
+    chunk.write_bytes(blosc.compress(BOMB, b"zstd", 1, blosc.NOSHUFFLE))
+    check_small(run.path, "cannot be read.*a chunk of .* bytes is of another size")
+    edit(metadata, zipped)
+    chunk.write_bytes(gzip.compress(BOMB.data, 1))
+    check_small(run.path, "codecs that nothing is written with: BytesCodec, GzipCodec")

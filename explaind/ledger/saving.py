@@ -13,7 +13,7 @@ from explaind.errors import StoreError
 from explaind.ledger.ledger import Checks, Ledger, Row
 from explaind.store import schema
 from explaind.store.location import MARKER, Location, Where, location_of
-from explaind.store.opening import LARGEST, reading
+from explaind.store.opening import LARGEST, bounded, reading
 
 CHUNK_BYTES = 4 << 20
 EMPTY = 100
@@ -111,6 +111,7 @@ def _array(group: zarr.Group, name: str, folder: Location) -> zarr.Array:
     array = group[name]
     if not isinstance(array, zarr.Array):
         raise KeyError(name)
+    array = bounded(array)
     chunk = prod(array.chunks) * array.dtype.itemsize
     if chunk > LARGEST or (array.nbytes > LARGEST and array.nbytes > EMPTY * chunk * schema.chunks_stored(folder, name)):
         raise ValueError(f"{name} is too large: {array.dtype} {list(array.shape)} in chunks of {list(array.chunks)}")

@@ -2,12 +2,17 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from math import prod
+from typing import Any, cast
 
 import numpy as np
 import zarr
+from zarr.codecs import BloscCodec, BytesCodec, VLenUTF8Codec, ZstdCodec
+from zarr.core.metadata import ArrayV3Metadata
 
 from explaind.errors import ExplaindError, StoreError
+from explaind.store.bitdelta import BLOSC_HEAD, BitDelta
 from explaind.store.layout import columns
 from explaind.store.location import Location
 from explaind.store.manifest import Manifest
@@ -15,6 +20,31 @@ from explaind.store.manifest import Manifest
 LARGEST = 2**31 - 1
 """Bytes of a chunk, for no more fit into one of blosc; and of what is read at once along axes of which nobody knows how long they are."""
 COPY = "restore the run from a copy"
+CODECS = ((BytesCodec, BloscCodec), (BitDelta,), (VLenUTF8Codec, ZstdCodec))
+"""Of numbers, floats and names, as they are written: any other may make anything of a chunk."""
+
+
+class Bounded(BloscCodec):
+    """Blosc makes room for what the head of a chunk says, which is therefore looked at first: no more than the chunk has numbers."""
+
+    async def _decode_single(self, chunk_bytes: Any, chunk_spec: Any) -> Any:
+        head, most = chunk_bytes[: BLOSC_HEAD.size].to_bytes(), prod(chunk_spec.shape) * chunk_spec.dtype.to_native_dtype().itemsize
+        if len(head) < BLOSC_HEAD.size or BLOSC_HEAD.unpack(head)[4] != most:
+            raise ValueError(f"a chunk of {most} bytes is of another size")
+        return await super()._decode_single(chunk_bytes, chunk_spec)
+
+
+def bounded(array: zarr.Array) -> zarr.Array:
+    """The same array, which takes no more memory for a chunk than its metadata say; ValueError for codecs that none is written with."""
+    metadata = cast(ArrayV3Metadata, array.metadata)
+    if tuple(map(type, metadata.codecs)) not in CODECS:
+        raise ValueError(f"codecs that nothing is written with: {', '.join(type(codec).__name__ for codec in metadata.codecs)}")
+    first, *others = metadata.codecs
+    if not others or not isinstance(others[0], BloscCodec):
+        return array
+    told = {name: getattr(others[0], name) for name in ("typesize", "cname", "clevel", "shuffle", "blocksize")}
+    checked = replace(metadata, codecs=(first, Bounded(**told)))
+    return zarr.Array(zarr.AsyncArray(checked, array.store_path, array.async_array.config))
 
 
 @contextmanager
@@ -37,6 +67,7 @@ def opened(group: zarr.Group, name: str, manifest: Manifest, where: Location) ->
             raise StoreError("an array of the run is missing", where=where, do=COPY) from error
         if not isinstance(array, zarr.Array):
             raise StoreError("a group stands where an array should be", where=where, do=COPY)
+        array = bounded(array)
         itemsize, column = array.dtype.itemsize, columns(manifest).get(name)
         got = f"{array.dtype} {list(array.shape)} in chunks of {list(array.chunks)}"
         if prod(array.chunks) * itemsize > LARGEST or (column is None and array.nbytes > LARGEST):
