@@ -237,3 +237,34 @@ def test_a_chunk_that_would_fill_the_memory_is_refused(array, tmp_path):
     edit(metadata, zipped)
     chunk.write_bytes(gzip.compress(BOMB.data, 1))
     check_small(run.path, "codecs that nothing is written with: BytesCodec, GzipCodec")
+
+
+def test_parameters_that_nothing_is_stored_of_are_refused_before_memory_is_made(tmp_path):
+    run = cases.recorded(tmp_path / "run", case=cases.optimizer_named("adamw"))
+    params, more = run.manifest.params, 2**34
+
+    def grow(told):
+        (*_, last) = told["attributes"]["manifest"]["layers"]
+        last.update(shape=[last["size"] + more], size=last["size"] + more)
+
+    edit(run.path / "zarr.json", grow)
+    for file in run.path.glob("*/zarr.json"):
+        edit(file, lambda told: told.update(shape=[n + more * (n == params) for n in told["shape"]]))
+    cases.resealed(run.path)
+    check_small(run.path, "less is stored than the metadata say.*theta")
+
+
+def test_constants_that_nothing_is_stored_of_are_refused_before_memory_is_made(tmp_path):
+    run = cases.recorded(tmp_path / "run", cases.problem_named("frozen parameter"))
+    one = run.path / "constant" / "0.bias"
+    for i in range(3):
+        shutil.copytree(one, one.with_name(f"more{i}"), ignore=shutil.ignore_patterns("c"))
+        edit(one.with_name(f"more{i}") / "zarr.json", lambda told: told.update(shape=[2**27]))
+    check_small(run.path, "less is stored than the metadata say.*constant")
+
+
+def test_rows_of_a_chunk_that_no_recorder_writes_are_refused(tmp_path):
+    """They would be read together."""
+    run = cases.recorded(tmp_path / "run")
+    edit(run.path / "age" / "zarr.json", lambda told: told["chunk_grid"]["configuration"].update(chunk_shape=[2**20, 1]))
+    check_small(run.path, "not what the manifest says")

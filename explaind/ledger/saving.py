@@ -113,7 +113,7 @@ def _array(group: zarr.Group, name: str, folder: Location) -> zarr.Array:
         raise KeyError(name)
     array = bounded(array)
     chunk = prod(array.chunks) * array.dtype.itemsize
-    if chunk > LARGEST or (array.nbytes > LARGEST and array.nbytes > EMPTY * chunk * schema.chunks_stored(folder, name)):
+    if chunk > LARGEST or (array.nbytes > LARGEST and array.nbytes > EMPTY * chunk * len(schema.stored(folder, f"{name}/c"))):
         raise ValueError(f"{name} is too large: {array.dtype} {list(array.shape)} in chunks of {list(array.chunks)}")
     return array
 

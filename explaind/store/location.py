@@ -107,7 +107,7 @@ def size_of(place: Location) -> int:
         if place.is_file():
             return place.stat().st_size
         return sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
-    return place.size()
+    return sum(place.sizes())
 
 
 def remove_tree(place: Location, ignore_errors: bool = False) -> None:

@@ -13,12 +13,15 @@ from zarr.core.metadata import ArrayV3Metadata
 
 from explaind.errors import ExplaindError, StoreError
 from explaind.store.bitdelta import BLOSC_HEAD, BitDelta
-from explaind.store.layout import columns
+from explaind.store.layout import columns, rows_of_chunk
 from explaind.store.location import Location
 from explaind.store.manifest import Manifest
+from explaind.store.schema import stored
 
 LARGEST = 2**31 - 1
 """Bytes of a chunk, for no more fit into one of blosc; and of what is read at once along axes of which nobody knows how long they are."""
+EMPTY = 1000
+"""Bytes that one byte on the disk may stand for, at most, of what is larger still: chunks of zeros are not stored."""
 COPY = "restore the run from a copy"
 CODECS = ((BytesCodec, BloscCodec), (BitDelta,), (VLenUTF8Codec, ZstdCodec))
 """Of numbers, floats and names, as they are written: any other may make anything of a chunk."""
@@ -45,6 +48,13 @@ def bounded(array: zarr.Array) -> zarr.Array:
     told = {name: getattr(others[0], name) for name in ("typesize", "cname", "clevel", "shuffle", "blocksize")}
     checked = replace(metadata, codecs=(first, Bounded(**told)))
     return zarr.Array(zarr.AsyncArray(checked, array.store_path, array.async_array.config))
+
+
+def check_claim(size: int, path: Location, *parts: str) -> None:
+    """StoreError for more bytes to be read at once than there can be, where so little is stored in each of these parts of a run."""
+    if size > LARGEST and all(size > EMPTY * sum(stored(path, part)) for part in parts):
+        where = path / parts[0].partition("/")[0]
+        raise StoreError("less is stored than the metadata say", where=where, expected=f"{size} bytes, not all of them 0", do=COPY)
 
 
 @contextmanager
@@ -78,6 +88,7 @@ def opened(group: zarr.Group, name: str, manifest: Manifest, where: Location) ->
         names = getattr(array.metadata, "dimension_names", None)
         fill = np.array_equal(np.asarray(array.fill_value), np.asarray(column.fill, array.dtype), equal_nan=array.dtype.kind == "f")
         fits = fill and len(rest) == len(column.shape) and (kind, names) == (column.dtype, tuple(column.dims))
+        fits = fits and array.chunks[0] <= rows_of_chunk(column, manifest)
         fits = fits and (rest == column.shape if column.chunk is None else array.shape[1] * itemsize * manifest.span <= LARGEST)
         fits = fits and rest[1:] == column.shape[1:]
         if not fits:

@@ -165,14 +165,14 @@ def read_file(path: Location, name: str) -> bytes:
         raise FileNotFoundError(2, f"no {name} in the zip", str(path)) from error
 
 
-def chunks_stored(path: Location, name: str) -> int:
-    """How many chunks of an array there are, in the folder of a run or in its zip; whatever its metadata say of their number."""
+def stored(path: Location, part: str) -> list[int]:
+    """Bytes of every file in a part of a run, such as the chunks of an array, in its folder or in its zip; whatever metadata say."""
     if isinstance(path, Remote):
-        return len((path / f"{name}/c").files())
+        return (path / part).sizes()
     if not path.is_file():
-        return sum(1 for file in (path / name / "c").rglob("*") if file.is_file() and file.suffix != ".partial")
+        return [file.stat().st_size for file in (path / part).rglob("*") if file.is_file() and file.suffix != ".partial"]
     with zipfile.ZipFile(path) as archive:
-        return sum(1 for file in archive.namelist() if file.startswith(f"{name}/c/"))
+        return [entry.file_size for entry in archive.infolist() if entry.filename.startswith(f"{part}/")]
 
 
 def kind_of(path: Location) -> str:
