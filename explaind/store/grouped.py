@@ -128,25 +128,18 @@ class ZipSource(_Reader):
     """Reads a run from a zip that ZipSink wrote; StoreError for entries that are not of a run, or larger than the file."""
 
     def __init__(self, path: Path) -> None:
-        with zipfile.ZipFile(path) as archive:
-            self._entries = archive.infolist()
-        chunks = (CHUNK.fullmatch(entry.filename) for entry in self._entries)
+        with schema.archived(path) as archive:
+            self._entries = archive.namelist()
+        chunks = map(CHUNK.fullmatch, self._entries)
         self._chunks = Counter(chunk[1] for chunk in chunks if chunk is not None)
         super().__init__(path, ZipStore(path, mode="r"))
         self.path = path
 
     def names(self) -> Iterator[str]:
         """The paths of arrays and small files; every single entry is looked at."""
-        entries = [entry.filename for entry in self._entries]
-        size = self.path.stat().st_size
-        stored = all(e.compress_type == zipfile.ZIP_STORED and e.file_size == e.compress_size for e in self._entries)
-        if not stored or sum(entry.file_size for entry in self._entries) > size:
-            raise unfit(self, "an entry", "larger than it can be", expected=f"stored entries of at most {size} bytes together")
-        if len(set(entries)) != len(entries):
-            raise unfit(self, "an entry", "there twice")
-        arrays = {name.removesuffix("/zarr.json") for name in entries if name.endswith("/zarr.json")}
+        arrays = {name.removesuffix("/zarr.json") for name in self._entries if name.endswith("/zarr.json")}
         arrays = {name for name in arrays if not GROUPS.fullmatch(name)}
-        return (path for path in (_path(name, arrays) for name in entries) if path is not None)
+        return (path for path in (_path(name, arrays) for name in self._entries) if path is not None)
 
     def _check_whole(self, name: str, array: zarr.Array) -> None:
         if self._chunks[name] != array.nchunks:
