@@ -18,6 +18,7 @@ from numcodecs import blosc
 import explaind
 from explaind.cli import main
 from explaind.errors import ExplaindError
+from explaind.store.repair import repair
 from explaind.store.sealed import HEAD
 from explaind.store.tail import records
 from tests import cases
@@ -268,3 +269,56 @@ def test_rows_of_a_chunk_that_no_recorder_writes_are_refused(tmp_path):
     run = cases.recorded(tmp_path / "run")
     edit(run.path / "age" / "zarr.json", lambda told: told["chunk_grid"]["configuration"].update(chunk_shape=[2**20, 1]))
     check_small(run.path, "not what the manifest says")
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """What a kill leaves of a recording, and how to go on with it at any place."""
+    folder, problem = tmp_path_factory.mktemp("killed"), cases.problem_named("frozen parameter")
+    model, case = problem.model(), cases.optimizer_named("adamw")
+    optimizer = case.make(cases.trainable(model))
+    recorder = explaind.record(optimizer, model, folder / "run", data=cases.DATA)
+    cases.train(problem, model, optimizer, case, recorder)
+    recorder._writer._wait()  # a file may be renamed under a copy's hands
+    shutil.copytree(folder / "run", folder / "left")
+    recorder.close()
+    return folder / "left", lambda path: explaind.record(optimizer, model, path, data=cases.DATA, resume=True).close()
+
+
+def listing(place):
+    return {file: file.read_bytes() for file in (place, *place.rglob("*")) if file.is_file()}
+
+
+def linked(path, outside):
+    """A link in the place of a file or a folder, which stands outside then."""
+    if path.exists():
+        path.rename(outside)
+    else:
+        outside.write_text("mine")
+    path.symlink_to(outside)
+
+
+PLACES = ("theta", "theta/c", "age/zarr.json", "tail.log", "tail.odd.log", "commit.json", "commit.json.partial", "constant", "analysis")
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_who_goes_on_with_a_run_writes_nothing_where_a_link_in_it_leads(name, killed, tmp_path):
+    left, go_on = killed
+    run, outside = shutil.copytree(left, tmp_path / "run"), tmp_path / "outside"
+    linked(run / name, outside)
+    before = listing(tmp_path)
+    for act in (repair, go_on):
+        with pytest.raises(ExplaindError, match="a link stands where the run is to be written") as caught:
+            act(run)
+        assert "\n" not in str(caught.value)
+    assert listing(tmp_path) == before
+
+
+def test_a_run_is_read_through_links_and_gone_on_with_where_it_is_one_itself(killed, tmp_path):
+    left, go_on = killed
+    run = shutil.copytree(left, tmp_path / "run")
+    linked(run / "ledgers", tmp_path / "ledgers")
+    linked(run, tmp_path / "elsewhere")
+    go_on(run)
+    linked(run / "theta" / "c", tmp_path / "chunks")
+    check_whole(run)
