@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as some
 from numcodecs import blosc
@@ -18,6 +19,7 @@ from numcodecs import blosc
 import explaind
 from explaind.cli import main
 from explaind.errors import ExplaindError
+from explaind.ledger import saving
 from explaind.store.repair import repair
 from explaind.store.sealed import HEAD
 from explaind.store.tail import records
@@ -189,6 +191,16 @@ def test_any_metadata_of_an_array_of_a_ledger_are_read_or_refused_in_one_line(ar
     shutil.copytree(ledger, copy)
     edit(copy / array / "zarr.json", lambda told: told.__setitem__(field, value))
     check_told(copy)
+
+
+def test_a_long_name_among_many_makes_no_table_of_long_names(ledger, monkeypatch):
+    copy = shutil.copytree(ledger, ledger.parent / "names")
+    layers = zarr.open_array(copy / "layer", mode="r+")
+    layers[0] = "x" * (1 << 18)
+    assert len(explaind.open_ledger(copy).coords["layer"][0]) == 1 << 18
+    monkeypatch.setattr(saving, "LARGEST", 1 << 20)
+    with pytest.raises(ExplaindError, match=f"the ledger is damaged.*{layers.size} names of up to {1 << 18} characters"):
+        explaind.open_ledger(copy)
 
 
 def test_steps_that_nothing_is_stored_of_are_refused_before_memory_is_made(tmp_path):

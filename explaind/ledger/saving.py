@@ -124,4 +124,10 @@ def _row(group: zarr.Group, name: str, folder: Location) -> Row:
 
 
 def _plain(values: np.ndarray) -> np.ndarray:
-    return np.array(values.tolist(), dtype=str) if values.dtype.kind in "TO" else values
+    """Names of one width; ValueError where a long one among many would make all of them long."""
+    if values.dtype.kind not in "TO":
+        return values
+    longest = max(map(len, values.ravel().tolist()), default=0)
+    if values.size * longest * np.dtype("U1").itemsize > LARGEST:
+        raise ValueError(f"{values.size} names of up to {longest} characters")
+    return np.array(values.tolist(), dtype=str)

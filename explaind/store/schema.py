@@ -174,7 +174,7 @@ def archived(path: Path) -> zipfile.ZipFile:
     wrong += [] if len({e.filename for e in entries}) == len(entries) else ["an entry is there twice"]
     if wrong:
         archive.close()
-        raise StoreError("no run was exported to this zip", where=path, got=wrong[0], do="take it from whoever made it once more")
+        raise StoreError("no run was exported to this zip", where=path, got=wrong[0], do="unpack it, if you trust it")
     return archive
 
 
