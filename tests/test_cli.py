@@ -417,3 +417,42 @@ sys.exit(status)
     assert "No space left on device" in done.stderr
     assert done.stderr.count("\n") == 1
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["../../outside", "../ledgers/outside", "{run}/outside"])
+def test_tables_are_read_from_their_own_folder_alone(name, copied):
+    folder = copied / "analysis" / "run"
+    main(["analyse", str(copied)])
+    told = json.loads((folder / "analysis.json").read_text())
+    for place in (copied / "outside.csv", folder.parent / "ledgers" / "outside.csv"):
+        shutil.copy(folder / "training.csv", place)
+    assert set(read_tables(folder)) == set(told["tables"])
+    told["tables"][name.format(run=copied)] = told["tables"]["training"]
+    (folder / "analysis.json").write_text(json.dumps(told))
+    with pytest.raises(StoreError, match="these tables cannot be read"):
+        read_tables(folder)
+
+
+@pytest.mark.parametrize(
+    ("verb", "place"),
+    [
+        ("analyse", "analysis"),
+        ("analyse", "analysis/run"),
+        ("report", "report"),
+        ("report", "report/run"),
+        ("report", "report/run/training.png"),
+        ("decompose", "ledgers"),
+        ("decompose", "ledgers/.val.target_log_probability.parts"),
+    ],
+)
+def test_no_verb_writes_where_a_link_in_a_run_leads(verb, place, copied, capsys):
+    outside = copied.parent / "outside"
+    if (copied / place).exists():
+        (copied / place).rename(outside)
+    else:
+        outside.mkdir()
+    (copied / place).symlink_to(outside)
+    before = sorted((file, file.stat().st_mtime_ns) for file in copied.parent.rglob("*"))
+    options = ["--overwrite", "--measure", "target_log_probability", "--queries", "val"] if verb == "decompose" else []
+    assert f"a link stands where the run is to be written ({copied / place}); got {outside}" in refused(capsys, verb, copied, *options)
+    assert sorted((file, file.stat().st_mtime_ns) for file in copied.parent.rglob("*")) == before

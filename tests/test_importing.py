@@ -9,10 +9,12 @@ import zipfile
 import numpy as np
 import pytest
 
+import explaind
 from explaind.cli import main
 from explaind.errors import StoreError
 from explaind.store.exporting import SEAL, _seal, export_run, import_run
 from tests import cases
+from tests.closeness import same
 
 h5py = pytest.importorskip("h5py", reason="HDF5 needs h5py")
 KINDS = ("h5", "zip")
@@ -233,19 +235,24 @@ ZIP = {
     "an unknown file": ({"setup.py": "import os"}, "'setup.py' is no part of a run"),
     "a folder": ({"theta/": ""}, "no part of a run"),
     "a link": ({"tail.log ": "/etc/passwd"}, "no part of a run"),
-    "a name twice": ({"commit.json": ["{}", "{}"]}, "an entry is there twice"),
-    "zeros without end": ({"tail.log": BOMB}, "an entry is larger than it can be"),
+    "a name twice": ({"commit.json": ["{}", "{}"]}, "no run was exported to this zip.*twice"),
+    "zeros without end": ({"tail.log": BOMB}, "no run was exported to this zip.*larger than it can be"),
+    "a marker without end": ({"commit.json": BOMB}, "no run was exported to this zip.*larger than it can be"),
+    "a chunk without end": ({"theta/c/0/0": BOMB}, "no run was exported to this zip.*larger than it can be"),
     "a chunk less": ({"constant/0.bias/c/0": None}, "constant/0.bias is not whole"),
     "no commit marker": ({"commit.json": None}, "commit.json is missing"),
     "no metadata": ({"zarr.json": None}, "attributes.json is missing|cannot be read"),
     "metadata that are none": ({"theta/zarr.json": "{"}, "theta is damaged|cannot be read"),
     "endless rows": (metadata_with("theta", shape=[2**40, 22]), "theta is not whole"),
     "endless chunks": (metadata_with("theta", chunk_grid=chunked(2**40, 22)), "theta is too large"),
-    "another codec": (metadata_with("age", codecs=[{"name": "bytes"}, {"name": "crc32c"}]), "age is no array of numbers"),
+    "another codec": (
+        metadata_with("age", codecs=[{"name": "bytes"}, {"name": "crc32c"}]),
+        "age is damaged.*codecs that nothing is written with",
+    ),
     "a codec that is not there": (metadata_with("age", codecs=[{"name": "numcodecs.pickle"}]), "age is damaged"),
     "objects": (metadata_with("age", data_type="variable_length_bytes", fill_value=""), "age is no array of numbers"),
-    "a chunk of four gigabytes": ({"theta/c/0/0": lambda text: text[:4] + b"\xff" * 4 + text[8:]}, "theta is larger than it can be"),
-    "a chunk that is too short": ({"theta/c/0/0": "short"}, "theta is larger than it can be"),
+    "a chunk of four gigabytes": ({"theta/c/0/0": lambda text: text[:4] + b"\xff" * 4 + text[8:]}, "a chunk cannot be read.*another size"),
+    "a chunk that is too short": ({"theta/c/0/0": "short"}, "a chunk cannot be read.*another size"),
     "a chunk that is damaged": ({"theta/c/0/0": lambda text: text[:16] + bytes(len(text) - 16)}, "a chunk cannot be read"),
 }
 
@@ -258,6 +265,40 @@ def test_a_hostile_zip_is_refused(what, exported, tmp_path, capsys):
     rewritten(exported / "out.zip", path, changes)
     sealed(path)
     refused(path, message, capsys)
+
+
+HARMLESS = (
+    "endless rows",
+    "a name above",
+    "an absolute name",
+    "a chunk above",
+    "a chunk of nothing",
+    "a ledger above",
+    "an unknown array",
+    "an unknown file",
+    "a folder",
+    "a link",
+)
+"""Of the above: what nobody who reads a run asks for, names that are none of its own and rows behind the committed ones."""
+
+
+@pytest.mark.parametrize("what", ZIP)
+def test_a_hostile_zip_is_not_opened_or_does_no_harm(what, exported, tmp_path):
+    changes, _ = ZIP[what]
+    path = tmp_path / "bad.zip"
+    rewritten(exported / "out.zip", path, changes)
+    try:
+        run = explaind.open(path)
+        faults = run.damage()
+        block = run.block(0, run.steps)
+        assert not run.logged
+    except StoreError as error:
+        faults = [str(error)]
+    assert all("\n" not in fault for fault in faults)
+    assert bool(faults) == (what not in HARMLESS)
+    if not faults:
+        same(block.theta, explaind.open(exported / "run").block(0, run.steps).theta)
+    assert [file.name for file in tmp_path.iterdir()] == ["bad.zip"]
 
 
 def rewritten(source, path, changes):

@@ -2,6 +2,7 @@
 
 import gzip
 import struct
+import zipfile
 
 import numpy as np
 import pytest
@@ -191,6 +192,13 @@ def damaged(folder, name, content):
     return str(folder)
 
 
+def claiming(path, shape):
+    """Another shape of the training images, in the metadata alone."""
+    with zipfile.ZipFile(path, "w") as file, file.open("x_train.npy", "w") as entry:
+        np.lib.format.write_array_header_1_0(entry, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return str(path)
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -201,6 +209,12 @@ def damaged(folder, name, content):
         (lambda f: damaged(f, NAMES[0], gzip.compress(struct.pack(">BBBB3I", 0, 0, 8, 3, 30, 9, 8) + b"few")), "damaged"),
         (lambda f: damaged(f, NAMES[0], gzip.compress(struct.pack(">BBBB3I", 0, 0, 8, 3, 30, 9, 8)[:9])), "damaged"),
         (lambda f: damaged(f, NAMES[1], gzip.compress(b"\x00\x00\x08\x01\x00\x00\x00\x02\x00\x01")), "30 images, 2 labels"),
+        (
+            lambda f: damaged(f, NAMES[0], gzip.compress(struct.pack(">BBBB3I", 0, 0, 8, 3, *3 * [2**31]) + b"few")),
+            f"{2**93} bytes, of at most",
+        ),
+        (lambda f: damaged(f, NAMES[0], gzip.compress(struct.pack(">BBBB1I", 0, 0, 8, 1, 3) + bytes(1 << 20))), "longer than it says"),
+        (lambda f: claiming(f / "data.npz", (2**50,)), f"{2**50} bytes, of at most"),
         (lambda f: archive(f / "data.npz", train=np.zeros((30, 9, 8), dtype=np.int64)), "these are no images"),
         (lambda f: archive(f / "data.npz", train=np.zeros((30, 72), dtype=np.uint8)), "these are no images"),
     ],

@@ -1,20 +1,26 @@
 """A stranger's run, or ledger, is data: nothing in it is executed, no name in it leads anywhere, no size in it is believed."""
 
 import ast
+import gzip
 import json
 import pickle
 import shutil
+import tracemalloc
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as some
+from numcodecs import blosc
 
 import explaind
 from explaind.cli import main
 from explaind.errors import ExplaindError
+from explaind.ledger import saving
+from explaind.store.repair import repair
 from explaind.store.sealed import HEAD
 from explaind.store.tail import records
 from tests import cases
@@ -187,6 +193,16 @@ def test_any_metadata_of_an_array_of_a_ledger_are_read_or_refused_in_one_line(ar
     check_told(copy)
 
 
+def test_a_long_name_among_many_makes_no_table_of_long_names(ledger, monkeypatch):
+    copy = shutil.copytree(ledger, ledger.parent / "names")
+    layers = zarr.open_array(copy / "layer", mode="r+")
+    layers[0] = "x" * (1 << 18)
+    assert len(explaind.open_ledger(copy).coords["layer"][0]) == 1 << 18
+    monkeypatch.setattr(saving, "LARGEST", 1 << 20)
+    with pytest.raises(ExplaindError, match=f"the ledger is damaged.*{layers.size} names of up to {1 << 18} characters"):
+        explaind.open_ledger(copy)
+
+
 def test_steps_that_nothing_is_stored_of_are_refused_before_memory_is_made(tmp_path):
     run = cases.recorded(tmp_path / "run", case=cases.optimizer_named("adamw"))
     for file in run.path.glob("*/zarr.json"):
@@ -196,3 +212,125 @@ def test_steps_that_nothing_is_stored_of_are_refused_before_memory_is_made(tmp_p
     cases.resealed(run.path)
     with pytest.raises(ExplaindError, match="chunks of checksum_theta are missing"):
         explaind.open(run.path)
+
+
+def check_small(path, match):
+    """Opened, and held against its checksums: refused in one line, before memory is made for what it claims."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(ExplaindError, match=match) as caught:
+            check_whole(path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 25
+    finally:
+        tracemalloc.stop()
+    assert "\n" not in str(caught.value)
+
+
+def check_whole(path):
+    run = explaind.open(path)
+    assert run.damage() == []
+    run.block(0, run.steps)
+
+
+BOMB = np.zeros(1 << 27, np.uint8)
+
+
+def zipped(told):
+    told["codecs"] = [told["codecs"][0], {"name": "gzip", "configuration": {"level": 1}}]
+
+
+@pytest.mark.parametrize("array", ["age", "theta", "constant/0.bias", "fingerprint"])
+def test_a_chunk_that_would_fill_the_memory_is_refused(array, tmp_path):
+    case = cases.optimizer_named("adamw")
+    run = cases.recorded(tmp_path / "run", cases.problem_named("frozen parameter"), case, data=cases.DATA, codec="standard")
+    check_whole(run.path)
+    metadata, chunk = run.path / array / "zarr.json", next(file for file in (run.path / array / "c").rglob("*") if file.is_file())
+    chunk.write_bytes(blosc.compress(BOMB, b"zstd", 1, blosc.NOSHUFFLE))
+    check_small(run.path, "cannot be read.*a chunk of .* bytes is of another size")
+    edit(metadata, zipped)
+    chunk.write_bytes(gzip.compress(BOMB.data, 1))
+    check_small(run.path, "codecs that nothing is written with: BytesCodec, GzipCodec")
+
+
+def test_parameters_that_nothing_is_stored_of_are_refused_before_memory_is_made(tmp_path):
+    run = cases.recorded(tmp_path / "run", case=cases.optimizer_named("adamw"))
+    params, more = run.manifest.params, 2**34
+
+    def grow(told):
+        (*_, last) = told["attributes"]["manifest"]["layers"]
+        last.update(shape=[last["size"] + more], size=last["size"] + more)
+
+    edit(run.path / "zarr.json", grow)
+    for file in run.path.glob("*/zarr.json"):
+        edit(file, lambda told: told.update(shape=[n + more * (n == params) for n in told["shape"]]))
+    cases.resealed(run.path)
+    check_small(run.path, "less is stored than the metadata say.*theta")
+
+
+def test_constants_that_nothing_is_stored_of_are_refused_before_memory_is_made(tmp_path):
+    run = cases.recorded(tmp_path / "run", cases.problem_named("frozen parameter"))
+    one = run.path / "constant" / "0.bias"
+    for i in range(3):
+        shutil.copytree(one, one.with_name(f"more{i}"), ignore=shutil.ignore_patterns("c"))
+        edit(one.with_name(f"more{i}") / "zarr.json", lambda told: told.update(shape=[2**27]))
+    check_small(run.path, "less is stored than the metadata say.*constant")
+
+
+def test_rows_of_a_chunk_that_no_recorder_writes_are_refused(tmp_path):
+    """They would be read together."""
+    run = cases.recorded(tmp_path / "run")
+    edit(run.path / "age" / "zarr.json", lambda told: told["chunk_grid"]["configuration"].update(chunk_shape=[2**20, 1]))
+    check_small(run.path, "not what the manifest says")
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """What a kill leaves of a recording, and how to go on with it at any place."""
+    folder, problem = tmp_path_factory.mktemp("killed"), cases.problem_named("frozen parameter")
+    model, case = problem.model(), cases.optimizer_named("adamw")
+    optimizer = case.make(cases.trainable(model))
+    recorder = explaind.record(optimizer, model, folder / "run", data=cases.DATA)
+    cases.train(problem, model, optimizer, case, recorder)
+    recorder._writer._wait()  # a file may be renamed under a copy's hands
+    shutil.copytree(folder / "run", folder / "left")
+    recorder.close()
+    return folder / "left", lambda path: explaind.record(optimizer, model, path, data=cases.DATA, resume=True).close()
+
+
+def listing(place):
+    return {file: file.read_bytes() for file in (place, *place.rglob("*")) if file.is_file()}
+
+
+def linked(path, outside):
+    """A link in the place of a file or a folder, which stands outside then."""
+    if path.exists():
+        path.rename(outside)
+    else:
+        outside.write_text("mine")
+    path.symlink_to(outside)
+
+
+PLACES = ("theta", "theta/c", "age/zarr.json", "tail.log", "tail.odd.log", "commit.json", "commit.json.partial", "constant", "analysis")
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_who_goes_on_with_a_run_writes_nothing_where_a_link_in_it_leads(name, killed, tmp_path):
+    left, go_on = killed
+    run, outside = shutil.copytree(left, tmp_path / "run"), tmp_path / "outside"
+    linked(run / name, outside)
+    before = listing(tmp_path)
+    for act in (repair, go_on):
+        with pytest.raises(ExplaindError, match="a link stands where the run is to be written") as caught:
+            act(run)
+        assert "\n" not in str(caught.value)
+    assert listing(tmp_path) == before
+
+
+def test_a_run_is_read_through_links_and_gone_on_with_where_it_is_one_itself(killed, tmp_path):
+    left, go_on = killed
+    run = shutil.copytree(left, tmp_path / "run")
+    linked(run / "ledgers", tmp_path / "ledgers")
+    linked(run, tmp_path / "elsewhere")
+    go_on(run)
+    linked(run / "theta" / "c", tmp_path / "chunks")
+    check_whole(run)

@@ -140,7 +140,12 @@ def test_another_schema_is_refused(version, old, capsys):
 
 
 def test_what_is_no_run_in_a_folder_is_refused(old, tmp_path):
+    with zipfile.ZipFile(tmp_path / "old.zip", "w") as archive:
+        for file in old.rglob("*"):
+            archive.write(file, file.relative_to(old))
     with pytest.raises(StoreError, match="in one file is not upgraded"):
+        upgrade(tmp_path / "old.zip")
+    with pytest.raises(StoreError, match=r"no run was exported to this zip.*packed.*unpack it"):
         upgrade(OLD)
     (old / "commit.json").write_text("{}")
     with pytest.raises(StoreError, match="cannot be upgraded"):

@@ -174,10 +174,13 @@ def _of_frequencies(run: Run, task: Task, matrices: Mapping[int, np.ndarray], cl
 
 def read_tables(folder: Location) -> dict[str, Table]:
     """The tables that ``Analysed.write`` left in a folder, by name; none where there are none. StoreError for one that cannot be read."""
-    if "analysis.json" not in names_in(folder):
+    there = names_in(folder)
+    if "analysis.json" not in there:
         return {}
     try:
         about = json.loads((folder / "analysis.json").read_text())["tables"]
+        if not all(f"{name}.csv" in there for name in about):  # others are no files of this folder
+            raise KeyError("tables")
         return {name: _table(name, told, (folder / f"{name}.csv").read_text()) for name, told in about.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StoreError(

@@ -18,7 +18,7 @@ from explaind.report.lines import info_lines, ledger_lines, repair_lines, run_li
 from explaind.report.report import run_facts
 from explaind.report.summary import ledger_facts
 from explaind.store import schema
-from explaind.store.location import Location, location_of
+from explaind.store.location import Location, inside, location_of
 from explaind.store.reader import Run, open_run
 from explaind.store.repair import repair
 from explaind.store.upgrading import upgrade
@@ -232,7 +232,7 @@ def _decompose(recorded: Run, asked: Decompose, name: str | None, overwrite: boo
     """Decompose and save in the run's folder; an older ledger of that name stays until the new one is complete."""
     if recorded.path.is_file():
         raise StoreError("a run in a zip is only read", where=recorded.path, do="explaind import it first")
-    path = recorded.path / "ledgers" / (name or ledger_name(task_of(recorded), asked))
+    path = inside(recorded.path, "ledgers") / (name or ledger_name(task_of(recorded), asked))
     with progress("decomposing") as show:
         decompose_by_name(recorded, asked, show, save=path, overwrite=overwrite, shard=shard)
     return path

@@ -14,6 +14,7 @@ from explaind.errors import RequestError, StoreError
 from explaind.ledger.by_name import config_of, task_of
 from explaind.ledger.saving import open_ledger
 from explaind.report.lines import pruning_lines
+from explaind.store.location import inside
 from explaind.store.reader import Run, open_run
 
 FRACTIONS = "1,0.7,0.5,0.3,0.2,0.1,0.05,0.02,0.01"
@@ -63,7 +64,7 @@ def prune(
     spared = layers_named(recorded, bench.task, _parts(spare)) if spare else ()
     table = pruning_curve(bench, scores, [_share(text) for text in _parts(kept)], spared, _parts(levels))
     tables = {"pruning": table, **(_ablated(bench, scores, _parts(ablate), spared) if ablate else {})}
-    paths = {name: str(found.write(recorded.path / "analysis" / "pruning")) for name, found in tables.items()}
+    paths = {name: str(found.write(inside(recorded.path, "analysis") / "pruning")) for name, found in tables.items()}
     facts: dict[str, Any] = {"run": str(recorded.path), "table": paths["pruning"], "spared": list(spared), "source": SOURCE}
     facts |= {"rows": _rows(table), **{name: {"table": paths[name], "rows": _rows(tables[name])} for name in list(tables)[1:]}}
     printed(facts, json, pruning_lines)

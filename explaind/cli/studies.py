@@ -13,7 +13,7 @@ from explaind.report import report as draw
 from explaind.report import report_tables
 from explaind.report.lines import analysis_lines, report_lines
 from explaind.report.summary import ledger_facts
-from explaind.store.location import Location, names_in
+from explaind.store.location import Location, inside, names_in
 from explaind.store.reader import Run, open_run
 
 
@@ -45,7 +45,7 @@ def report(run: str, /, *, json: Json = False) -> int:
 
 def analysed(recorded: Run, paths: Sequence[Location]) -> dict[str, Any]:
     """Write the tables of a run and of these ledgers."""
-    folder = recorded.path / "analysis"
+    folder = inside(recorded.path, "analysis")
     task = task_or_none(recorded)
     found = {OF_RUN: of_run(recorded, task)}
     found |= {f"{OF_LEDGERS}/{path.name}": of_ledger(recorded, open_ledger(path), task) for path in paths}
@@ -58,7 +58,7 @@ def reported(recorded: Run, path: Location) -> dict[str, Any]:
     """Draw the figures of one ledger and of its tables."""
     ledger, name = open_ledger(path), f"{OF_LEDGERS}/{path.name}"
     tables = read_tables(recorded.path / "analysis" / name)
-    written = draw(recorded, ledger, task_or_none(recorded), _settings(recorded), recorded.path / "report" / name, tables)
+    written = draw(recorded, ledger, task_or_none(recorded), _settings(recorded), inside(recorded.path, "report") / name, tables)
     lacking = {"query", "param"} <= set(ledger.axes) and "similarity" not in tables
     return {
         "files": [str(f) for f in written.files],
@@ -74,7 +74,7 @@ def tables_reported(recorded: Run) -> list[dict[str, Any]]:
     gone = [f"{OF_LEDGERS}/{name}" for name in names_in(analyses / OF_LEDGERS) if name not in there]
     found = []
     for name in (OF_RUN, *gone):
-        files = report_tables(read_tables(analyses / name), name, _settings(recorded), recorded.path / "report" / name)
+        files = report_tables(read_tables(analyses / name), name, _settings(recorded), inside(recorded.path, "report") / name)
         left_out = [] if files else ["figures of tables: explaind analyse RUN makes those that fit"]
         found.append({"tables": str(analyses / name), "training": None, "files": [str(f) for f in files], "left_out": left_out})
     return found

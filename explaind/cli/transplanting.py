@@ -13,7 +13,7 @@ from explaind.errors import RequestError
 from explaind.ledger.by_name import task_of
 from explaind.report.lines import transplant_lines
 from explaind.store import schema
-from explaind.store.location import MARKER, Location
+from explaind.store.location import MARKER, Location, inside
 from explaind.store.reader import Run, open_run
 
 
@@ -61,7 +61,7 @@ def transplant(
         raise RequestError("an option of a training, and nothing is trained", got=got, do="give --train, or leave it out")
     facts: dict[str, Any] = {"layers": list(chosen), "from": from_, "into": into}
     if train:
-        folder = source.path / "transplants" / (name or f"{from_}-into-{into}".replace("/", "_"))
+        folder = inside(source.path, "transplants") / (name or f"{from_}-into-{into}".replace("/", "_"))
         given = {**facts, "train": train, "stop": stop}
         places = {"from": stated(source, from_), "into": stated(source, into)}
         _claim(folder, {"identity": source.identity, **given, **places}, given)

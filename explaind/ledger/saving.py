@@ -13,7 +13,7 @@ from explaind.errors import StoreError
 from explaind.ledger.ledger import Checks, Ledger, Row
 from explaind.store import schema
 from explaind.store.location import MARKER, Location, Where, location_of
-from explaind.store.opening import LARGEST, reading
+from explaind.store.opening import LARGEST, bounded, reading
 
 CHUNK_BYTES = 4 << 20
 EMPTY = 100
@@ -111,8 +111,9 @@ def _array(group: zarr.Group, name: str, folder: Location) -> zarr.Array:
     array = group[name]
     if not isinstance(array, zarr.Array):
         raise KeyError(name)
+    array = bounded(array)
     chunk = prod(array.chunks) * array.dtype.itemsize
-    if chunk > LARGEST or (array.nbytes > LARGEST and array.nbytes > EMPTY * chunk * schema.chunks_stored(folder, name)):
+    if chunk > LARGEST or (array.nbytes > LARGEST and array.nbytes > EMPTY * chunk * len(schema.stored(folder, f"{name}/c"))):
         raise ValueError(f"{name} is too large: {array.dtype} {list(array.shape)} in chunks of {list(array.chunks)}")
     return array
 
@@ -123,4 +124,10 @@ def _row(group: zarr.Group, name: str, folder: Location) -> Row:
 
 
 def _plain(values: np.ndarray) -> np.ndarray:
-    return np.array(values.tolist(), dtype=str) if values.dtype.kind in "TO" else values
+    """Names of one width; ValueError where a long one among many would make all of them long."""
+    if values.dtype.kind not in "TO":
+        return values
+    longest = max(map(len, values.ravel().tolist()), default=0)
+    if values.size * longest * np.dtype("U1").itemsize > LARGEST:
+        raise ValueError(f"{values.size} names of up to {longest} characters")
+    return np.array(values.tolist(), dtype=str)

@@ -11,11 +11,13 @@ import zarr
 from explaind.errors import ExplaindError, StoreError
 from explaind.store import schema
 from explaind.store.checksums import text_checksum
-from explaind.store.layout import OPTIONAL, columns, rows
+from explaind.store.layout import OPTIONAL, bytes_at_once, columns, rows
 from explaind.store.location import Where, location_of
 from explaind.store.manifest import Manifest
-from explaind.store.opening import COPY, opened, reading
+from explaind.store.opening import COPY, LARGEST, check_claim, opened, reading
 
+GAP = 8
+"""Bytes of a gap; what else is read of all steps at once has no more, of a layer."""
 KEPT = 2
 """Spans of an array that are kept in memory, where a span has several blocks."""
 
@@ -43,6 +45,7 @@ class Committed:
         self._known: dict[str, bool] = {}
         self._kept: dict[str, dict[int, np.ndarray]] = {}
         self._check_rows()
+        self._check_stored()
 
     def _read_commit(self) -> dict[str, Any]:
         try:
@@ -83,16 +86,19 @@ class Committed:
                     do=COPY,
                 )
 
-        self._check_stored()
-
     def _check_stored(self) -> None:
-        """No memory is made for steps on the word of metadata alone: every committed step has checksums, which are never all zero."""
+        """No memory is made on the word of metadata alone: checksums are never all zero, and parameters hardly ever."""
         with reading("the metadata of an array cannot be read", self.path / "checksum_theta"):
             array = self._array("checksum_theta")
             need = -(-(self.steps + 1) // array.chunks[0]) * -(-array.shape[1] // array.chunks[1])
-            have = schema.chunks_stored(self.path, "checksum_theta")
+            have = len(schema.stored(self.path, "checksum_theta/c"))
         if have < need:
             raise StoreError("chunks of checksum_theta are missing", where=self.path, expected=f"at least {need}", got=have, do=COPY)
+        check_claim((self.steps + 1) * array.shape[1] * GAP, self.path, "checksum_theta/c")
+        at_once = {name: bytes_at_once(column, self.manifest) for name, column in columns(self.manifest).items()}
+        large = (size for name, size in at_once.items() if size > LARGEST and (name not in OPTIONAL or self._has(name)))
+        # The chunks of the first states are few to list.
+        check_claim(max(large, default=0), self.path, "theta/c/0", "theta/c")
 
     def _has(self, name: str) -> bool:
         if name not in self._known:

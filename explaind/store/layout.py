@@ -1,5 +1,7 @@
 """Which arrays a run has, as its manifest says: what the writer creates, and what a file that claims to hold a run is held against."""
 
+from math import prod
+
 import numpy as np
 
 from explaind.rules.gradient_filter import gradient_filter
@@ -73,6 +75,11 @@ def tile(params: int, rows: int) -> int:
 def rows_of_chunk(column: Column, m: Manifest) -> int:
     """How many rows a chunk holds: a span of steps, or the anchors of one; gradients, and the states of a thin run, stand alone."""
     return 1 if column.name == "gradient" else {"stored": 1, "anchor": m.together}.get(column.dims[0], m.span)
+
+
+def bytes_at_once(column: Column, m: Manifest) -> int:
+    """What is read of it together: a row of chunks."""
+    return rows_of_chunk(column, m) * prod(column.shape) * np.dtype(column.dtype).itemsize
 
 
 def rows(column: Column, steps: int, anchors: int) -> int:

@@ -8,7 +8,7 @@ the first two for stands in a folder of this machine instead, the spool (spool.p
 import os
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -96,6 +96,28 @@ def is_free(place: Location, but: Sequence[str] = ()) -> bool:
     return not place.exists() or (place.is_dir() and all(path.name in but for path in place.iterdir()))
 
 
+def inside(run: Location, name: str = "", but: Collection[str] = ()) -> Location:
+    """A part of a run that is about to be written, or all of it but some; StoreError for a link in it, which may lead anywhere."""
+    place = run / name if name else run
+    link = _link(place, but, own=bool(name)) if isinstance(place, Path) else None
+    if link is not None:
+        do = "put there what it leads to, if you trust it"
+        raise StoreError("a link stands where the run is to be written", where=link, got=os.readlink(link), do=do)
+    return place
+
+
+def _link(place: Path, but: Collection[str] = (), own: bool = True) -> str | None:
+    """The first link below a place, or the place itself where it is its own."""
+    if own and place.is_symlink():
+        return str(place)
+    try:
+        with os.scandir(place) as entries:
+            found = (e.path if e.is_symlink() else _link(Path(e.path)) for e in entries if e.name not in but)
+            return next((link for link in found if link is not None), None)
+    except (FileNotFoundError, NotADirectoryError):  # others may have put it away
+        return None
+
+
 def absolute(place: Location) -> Location:
     """The same place for whoever stands elsewhere."""
     return Path(os.path.abspath(place)) if isinstance(place, Path) else place
@@ -107,7 +129,7 @@ def size_of(place: Location) -> int:
         if place.is_file():
             return place.stat().st_size
         return sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
-    return place.size()
+    return sum(place.sizes())
 
 
 def remove_tree(place: Location, ignore_errors: bool = False) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from explaind.store.checksums import text_checksum
 from explaind.store.durable import sync
-from explaind.store.location import MARKER, MIRROR, Location, names_in, replace_file
+from explaind.store.location import MARKER, MIRROR, Location, inside, names_in, replace_file
 from explaind.store.schema import read_file
 
 DESCRIPTION = "zarr.json"
@@ -57,5 +57,5 @@ def put_back(path: Location) -> tuple[str, ...]:
     """Make those files again what they were; their names. OSError."""
     texts = changed(path)
     for name, text in texts.items():
-        replace_file(path / name, text)
+        replace_file(inside(path, but=["ledgers"]) / name, text)
     return tuple(sorted(texts))

@@ -2,19 +2,59 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from math import prod
+from typing import Any, cast
 
 import numpy as np
 import zarr
+from zarr.codecs import BloscCodec, BytesCodec, VLenUTF8Codec, ZstdCodec
+from zarr.core.metadata import ArrayV3Metadata
 
 from explaind.errors import ExplaindError, StoreError
-from explaind.store.layout import columns
+from explaind.store.bitdelta import BLOSC_HEAD, BitDelta
+from explaind.store.layout import columns, rows_of_chunk
 from explaind.store.location import Location
 from explaind.store.manifest import Manifest
+from explaind.store.schema import stored
 
 LARGEST = 2**31 - 1
 """Bytes of a chunk, for no more fit into one of blosc; and of what is read at once along axes of which nobody knows how long they are."""
+EMPTY = 1000
+"""Bytes that one byte on the disk may stand for, at most, of what is larger still: chunks of zeros are not stored."""
 COPY = "restore the run from a copy"
+CODECS = ((BytesCodec, BloscCodec), (BitDelta,), (VLenUTF8Codec, ZstdCodec))
+"""Of numbers, floats and names, as they are written: any other may make anything of a chunk."""
+
+
+class Bounded(BloscCodec):
+    """Blosc makes room for what the head of a chunk says, which is therefore looked at first: no more than the chunk has numbers."""
+
+    async def _decode_single(self, chunk_bytes: Any, chunk_spec: Any) -> Any:
+        head, most = chunk_bytes[: BLOSC_HEAD.size].to_bytes(), prod(chunk_spec.shape) * chunk_spec.dtype.to_native_dtype().itemsize
+        if len(head) < BLOSC_HEAD.size or BLOSC_HEAD.unpack(head)[4] != most:
+            raise ValueError(f"a chunk of {most} bytes is of another size")
+        return await super()._decode_single(chunk_bytes, chunk_spec)
+
+
+def bounded(array: zarr.Array) -> zarr.Array:
+    """The same array, which takes no more memory for a chunk than its metadata say; ValueError for codecs that none is written with."""
+    metadata = cast(ArrayV3Metadata, array.metadata)
+    if tuple(map(type, metadata.codecs)) not in CODECS:
+        raise ValueError(f"codecs that nothing is written with: {', '.join(type(codec).__name__ for codec in metadata.codecs)}")
+    first, *others = metadata.codecs
+    if not others or not isinstance(others[0], BloscCodec):
+        return array
+    told = {name: getattr(others[0], name) for name in ("typesize", "cname", "clevel", "shuffle", "blocksize")}
+    checked = replace(metadata, codecs=(first, Bounded(**told)))
+    return zarr.Array(zarr.AsyncArray(checked, array.store_path, array.async_array.config))
+
+
+def check_claim(size: int, path: Location, *parts: str) -> None:
+    """StoreError for more bytes to be read at once than there can be, where so little is stored in each of these parts of a run."""
+    if size > LARGEST and all(size > EMPTY * sum(stored(path, part)) for part in parts):
+        where = path / parts[0].partition("/")[0]
+        raise StoreError("less is stored than the metadata say", where=where, expected=f"{size} bytes, not all of them 0", do=COPY)
 
 
 @contextmanager
@@ -37,6 +77,7 @@ def opened(group: zarr.Group, name: str, manifest: Manifest, where: Location) ->
             raise StoreError("an array of the run is missing", where=where, do=COPY) from error
         if not isinstance(array, zarr.Array):
             raise StoreError("a group stands where an array should be", where=where, do=COPY)
+        array = bounded(array)
         itemsize, column = array.dtype.itemsize, columns(manifest).get(name)
         got = f"{array.dtype} {list(array.shape)} in chunks of {list(array.chunks)}"
         if prod(array.chunks) * itemsize > LARGEST or (column is None and array.nbytes > LARGEST):
@@ -47,6 +88,7 @@ def opened(group: zarr.Group, name: str, manifest: Manifest, where: Location) ->
         names = getattr(array.metadata, "dimension_names", None)
         fill = np.array_equal(np.asarray(array.fill_value), np.asarray(column.fill, array.dtype), equal_nan=array.dtype.kind == "f")
         fits = fill and len(rest) == len(column.shape) and (kind, names) == (column.dtype, tuple(column.dims))
+        fits = fits and array.chunks[0] <= rows_of_chunk(column, manifest)
         fits = fits and (rest == column.shape if column.chunk is None else array.shape[1] * itemsize * manifest.span <= LARGEST)
         fits = fits and rest[1:] == column.shape[1:]
         if not fits:

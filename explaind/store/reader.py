@@ -21,7 +21,7 @@ from explaind.store.gradients import first_damaged, rows_of
 from explaind.store.layout import starts
 from explaind.store.location import Where, location_of
 from explaind.store.manifest import ROUNDINGS
-from explaind.store.opening import COPY, opened, reading
+from explaind.store.opening import COPY, check_claim, opened, reading
 from explaind.store.row import StepRow
 from explaind.store.schema import unescaped
 from explaind.store.spool import log_of
@@ -102,6 +102,7 @@ class Run(Committed):
             group = self._group["constant"]
             names = sorted(group.keys()) if isinstance(group, zarr.Group) else []
             arrays = {name: opened(self._group, f"constant/{name}", self.manifest, self.path / "constant" / name) for name in names}
+            check_claim(sum(array.nbytes for array in arrays.values()), self.path, "constant")
             return {unescaped(name): np.asarray(array[...]) for name, array in arrays.items()}
 
     @cached_property

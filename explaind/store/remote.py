@@ -117,10 +117,12 @@ class Remote:
         with self._asked(missing=False):
             self.fs.pipe_file(self.key, content)
 
-    def size(self) -> int:
-        """Bytes of all objects below it."""
-        with self._asked():
-            return sum(int(entry["size"] or 0) for entry in self.fs.find(self.key, detail=True).values())
+    def sizes(self) -> list[int]:
+        """Bytes of every object below it."""
+        with self._asked(), suppress(FileNotFoundError):
+            self.fs.invalidate_cache()
+            return [int(entry["size"] or 0) for entry in self.fs.find(self.key, detail=True).values()]
+        return []
 
     def copy(self, files: Sequence[str], target: "Remote") -> None:
         """Put some of ``files()`` below another place, one after another."""

@@ -160,20 +160,33 @@ def read_file(path: Location, name: str) -> bytes:
     if not isinstance(path, Path) or not zipfile.is_zipfile(path):
         return (path / name).read_bytes()
     try:
-        with zipfile.ZipFile(path) as archive:
+        with archived(path) as archive:
             return archive.read(name)
     except (KeyError, zipfile.BadZipFile, NotImplementedError) as error:
         raise FileNotFoundError(2, f"no {name} in the zip", str(path)) from error
 
 
-def chunks_stored(path: Location, name: str) -> int:
-    """How many chunks of an array there are, in the folder of a run or in its zip; whatever its metadata say of their number."""
+def archived(path: Path) -> zipfile.ZipFile:
+    """A zip that a run was exported to, for reading; StoreError where an entry may take more memory than the file does."""
+    archive = zipfile.ZipFile(path)
+    entries = archive.infolist()
+    plain = all(e.compress_type == zipfile.ZIP_STORED and e.file_size == e.compress_size and not e.flag_bits & 1 for e in entries)
+    wrong = [] if plain and sum(e.file_size for e in entries) <= path.stat().st_size else ["an entry is packed, or larger than it can be"]
+    wrong += [] if len({e.filename for e in entries}) == len(entries) else ["an entry is there twice"]
+    if wrong:
+        archive.close()
+        raise StoreError("no run was exported to this zip", where=path, got=wrong[0], do="unpack it, if you trust it")
+    return archive
+
+
+def stored(path: Location, part: str) -> list[int]:
+    """Bytes of every file in a part of a run, such as the chunks of an array, in its folder or in its zip; whatever metadata say."""
     if isinstance(path, Remote):
-        return len((path / f"{name}/c").files())
+        return (path / part).sizes()
     if not path.is_file():
-        return sum(1 for file in (path / name / "c").rglob("*") if file.is_file() and file.suffix != ".partial")
-    with zipfile.ZipFile(path) as archive:
-        return sum(1 for file in archive.namelist() if file.startswith(f"{name}/c/"))
+        return [file.stat().st_size for file in (path / part).rglob("*") if file.is_file() and file.suffix != ".partial"]
+    with archived(path) as archive:
+        return [entry.file_size for entry in archive.infolist() if entry.filename.startswith(f"{part}/")]
 
 
 def kind_of(path: Location) -> str:
@@ -196,8 +209,11 @@ def open_group(path: Location, kind: str) -> zarr.Group:
     if not path.exists():
         raise StoreError(f"there is no {kind} here", where=path, got="no such folder", do="check the path")
     try:
-        zipped = isinstance(path, Path) and zipfile.is_zipfile(path)
-        store = ZipStore(str(path), mode="r") if zipped else store_of(path, read_only=True)
+        if isinstance(path, Path) and zipfile.is_zipfile(path):
+            archived(path).close()
+            store: Any = ZipStore(path, mode="r")
+        else:
+            store = store_of(path, read_only=True)
         group = zarr.open_group(store, mode="r", zarr_format=3)
         mark = dict(group.attrs).get("explaind")
     except ExplaindError:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from explaind.store.location import Location
+from explaind.store.location import Location, inside
 from explaind.store.manifest import Manifest
 from explaind.store.row import StepRow, Vector
 from explaind.store.span import Span, whole, write_vectors
@@ -77,5 +77,5 @@ def writer_of(manifest: Manifest) -> type[RunWriter]:
 
 
 def going_on(path: Location, manifest: Manifest, begun: Begun, logged: Sequence[Record] = ()) -> RunWriter:
-    """``RunWriter.resumed`` of the class that writes such a run."""
-    return writer_of(manifest).resumed(path, manifest, begun, logged)
+    """``RunWriter.resumed`` of the class that writes such a run; StoreError where a link stands in what is written."""
+    return writer_of(manifest).resumed(inside(path, but=["ledgers"]), manifest, begun, logged)

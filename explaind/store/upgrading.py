@@ -19,7 +19,7 @@ from explaind.store import mirror, schema
 from explaind.store.checksums import constants_checksum, text_checksum
 from explaind.store.filed import created
 from explaind.store.layout import columns, rows_of_chunk
-from explaind.store.location import MARKER, Location
+from explaind.store.location import MARKER, Location, inside
 from explaind.store.manifest import Manifest
 from explaind.store.opening import opened, reading
 from explaind.store.reader import open_run
@@ -52,7 +52,7 @@ def upgrade(path: Location) -> Upgraded:
         raise StoreError("a run at a URL is not upgraded", where=path, do="upgrade a copy of it in a folder, and put that there")
     if path.is_file():
         raise StoreError("a run in one file is not upgraded", where=path, do="import it with the explaind that wrote it, then upgrade it")
-    mirror.drop(path)
+    mirror.drop(inside(path, but=["ledgers"]))
     while version in STEPS:
         with reading("the run cannot be upgraded", path):
             manifest = STEPS[version](path)

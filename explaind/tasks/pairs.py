@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Literal, get_args, get_type_hints
 
@@ -34,6 +35,8 @@ IDX = {
     "val": ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
 }
 NPZ = {"train": ("x_train", "y_train"), "val": ("x_val", "y_val")}
+LARGEST = 1 << 32
+"""Bytes of the images of a split."""
 WIDTHS = {"resnet9": (64, 128, 256, 512), "cnn": (16, 32), "mlp": (128,)}
 """What the widths of a network are where none are given: channels of the convolutions, or units of the hidden layers."""
 LEAST_SIDE = {"resnet9": 8, "cnn": 4, "mlp": 1}
@@ -236,8 +239,8 @@ def read(source: str, split: str) -> tuple[np.ndarray, np.ndarray]:
     path = FASHION if source == "fashion" else Path(source)
     try:
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as stored:
-                images, labels = (stored[name] for name in NPZ[split])
+            with zipfile.ZipFile(path) as stored:
+                images, labels = (npy(stored, name) for name in NPZ[split])
         else:
             images, labels = (idx(path / name) for name in IDX[split])
     except OSError as error:
@@ -258,9 +261,28 @@ def read(source: str, split: str) -> tuple[np.ndarray, np.ndarray]:
 def idx(path: Path) -> np.ndarray:
     """A gzipped IDX file: 0, 0, 8 for bytes, the number of axes, the length of each (4 bytes, big-endian), then the data, row-major."""
     with gzip.open(path) as file:
-        stored = file.read()
-    if len(stored) < 4 or stored[:3] != b"\x00\x00\x08":
-        raise ValueError(f"{path.name} is no IDX file of bytes")
-    start = 4 + 4 * stored[3]
-    shape = np.frombuffer(stored[4:start], dtype=">u4").tolist()
-    return np.frombuffer(stored, dtype=np.uint8, offset=start).reshape(shape)
+        head = file.read(4)
+        if len(head) < 4 or head[:3] != b"\x00\x00\x08":
+            raise ValueError(f"{path.name} is no IDX file of bytes")
+        shape = np.frombuffer(file.read(4 * head[3]), dtype=">u4", count=head[3]).tolist()
+        values = file.read(held(prod(shape), path.name))
+        if file.read(1):  # which looks at gzip's checksum, too
+            raise ValueError(f"{path.name} is longer than it says")
+    return np.frombuffer(values, dtype=np.uint8).reshape(shape)
+
+
+def npy(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """An array of an .npz file; no object is read."""
+    with archive.open(f"{name}.npy") as file:
+        first = np.lib.format.read_magic(file) == (1, 0)
+        shape, _, dtype = (np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0)(file)
+        held(prod(shape) * dtype.itemsize, name)
+    with archive.open(f"{name}.npy") as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
+
+
+def held(size: int, name: str) -> int:
+    """So many bytes; ValueError where a file claims more than is read into memory."""
+    if size > LARGEST:
+        raise ValueError(f"{name} says that it has {size} bytes, of at most {LARGEST}")
+    return size
