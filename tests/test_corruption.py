@@ -3,6 +3,9 @@
 import importlib.util
 import json
 import shutil
+import time
+from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,7 @@ import explaind
 from explaind.cli import main
 from explaind.errors import ExplaindError
 from explaind.store.checksums import text_checksum
+from explaind.store.opening import reading
 from explaind.store.repair import Repair, repair
 from tests import cases
 from tests.closeness import same
@@ -35,6 +39,57 @@ def test_no_damage_gives_a_wrong_number_without_a_word(tmp_path, monkeypatch):
     assert told == []
     assert {end for _, end in found} == {"detected", "harmless"}
     assert sum(count for (_, end), count in found.items() if end == "detected") > 60
+
+
+def out_of_memory():
+    try:
+        raise MemoryError
+    except MemoryError:
+        raise ValueError from None
+
+
+@pytest.mark.parametrize(
+    ("fault", "want"),
+    [
+        (lambda module: time.sleep(60), "HANG"),
+        (lambda module: bytearray(2 * module.MEMORY), "MEMORY"),
+        (lambda module: out_of_memory(), "MEMORY"),
+        (lambda module: json.loads("{"), "detected"),
+    ],
+)
+def test_the_study_takes_neither_a_hang_nor_too_much_memory_for_damage_that_was_detected(fault, want, tmp_path, monkeypatch):
+    module = study()
+
+    def everything(path):
+        with reading("it cannot be read", path):
+            fault(module)
+
+    monkeypatch.setattr(module, "everything", everything)
+    monkeypatch.setattr(module, "SECONDS", 1)
+    assert module.outcome(tmp_path, {})[0] == want
+
+
+def test_the_study_reads_the_steps_of_a_thin_run(tmp_path):
+    module = study()
+    module.record(tmp_path / "run", thin=4)
+    assert len(module.everything(tmp_path / "run")[1]["rows"]) == module.STEPS
+
+
+def test_a_machine_that_is_out_of_memory_makes_no_run_a_damaged_one(tmp_path, monkeypatch):
+    """Steps that could not be read would be cut off."""
+    cases.shorten_blocks(monkeypatch)
+    path, read = cases.recorded(tmp_path / "run").path, zarr.Array.__getitem__
+
+    def short(array, rows):
+        if array.basename == "theta" and isinstance(rows, slice) and rows.start:
+            raise MemoryError
+        return read(array, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(zarr.Array, "__getitem__", short)
+        with pytest.raises(MemoryError):
+            repair(path)
+    assert explaind.open(path).steps == len(cases.STEPS)
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +154,57 @@ def test_any_marker_is_read_or_refused_in_one_line(field, value, run):
     shutil.copytree(run, copy)
     edit(copy / "commit.json", lambda commit: (commit.__setitem__(field, value), sealed(commit)))
     check_told(copy)
+
+
+@pytest.fixture(scope="module")
+def metadata(tmp_path_factory):
+    """The study and its runs: their folder, what is read of each, and the values of every name in the metadata of any."""
+    module, folder = study(), tmp_path_factory.mktemp("metadata")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.recording, "TOGETHER", module.recording.TOGETHER)  # put back afterwards
+        want, known = module.sound(folder), dict[str, list]()
+    for file in sorted(folder.rglob("*.json")):
+        value = json.loads(file.read_text())
+        for *inner, name in filter(None, module.places(value)):
+            known.setdefault(name, []).append(module.inside(value, (*inner, name)))
+    return module, folder, want, known
+
+
+SAID = {"zarr.json": {"manifest", "identity"}, "commit.json": {"modes", "complete"}}
+"""What follows from the attributes and the marker of a run themselves, and from nothing that they could be held against."""
+
+
+@pytest.mark.filterwarnings("ignore:Object at:zarr.errors.ZarrUserWarning")
+@settings(max_examples=80, deadline=timedelta(seconds=30), derandomize=True, database=None)
+@given(data=some.data())
+def test_metadata_with_the_right_checksums_are_refused_or_change_no_number(data, metadata):
+    """Any place in any of a run's JSON is left out, or holds anything, what it holds elsewhere, or almost what it held."""
+    module, folder, want, known = metadata
+    path = folder / data.draw(some.sampled_from(sorted(want)))
+    file = data.draw(some.sampled_from(sorted(path.rglob("*.json"))))
+    before = {each: each.read_text() for each in (file, path / "commit.json")}
+    value = json.loads(before[file])
+    *inner, name = data.draw(some.sampled_from([place for place in module.places(value) if place]))
+    parent = module.inside(value, inner)
+    new = odd | some.sampled_from(module.LEAVES) | some.sampled_from(known[name]) | some.just(KeyError)
+    if isinstance(parent[name], int):
+        new |= some.integers(parent[name] - 2, parent[name] + 2) | some.integers(0, 40).map(lambda power: 1 << power)
+    if isinstance(parent[name], list):
+        new |= some.permutations(parent[name])
+    parent[name] = data.draw(new)
+    if parent[name] is KeyError:
+        parent.pop(name)
+    try:
+        file.write_text(json.dumps(value))
+        if file.parent == path:
+            with suppress(KeyError, TypeError, AttributeError):  # no checksum can be right
+                cases.resealed(path)
+        said = SAID[file.name] if file.parent == path else set()
+        came, words = module.outcome(path, {key: value for key, value in want[path.name].items() if key not in said})
+    finally:
+        for each, text in before.items():
+            each.write_text(text)
+    assert came in module.GOOD, words
 
 
 def check_told(path):
@@ -174,6 +280,25 @@ def test_a_frozen_parameter_that_changed_on_disk_is_told(tmp_path, capsys):
     edit(run.path / "zarr.json", lambda group: group["attributes"]["manifest"].__setitem__("reduction", "sum"))
     with pytest.raises(ExplaindError, match="the run's attributes are not what was recorded"):
         explaind.open(run.path)
+
+
+@pytest.mark.parametrize(
+    ("modes", "match"),
+    [
+        ([[True]], "the commit marker is not this run's.*expected modes of 4 modules; got of 1"),
+        ([[1, 1, 1, 1]], "the commit marker is missing or damaged"),
+        ([], None),
+    ],
+)
+def test_modes_that_are_those_of_no_step_are_told(modes, match, run, tmp_path):
+    """A row has the number of its mode alone, and so has its checksum."""
+    shutil.copytree(run, tmp_path / "run")
+    edit(tmp_path / "run" / "commit.json", lambda commit: (commit.update(modes=modes), sealed(commit)))
+    if match is None:
+        assert "the record of step 0 is not what was recorded" in explaind.open(tmp_path / "run").damage()[0]
+    else:
+        with pytest.raises(ExplaindError, match=match):
+            explaind.open(tmp_path / "run")
 
 
 @pytest.mark.parametrize("number", [-1, -(1 << 31), 1 << 30])

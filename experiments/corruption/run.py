@@ -2,9 +2,9 @@
 
 python experiments/corruption/run.py [--count 2000] [--seed 0] [--out runs/corruption]
 
-Small runs (whole, killed, thin, of the standard codec, with stored gradients) are damaged once each at random, opened, checked and read to
-the last number. An outcome is "detected" (one line of an error, or words of the check), "harmless" (all numbers are what was recorded), or
-bad: a crash, a hang, too much memory, a wrong number.
+Six small runs (whole, of the standard codec, with stored gradients, thin, and the first and third of these as a kill leaves them) are
+damaged at random, in one way each time, opened, checked and read to the last number. An outcome is "detected" (one line of an error, or
+words of the check), "harmless" (all numbers are what was recorded), or bad: a crash, a hang, too much memory, a wrong number.
 """
 
 import argparse
@@ -14,7 +14,8 @@ import resource
 import shutil
 import signal
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,13 @@ import explaind
 from explaind.errors import ExplaindError
 from explaind.record import recorder as recording
 
-STEPS, SECONDS, MEMORY = 40, 30, 3 << 30
+STEPS, SECONDS, MEMORY = 40, 30, 128 << 20
 GOOD = ("detected", "harmless")
 LEAVES: tuple[Any, ...] = (0, -1, 1, 2, 2**31, 2**62, 0.5, None, True, "", "../x", "float16", "object", [], [1], [-1], {}, [2**62])
+
+
+class Hang(BaseException):
+    """Not an Exception: nobody may take it for a fault of the bytes that are being read."""
 
 
 def record(path: Path, **options: Any) -> None:
@@ -59,13 +64,15 @@ def everything(path: Path) -> tuple[list[str], dict[str, Any]]:
     """What the check says, and all that can be read."""
     run = explaind.open(path)
     words = run.damage()
-    blocks = [run.block(start, min(start + 16, run.steps)) for start in range(0, run.steps, 16)] if run.manifest.thin is None else []
+    blocks = [run.block(start, min(start + 16, run.steps)) for start in range(0, run.steps, 16)]
     found: dict[str, Any] = {
-        "steps": (run.steps, run.complete),
+        "steps": run.steps,
+        "complete": run.complete,
         "logged": [{**record._asdict(), "row": asdict(record.row)} for record in run.logged_behind(run.steps).steps],
         "manifest": json.dumps(run.manifest.to_json(), sort_keys=True),
         "theta": run.stored_states(0, run.steps + 1),
-        "rows": [asdict(row) for block in blocks for row in block.rows],
+        "rows": [{**asdict(row), "mode": None} for block in blocks for row in block.rows],
+        "modes": [row.mode for block in blocks for row in block.rows],
         "constants": dict(run.constants),
         "fingerprint": run.fingerprint,
         "examples": run.examples,
@@ -158,13 +165,18 @@ def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [at, *(place for key, child in inner for place in places(child, (*at, key)))]
 
 
+def inside(value: Any, at: tuple[Any, ...]) -> Any:
+    """What stands at a place."""
+    for key in at:
+        value = value[key]
+    return value
+
+
 def edited(run: Path, rng: random.Random) -> None:
     path = rng.choice(files(run, rng, ".json"))
     value = json.loads(path.read_text())
     at = rng.choice([place for place in places(value) if place])
-    parent = value
-    for key in at[:-1]:
-        parent = parent[key]
+    parent = inside(value, at[:-1])
     old = parent[at[-1]]
     if rng.random() < 0.2:
         parent.pop(at[-1])
@@ -181,51 +193,77 @@ KINDS: tuple[Callable[[Path, random.Random], None], ...] = (
 )
 
 
-def outcome(run: Path, want: Any) -> tuple[str, str]:
-    """What comes of reading a damaged run, and what was said."""
+@contextmanager
+def bounded() -> Iterator[None]:
+    """Within SECONDS and MEMORY more than there is: Hang and MemoryError where they do not suffice."""
 
     def hang(*_: object) -> None:
-        raise TimeoutError
+        raise Hang
 
-    signal.signal(signal.SIGALRM, hang)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limits, handler = resource.getrlimit(resource.RLIMIT_AS), signal.signal(signal.SIGALRM, hang)
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, limits[1]))
     signal.alarm(SECONDS)
     try:
-        words, found = everything(run)
-    except ExplaindError as error:
-        return ("detected" if "\n" not in str(error) else "CRASH"), str(error)
-    except TimeoutError:
-        return "HANG", ""
-    except MemoryError:
-        return "MEMORY", ""
-    except Exception as error:
-        return "CRASH", f"{type(error).__name__}: {error}"
+        yield
     finally:
         signal.alarm(0)
+        signal.signal(signal.SIGALRM, handler)
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def causes(error: BaseException) -> list[BaseException]:
+    """An error and all that it came of, named or not."""
+    found = [error]
+    for one in found:
+        found += [cause for cause in (one.__cause__, one.__context__) if cause is not None and cause not in found]
+    return found
+
+
+def outcome(run: Path, want: dict[str, Any]) -> tuple[str, str]:
+    """What comes of reading a damaged run, and what was said; want: what of it is to be as it was."""
+    try:
+        with bounded():
+            words, found = everything(run)
+    except Hang:
+        return "HANG", ""
+    except Exception as error:
+        if any(isinstance(cause, MemoryError) for cause in causes(error)):
+            return "MEMORY", f"{type(error).__name__}: {error}"
+        told = str(error)
+        return (
+            ("detected", told)
+            if isinstance(error, ExplaindError) and len(told.splitlines()) == 1
+            else ("CRASH", f"{type(error).__name__}: {told}")
+        )
     if words:
         return "detected", words[0]
     # A log may end anywhere, as after a kill: its steps are fewer then, and the ones that they were.
     found["logged"] = found["logged"] + want["logged"][len(found["logged"]) :]
-    if alike(found, want):
-        return "harmless", ""
-    return "WRONG", ", ".join(name for name in want if not alike(found[name], want[name]))
+    wrong = [name for name in want if not alike(found.get(name), want[name])]
+    return ("WRONG", ", ".join(wrong)) if wrong else ("harmless", "")
+
+
+def sound(folder: Path) -> dict[str, dict[str, Any]]:
+    """Records the runs, each in a folder of its name; what can be read of each."""
+    recording.TOGETHER = 1
+    for name, options in {"whole": {}, "thin": {"thin": 4}, "standard": {"codec": "standard"}, "stored": {"gradients": "store"}}.items():
+        record(folder / name, **options)
+    # The training has ended, so its last copy is the one of interest; a thin run's copy would be no other kind.
+    shutil.rmtree(folder / "standard.killed")
+    return {path.name: everything(path)[1] for path in sorted(folder.iterdir())}
 
 
 def study(out: Path, count: int, seed: int, tell: Callable[[str], None] = print) -> Counter[tuple[str, str]]:
     """How often each kind of damage came to what."""
-    recording.TOGETHER = 1
-    sound = out / "sound"
-    for name, options in {"whole": {}, "thin": {"thin": 4}, "standard": {"codec": "standard"}, "stored": {"gradients": "store"}}.items():
-        record(sound / name, **options)
-    # The training has ended, so its last copy is the one of interest; a thin run's copy would be no other kind.
-    shutil.rmtree(sound / "standard.killed")
-    want = {path.name: everything(path)[1] for path in sorted(sound.iterdir())}
+    want = sound(out / "sound")
     found = Counter[tuple[str, str]]()
     for k in range(count):
         rng = random.Random(f"{seed} {k}")
         name, kind = rng.choice(sorted(want)), rng.choice(KINDS)
         shutil.rmtree(out / "damaged", ignore_errors=True)
         run = out / "damaged" / name
-        shutil.copytree(sound / name, run)
+        shutil.copytree(out / "sound" / name, run)
         kind(run, rng)
         came, words = outcome(run, want[name])
         found[kind.__name__, came] += 1
@@ -249,8 +287,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/corruption"))
     given = parser.parse_args()
     shutil.rmtree(given.out, ignore_errors=True)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     found = study(given.out, given.count, given.seed)
     print(table(found))
     if any(end not in GOOD for _, end in found):
