@@ -1,7 +1,10 @@
 """Damage to a run on disk is said, or does no harm; what metadata claim is not believed."""
 
+import errno
 import importlib.util
 import json
+import os
+import re
 import shutil
 import time
 from contextlib import suppress
@@ -16,9 +19,10 @@ from hypothesis import strategies as some
 
 import explaind
 from explaind.cli import main
-from explaind.errors import ExplaindError
+from explaind.errors import ExplaindError, StoreError
 from explaind.store.checksums import text_checksum
 from explaind.store.opening import reading
+from explaind.store.remote import Objects, RemoteError
 from explaind.store.repair import Repair, repair
 from tests import cases
 from tests.closeness import same
@@ -307,3 +311,54 @@ def test_a_mode_that_there_is_not_is_told_and_cut_off(number, tmp_path):
     zarr.open_array(path / "mode", mode="r+")[3] = number
     assert any("step 3 is not what was recorded" in words for words in explaind.open(path).damage())
     assert repair(path).after == 3
+
+
+@pytest.mark.parametrize("options", [{}, {"gradients": "store"}], ids=["full", "gradients"])
+@pytest.mark.parametrize("url", [False, True], ids=["folder", "URL"])
+def test_what_cannot_be_read_at_present_is_no_damage(url, options, tmp_path, monkeypatch, capsys):
+    """And is not cut off: a limit of the system, a permission or the network is in the way."""
+    place = f"memory://{tmp_path.name}/run" if url else tmp_path / "run"
+    run = cases.recorded(place, data=cases.DATA, **options)
+    store = Objects if url else zarr.storage.LocalStore
+    whole, get = explaind.open(place).identity, store.get
+    for name in ("theta", "gradient" if options else "hyper", "fingerprint"):
+
+        async def none_left(self, key, *words, name=name, **more):
+            if f"{name}/c/" in key:
+                if url:
+                    raise RemoteError(key, ConnectionError())
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            return await get(self, key, *words, **more)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "get", none_left)
+            for verb in ("info", "repair"):
+                assert main([verb, str(place)]) == 2
+                assert re.search("cannot be reached|Too many open files.*try again", capsys.readouterr().err)
+        after = explaind.open(place)
+        assert (after.identity, after.complete, after.damage()) == (whole, True, [])
+    assert run.steps == after.steps
+
+
+def test_a_row_of_endless_chunks_is_refused(tmp_path):
+    path = cases.recorded(tmp_path / "run", data=cases.DATA).path
+
+    def narrow(told):
+        told["shape"][1], told["chunk_grid"]["configuration"]["chunk_shape"][1] = 1 << 20, 1
+
+    edit(path / "random" / "zarr.json", narrow)
+    with pytest.raises(StoreError, match="an array has too many chunks.*at most 65536 in a row"):
+        explaind.open(path)
+
+
+def test_a_machine_without_memory_is_told_in_one_line(tmp_path, monkeypatch, capsys):
+    path = cases.recorded(tmp_path / "run", data=cases.DATA).path
+
+    def full(self, *_):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(explaind.store.reader.Run, "checksums", full)
+        assert main(["repair", str(path)]) == 2
+    assert capsys.readouterr().err.startswith("explaind: out of memory; nothing that was recorded is lost")
+    assert explaind.open(path).damage() == []

@@ -27,6 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refused(str(error))
     except OSError as error:
         return _refused(f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else ""))
+    except MemoryError:
+        return _refused("out of memory; nothing that was recorded is lost: free some, or give decompose less (--memory)")
     except KeyboardInterrupt:
         return _refused("stopped; what was recorded so far stays readable, and decompose goes on where it was")
 

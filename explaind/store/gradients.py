@@ -8,6 +8,7 @@ import zarr
 
 from explaind.errors import StoreError
 from explaind.store.checksums import crc32
+from explaind.store.opening import passing
 from explaind.store.tail import Record
 
 if TYPE_CHECKING:
@@ -55,7 +56,9 @@ def first_damaged(run: "Run") -> int | None:
                 if checksum(run, step, int(count)) != int(crc):
                     return step
                 step += 1
-        except StoreError:
+        except StoreError as error:
+            if passing(error):
+                raise
             return step
     return None
 
@@ -70,7 +73,9 @@ def having_gradients(run: "Run", logged: Sequence[Record]) -> list[Record]:
         try:
             if crc is None or checksum(run, record.step, len(record.row.batch)) != int(crc[0]):
                 break
-        except StoreError:
+        except StoreError as error:
+            if passing(error):
+                raise
             break
         found.append(record)
     return found

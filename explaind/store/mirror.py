@@ -3,11 +3,13 @@
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from explaind.store.checksums import text_checksum
 from explaind.store.durable import sync
 from explaind.store.location import MARKER, MIRROR, Location, inside, names_in, replace_file
+from explaind.store.opening import passing
 from explaind.store.schema import read_file
 
 DESCRIPTION = "zarr.json"
@@ -23,7 +25,10 @@ def keep(path: Location) -> None:
     arrays = [name for name in names_in(path) if name not in OTHERS]
     arrays += [f"constant/{name}" for name in names_in(path / "constant")]
     names = [MARKER, DESCRIPTION, *(f"{name}/{DESCRIPTION}" for name in arrays)]
-    texts = {name: text.decode() for name in names if (text := _found(path, name)) is not None}
+    texts = dict[str, str]()
+    for name in names:
+        with suppress(FileNotFoundError, NotADirectoryError):  # of what is no array
+            texts[name] = read_file(path, name).decode()
     replace_file(path / MIRROR, json.dumps({"files": texts, "crc": text_checksum(texts)}))
 
 
@@ -36,14 +41,14 @@ def changed(path: Location) -> Mapping[str, str]:
             return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
-    return {name: text for name, text in texts.items() if _found(path, name) != text.encode()}
+    return {name: text for name, text in texts.items() if not _is(path, name, text)}
 
 
-def _found(path: Location, name: str) -> bytes | None:
+def _is(path: Location, name: str, text: str) -> bool:
     try:
-        return read_file(path, name)
-    except OSError:
-        return None
+        return read_file(path, name) == text.encode()
+    except OSError as error:
+        return passing(error)
 
 
 def drop(path: Location) -> None:

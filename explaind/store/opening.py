@@ -1,5 +1,6 @@
 """Opening the arrays of a run whose metadata may say anything: held against the manifest before memory is made for them."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,6 +17,7 @@ from explaind.store.bitdelta import BLOSC_HEAD, BitDelta
 from explaind.store.layout import columns, rows_of_chunk
 from explaind.store.location import Location
 from explaind.store.manifest import Manifest
+from explaind.store.remote import RemoteError
 from explaind.store.schema import stored
 
 LARGEST = 2**31 - 1
@@ -23,8 +25,21 @@ LARGEST = 2**31 - 1
 EMPTY = 1000
 """Bytes that one byte on the disk may stand for, at most, of what is larger still: chunks of zeros are not stored."""
 COPY = "restore the run from a copy"
+PASSING = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT)
+"""What a system says that may read the same bytes another time."""
+CHUNKS = 1 << 16
+"""Of a row of chunks, at most: each that is read together is a task of its own."""
 CODECS = ((BytesCodec, BloscCodec), (BitDelta,), (VLenUTF8Codec, ZstdCodec))
 """Of numbers, floats and names, as they are written: any other may make anything of a chunk."""
+
+
+class UnreadableError(StoreError):
+    """What cannot be read at present, which says nothing about the run."""
+
+
+def passing(error: BaseException) -> bool:
+    """Whether nothing is known of the bytes that were asked for: the network, a permission or a limit is in the way."""
+    return isinstance(error, UnreadableError | RemoteError) or (isinstance(error, OSError) and error.errno in PASSING)
 
 
 class Bounded(BloscCodec):
@@ -65,7 +80,10 @@ def reading(what: str, where: Location, do: str = COPY) -> Iterator[None]:
     except (ExplaindError, MemoryError):
         raise
     except Exception as error:
-        raise StoreError(what, where=where, got=f"{type(error).__name__}: {error}"[:200], do=do) from error
+        got = f"{type(error).__name__}: {error}"[:200]
+        if passing(error):
+            raise UnreadableError(what, where=where, got=got, do="see to that, and try again") from error
+        raise StoreError(what, where=where, got=got, do=do) from error
 
 
 def opened(group: zarr.Group, name: str, manifest: Manifest, where: Location) -> zarr.Array:
@@ -82,6 +100,8 @@ def opened(group: zarr.Group, name: str, manifest: Manifest, where: Location) ->
         got = f"{array.dtype} {list(array.shape)} in chunks of {list(array.chunks)}"
         if prod(array.chunks) * itemsize > LARGEST or (column is None and array.nbytes > LARGEST):
             raise StoreError("an array is too large", where=where, expected=f"chunks of at most {LARGEST} bytes", got=got, do=COPY)
+        if prod(-(-n // wide) for n, wide in zip(array.shape[1:], array.chunks[1:], strict=True)) > CHUNKS:
+            raise StoreError("an array has too many chunks", where=where, expected=f"at most {CHUNKS} in a row", got=got, do=COPY)
         if column is None:
             return array
         kind, rest = str(array.dtype), array.shape[1:]

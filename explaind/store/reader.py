@@ -21,7 +21,7 @@ from explaind.store.gradients import first_damaged, rows_of
 from explaind.store.layout import starts
 from explaind.store.location import Where, location_of
 from explaind.store.manifest import ROUNDINGS
-from explaind.store.opening import COPY, check_claim, opened, reading
+from explaind.store.opening import COPY, check_claim, opened, passing, reading
 from explaind.store.row import StepRow
 from explaind.store.schema import unescaped
 from explaind.store.spool import log_of
@@ -275,6 +275,8 @@ class Run(Committed):
         try:
             return next(of_constants(self), None)
         except StoreError as error:
+            if passing(error):
+                raise
             return str(error)
 
     def sound(self) -> int:
@@ -293,7 +295,9 @@ class Run(Committed):
         """Whether steps [start, stop), with the states before and after each, are sound."""
         try:
             return not any(of_steps(self.first(stop), start))
-        except StoreError:
+        except StoreError as error:
+            if passing(error):
+                raise
             return False
 
     def damage(self) -> list[str]:

@@ -7,6 +7,7 @@ from explaind.errors import StoreError
 from explaind.store import logs, mirror
 from explaind.store.damage import of_steps
 from explaind.store.location import Location, Where, location_of
+from explaind.store.opening import passing
 from explaind.store.reader import Run, open_run
 from explaind.store.schema import unwritable
 from explaind.store.thin import going_on
@@ -58,8 +59,9 @@ def _put_back(path: Location) -> tuple[str, ...]:
     try:
         if not open_run(path).damage():
             return ()
-    except StoreError:
-        pass
+    except StoreError as error:
+        if passing(error):
+            raise
     try:
         return mirror.put_back(path)
     except OSError as error:
