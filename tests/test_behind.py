@@ -9,6 +9,7 @@ import stat
 import threading
 import time
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -288,6 +289,38 @@ def test_where_a_disk_was_full_from_the_start_a_recording_can_begin_again(tmp_pa
             record(tmp_path / "run")
     assert list((tmp_path / "run").iterdir()) == []
     assert recorded(tmp_path / "run").damage() == []
+
+
+def test_what_is_left_of_a_recording_that_was_killed_while_it_began_can_be_overwritten(tmp_path, monkeypatch, whole):
+    """As it stands on disk before every renaming up to the first commit."""
+    cases.shorten_blocks(monkeypatch)
+    left = list[Path]()
+
+    def before(call):
+        def called(*args):
+            if not (tmp_path / "run" / "commit.json").exists():
+                left.append(tmp_path / f"left{len(left)}")
+                shutil.copytree(tmp_path / "run", left[-1])
+            return call(*args)
+
+        return called
+
+    with monkeypatch.context() as patch:
+        for name in ("rename", "replace"):
+            patch.setattr(os, name, before(getattr(os, name)))
+        record(tmp_path / "run")
+    assert {file.name for file in left[0].iterdir()} == {"tail.log", "zarr.json.partial"}
+    assert len(left) > 10
+    for path in (left[0], left[1], *left[2::5], left[-1]):
+        with pytest.raises(StoreError, match="there is something here already"):
+            record(path)
+        run = recorded(path, overwrite=True)
+        assert (run.identity, run.damage()) == (whole.identity, [])
+    (left[0] / "another's").touch()
+    (left[0] / "zarr.json").unlink()
+    with pytest.raises(StoreError, match="this is not a run"):
+        record(left[0], overwrite=True)
+    assert (left[0] / "another's").exists()
 
 
 def test_of_two_who_begin_at_once_one_is_refused_where_nothing_can_be_locked(tmp_path, monkeypatch, whole):
