@@ -347,7 +347,7 @@ def test_a_row_of_endless_chunks_is_refused(tmp_path):
         told["shape"][1], told["chunk_grid"]["configuration"]["chunk_shape"][1] = 1 << 20, 1
 
     edit(path / "random" / "zarr.json", narrow)
-    with pytest.raises(StoreError, match="an array has too many chunks.*at most 65536 in a row"):
+    with pytest.raises(StoreError, match=r"an array has too many chunks.*at most 65536 in a row"):
         explaind.open(path)
 
 

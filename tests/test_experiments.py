@@ -298,7 +298,8 @@ def test_killed_recordings_are_sound_and_go_on(tmp_path, monkeypatch, capsys):
     study = loaded("store")
     monkeypatch.setattr(study.recording, "TOGETHER", study.recording.TOGETHER)  # put back afterwards
     study.main()
-    assert "0 corrupt, 0 with phantom steps,\nat most 0 told steps lost, 2 resumed to a bitwise equal end" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "0 corrupt, 0 with phantom steps,\n0 of which info or repair say something else, at most 0 told steps lost, 2 resumed" in out
 
 
 def test_killed_decompositions_go_on(tmp_path, monkeypatch, capsys):
@@ -308,7 +309,7 @@ def test_killed_decompositions_go_on(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(module, name, getattr(module, name))  # put back afterwards
     study.main()
     out = capsys.readouterr().out
-    assert "of 64: 0 corrupt" in out
+    assert "of 64 steps swept, 0 corrupt" in out
     assert "1 ledgers bitwise the undisturbed one" in out
 
 

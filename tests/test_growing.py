@@ -9,11 +9,14 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
 import torch
 import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as some
 from zarr.codecs import BytesCodec
 
 import explaind
@@ -26,6 +29,7 @@ from explaind.store.repair import repair
 from explaind.store.schema import Column
 from tests import cases
 from tests.closeness import same
+from tests.test_bitdelta import KINDS, LIMITS, every_dtype
 
 COLUMNS = (
     Column("theta", ("state", "param"), "float32", (11,), codec="bitdelta"),
@@ -251,6 +255,41 @@ def test_a_row_that_is_on_disk_is_read_piece_by_piece(column, tmp_path):
         read = array.row(row)
         for start, stop in ((0, 5), (5, 7), (7, 40), (3, 9), (38, 60), (40, 50)):
             same(read(start, stop), values[row, start:stop])
+
+
+extents, chunk_rows = some.tuples(some.integers(0, 14), some.integers(1, 40)), some.integers(1, 6)
+
+
+@every_dtype
+@pytest.mark.parametrize("codec", sorted(schema.CODECS))
+@settings(LIMITS, max_examples=30)
+@given(
+    extents, chunk_rows, some.none() | some.integers(1, 41), some.none() | some.integers(1, 40), some.integers(0, 14),
+    some.sampled_from(sorted(KINDS)), some.integers(0, 99), some.sampled_from([0, 1]), some.sampled_from(["whole", "in pieces", "deep"]),
+)  # fmt: skip
+def test_what_a_recording_packs_zarr_reads_bitwise(codec, dtype, shape, height, chunk, tile, cut, kind, seed, fill, way):
+    """Any bits, in chunks of any width; in two spans, of which the second begins anywhere, but for rows of matrices at a chunk."""
+    cut = min(cut, shape[0])
+    if way == "deep":
+        shape, cut = (*shape, 3), cut - cut % height
+    values = KINDS[kind](np.random.default_rng(seed), shape, dtype)
+    dims = ("step", "slot", "param")[: len(shape)]
+    column = Column("a", dims, dtype, shape[1:], fill, chunk, codec, tile if len(shape) == 2 else None)
+    with TemporaryDirectory() as folder:
+        place = Path(folder)
+        zarr.create_group(place, zarr_format=3)
+        array = created({column: height}, place)["a"]
+        for start, part in ((0, values[:cut]), (cut, values[cut:])):
+            if way == "in pieces":
+                array.stream(start, len(part), shape[1], reading(part, fill))
+            else:
+                array.append(part, start)
+            settle([array], place, synced=False)
+        same(zarr.open_group(place, mode="r")["a"][...], values)
+        if way != "deep" and len(values):
+            row = min(cut, len(values) - 1)
+            read = array.row(row)
+            same(np.concatenate([read(0, cut), read(cut, shape[1])]), values[row])
 
 
 def test_zeros_of_both_signs_and_nans_are_kept(tmp_path):

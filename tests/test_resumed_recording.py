@@ -128,12 +128,12 @@ def test_resuming_a_run_that_is_not_there_begins_it(tmp_path, whole):
 
 
 NURSERY = """
-import os, sys, time, pytest
+import json, os, sys, time, pytest
 from tests import cases, test_resumed_recording as t
 from pathlib import Path
 cases.shorten_blocks(pytest.MonkeyPatch())
 for line in sys.stdin:
-    path, out, until, *resume = line.split()
+    path, out, until, options = line.split(" ", 3)
     if (child := os.fork()) == 0:
         os.dup2(os.open(out, os.O_WRONLY), 1)
         loop = t.Loop(Path(path))
@@ -144,7 +144,7 @@ for line in sys.stdin:
                 time.sleep(0.001)
         loop.step = step
         try:
-            loop.record(int(until), resume=bool(resume))
+            loop.record(int(until), **json.loads(options))
             print("recorded", flush=True)
         except Exception as error:
             print(type(error).__name__, error, flush=True)
@@ -155,15 +155,15 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """path, steps, … -> a process that records there, and a file with what it says; all come from one that has imported torch already."""
+    """path, steps, options -> a process that records there, and a file with what it says; all come from one that has imported torch."""
     folder, root = tmp_path_factory.mktemp("said"), Path(__file__).parents[1]
     command = [sys.executable, "-c", NURSERY]
     with subprocess.Popen(command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as nursery:
 
-        def started(path, until, *words):
+        def started(path, until, **options):
             out = folder / f"{len(list(folder.iterdir()))}"
             os.mkfifo(out)
-            print(path, out, until, *words, file=nursery.stdin, flush=True)
+            print(path, out, until, json.dumps(options), file=nursery.stdin, flush=True)
             return int(nursery.stdout.readline()), out.open()
 
         yield started
@@ -301,20 +301,32 @@ def test_info_says_what_is_left_of_a_run_with_a_chunk_that_cannot_be_read(name, 
     assert (after.steps, after.damage()) == (left, [])
 
 
-def test_of_two_processes_on_one_path_one_records_and_one_is_refused(tmp_path, start):
-    """And one that wants to go on with what another is recording; a reader meanwhile sees whole prefixes of the record."""
-    want = Loop(tmp_path / "whole").record(80)
+def check_prefix(run, want):
+    """Whatever of a run is there is what the whole one has."""
+    assert run.damage() == []
+    for state, row in run.stored(0, run.steps + 1).items():
+        same(run._read("theta", slice(row, row + 1))[0], want.states(state, state + 1)[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"thin": 4}, {"gradients": "store"}, {"codec": "standard"}], ids=str)
+def test_of_two_processes_on_one_path_one_records_and_one_is_refused(options, tmp_path, start):
+    """And one that wants to go on with what another is recording; a reader meanwhile sees whole prefixes of the record.
+
+    So does one that has opened it before: what it has opened stays as long as it was.
+    """
+    want, full = (Loop(tmp_path / name).record(80, **how) for name, how in (("whole", options), ("full", {})))
     wait = tmp_path / "run.wait"
     wait.touch()
-    racing = [start(tmp_path / "run", 80)[1] for _ in range(2)]
+    racing = [start(tmp_path / "run", 80, **options)[1] for _ in range(2)]
     while not (tmp_path / "run" / "commit.json").exists():
         time.sleep(0.001)
-    assert "this run is being recorded" in last_line(start(tmp_path / "run", 80, "resume")[1])
-    seen, complete = list[int](), False
+    assert "this run is being recorded" in last_line(start(tmp_path / "run", 80, resume=True, **options)[1])
+    held, seen, complete = [explaind.open(tmp_path / "run")], list[int](), False
     while not complete:
         run = explaind.open(tmp_path / "run")
-        assert run.damage() == []
-        same(run.states(0, run.steps + 1), want.states(0, run.steps + 1))
+        check_prefix(run, full)
+        if run.steps > held[-1].steps:
+            held.append(run)
         seen.append(run.steps)
         complete = run.complete
         wait.unlink(missing_ok=True)
@@ -323,8 +335,25 @@ def test_of_two_processes_on_one_path_one_records_and_one_is_refused(tmp_path, s
     assert re.match("StoreError (there is something here already|this run is being recorded)", said[0])
     assert seen == sorted(seen)
     assert len(set(seen)) > 1
+    assert [run.steps for run in held] == sorted({held[0].steps, *seen})
+    for run in held:
+        check_prefix(run, full)
     run = explaind.open(tmp_path / "run")
     assert (run.identity, run.complete, run.damage()) == (want.identity, True, [])
+
+
+@pytest.mark.parametrize("options", [{}, {"thin": 4}, {"gradients": "store"}, {"codec": "standard"}], ids=str)
+@pytest.mark.parametrize("how", ["resume", "overwrite"])
+def test_a_run_that_was_opened_before_it_changed_reads_what_stands_there_now(how, options, tmp_path):
+    """It goes back to an earlier step and on from there with other numbers, or another one takes its place."""
+    Loop(tmp_path / "run").record(9, **options)
+    held = explaind.open(tmp_path / "run")
+    loop = Loop(tmp_path / "run").load(4)
+    loop.optimizer.param_groups[0]["lr"] *= 2
+    now = loop.record(9, **{how: True}, **options)
+    assert (held.steps, held.damage()) == (9, [])
+    for state in now.stored(0, 10):
+        same(held.states(state, state + 1), now.states(state, state + 1))
 
 
 def last_line(file):

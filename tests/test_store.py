@@ -15,6 +15,7 @@ import zarr
 
 import explaind
 from explaind.errors import StoreError
+from explaind.store import schema
 from explaind.store.manifest import Layer, Manifest, Optimized
 from explaind.store.row import StepRow
 from explaind.store.writer import RunWriter
@@ -57,15 +58,16 @@ def step_row(rng, step, block, dtype):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("codec", schema.CHOICES)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("block", [1, 3, 4])
 @pytest.mark.parametrize("steps", [0, 1, 3, 4, 8])
-def test_every_number_comes_back_bitwise(steps, block, dtype, tmp_path):
+def test_every_number_comes_back_bitwise(steps, block, dtype, codec, tmp_path):
     rng = np.random.default_rng(steps + 10 * block)
     theta = odd_numbers(rng, (steps + 1, 11), dtype)
     rows = [step_row(rng, step, block, dtype) for step in range(steps)]
     constants, prints = {"still.x": odd_numbers(rng, (2, 2), dtype)}, rng.integers(0, 2**32, 9, dtype=np.uint32)
-    writer = RunWriter(tmp_path / "run", manifest(block, dtype), theta[0], constants, prints, momentum=True, preconditioner=True)
+    writer = RunWriter(tmp_path / "run", manifest(block, dtype), theta[0], constants, prints, True, True, codec)
     for row, after in zip(rows, theta[1:], strict=True):
         writer.add(row, after)
     writer.close()

@@ -20,14 +20,17 @@ from explaind.errors import ConfigError, RecordError, ReplayError, RequestError
 from explaind.ledger.verify_run import verify_run
 from explaind.record.living import groups_of, packed_groups, packed_state, put_state
 from explaind.record.thinning import spacing
+from explaind.replay import reliving
+from explaind.replay.account import Account
 from explaind.replay.reliving import Reliving
+from explaind.replay.surroundings import as_in_training
 from explaind.replay.thin import trajectory
 from explaind.store.exporting import export_run, import_run
 from explaind.store.repair import Repair, repair
 from explaind.tasks import load
 from explaind.tasks.training import train
 from tests import cases
-from tests.closeness import rounding, same
+from tests.closeness import algebra, rounding, same
 from tests.test_experiments import loaded
 from tests.test_resumed_recording import LENGTH, Loop
 
@@ -169,6 +172,92 @@ def test_arithmetic_that_differs_is_told_and_ends_at_the_next_stored_state(tmp_p
     verdict = verify_run(thin, cases.blank(cases.PLAIN), cases.DATA, other_arithmetic)
     assert verdict.ok
     assert verdict.notes == (ledger.settings["relived"],)
+
+
+@pytest.fixture
+def missed(monkeypatch):
+    """What each stored state is more than the one that was lived, by the step that leads to it: [param], in float64."""
+    found, take = dict[int, np.ndarray](), Account.take
+
+    def watched(self, start, exact, before, lived, stored):
+        found[start + len(exact) - 1] = stored.astype(np.float64) - lived
+        take(self, start, exact, before, lived, stored)
+
+    monkeypatch.setattr(Account, "take", watched)
+    return found
+
+
+def test_arithmetic_is_what_the_stored_states_were_missed_by(tmp_path, missed):
+    """What is asked is linear in the parameters: what is missed at the last step, which none follows, changes it by itself alone."""
+    problem = cases.Problem("linear", lambda: nn.Linear(3, 2))
+    full, thin = pair(tmp_path, problem, cases.optimizer_named("sgd momentum"))
+
+    def arithmetic(run, losses):
+        asked = {"keep": ("query", "output", "layer", "step"), "measure": lambda model, queries: model(queries)}
+        return cases.decomposed(run, problem, losses=losses, **asked)["arithmetic"]
+
+    want, got = arithmetic(full, cases.losses), arithmetic(thin, lambda model, batch: cases.losses(model, batch) * (1 + 1e-6))
+    assert sorted(missed) == (ends := [2, 5, 6])
+    weight, bias = np.split(missed[6], [6])
+    algebra(got[..., 0, 6], cases.QUERIES.numpy() @ weight.reshape(2, 3).T, scale=1.0)  # of the parameters, which are subtracted
+    algebra(got[..., 1, 6], np.broadcast_to(bias, got[..., 1, 6].shape), scale=1.0)
+    sizes = np.abs(got).sum((0, 1, 2))
+    assert (sizes[ends] > 1e-8).all()
+    assert np.delete(sizes, ends).max() < 1e-13
+    assert np.abs(want).max() < 1e-13
+
+
+class Summing(nn.Module):
+    """Its gradient is a sum of so many products that torch shares it among threads."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return (x * self.scale).sum(1)
+
+
+def test_a_float32_run_that_is_lived_with_other_threads_or_on_another_device_says_what_it_cost(device, tmp_path, missed, monkeypatch):
+    """The numbers of each example nearly cancel, so that their order matters. Lived as it was recorded, the run is bitwise."""
+    x = 100 * torch.randn(8, 1 << 13, generator=torch.Generator().manual_seed(1))
+    data = torch.utils.data.TensorDataset(x - x.mean(1, keepdim=True) + 1e-3, torch.arange(8.0))
+
+    def losses(model, batch):
+        return (model(batch[0]) - batch[1]).square()
+
+    def ledger():
+        asked = {"data": data, "losses": losses, "queries": data[:3][0], "measure": lambda model, x: model(x)}
+        return explaind.decompose(run, Summing(), keep=("query", "step"), rule="gauss:2", **asked)
+
+    model, threads = Summing().to(device), torch.get_num_threads()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    torch.set_num_threads(3)
+    try:
+        with explaind.record(optimizer, model, tmp_path / "run", data=data, thin=4) as recorder:
+            for step in range(8):
+                ids = (torch.arange(6) + step) % 8
+                recorder.examples(ids)
+                optimizer.zero_grad()
+                losses(model, [part.to(device) for part in data[ids]]).mean().backward()
+                optimizer.step()
+    finally:
+        torch.set_num_threads(threads)
+    run = explaind.open(tmp_path / "run")
+    assert run.manifest.threads == 3
+    assert "all 8 steps were lived again bitwise" in ledger().settings["relived"]
+    monkeypatch.setattr(reliving, "as_in_training", lambda threads: as_in_training(1))
+    monkeypatch.setattr(reliving, "_there", lambda device: torch.device("cpu"))
+    missed.clear()
+    other = ledger()
+    assert "were not lived again bitwise (other threads, device or order of sums)" in other.settings["relived"]
+    assert other.verify().ok, other.verify().reasons
+    assert sorted(missed) == [3, 7]
+    assert max(map(abs, missed.values())) > 1e-6
+    before, after = Reliving(run, Summing(), losses, data, None).block(run.block(4, 8)).theta[-2:].astype(np.float64)
+    sums, targets = (values.double().numpy() for values in (data[ids][0].double().sum(1), data[ids][1]))
+    gradient = (2 * (before * sums - targets) * sums).mean()
+    algebra(other["arithmetic"][:, 7], data[:3][0].double().sum(1).numpy() * (after - before + 1e-3 * gradient), scale=1.0)
 
 
 def test_another_loss_than_in_training_is_found(tmp_path):

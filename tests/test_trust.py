@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 import tracemalloc
+import zipfile
 from io import BytesIO
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import explaind
 from explaind.cli import main
 from explaind.errors import ExplaindError
 from explaind.ledger import saving
+from explaind.store.exporting import export_run
 from explaind.store.repair import repair
 from explaind.store.sealed import HEAD
 from explaind.store.tail import records
@@ -34,34 +36,103 @@ PICKLES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "she
 CODECS = {"bytes", "blosc", "zstd", "vlen-utf8", "explaind.bitdelta"}
 
 
+EXECUTED = {"eval", "exec", "compile", "__import__"}
+PICKLED = {"torch.load", "torch.save", "torch.serialization.load", "torch.serialization.save"}
+
+
 def option(node, name):
-    return next((ast.literal_eval(k.value) for k in node.keywords if k.arg == name), None)
+    """What a call is given by this name; None where that is nothing, or no constant."""
+    given = next((k.value for k in node.keywords if k.arg == name), None)
+    return given.value if isinstance(given, ast.Constant) else None
+
+
+def meant(tree):
+    """What the names that a source imports stand for: np -> numpy, load -> torch.load."""
+    found = dict[str, str]()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.asname: alias.name for alias in node.names if alias.asname}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    return found
 
 
 def unsafe(text, package=True):
     """Lines of a source that read or write pickles, or execute what they are given; a user's loop may save checkpoints of its own."""
-    for node in ast.walk(ast.parse(text)):
+    names = meant(tree := ast.parse(text))
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
-            names = {alias.name for alias in node.names} | {getattr(node, "module", None) or ""}
-            bad = not PICKLES.isdisjoint(name.split(".")[0] for name in names)
+            told = [*(alias.name for alias in node.names), getattr(node, "module", None) or ""]
+            bad = any(not PICKLES.isdisjoint(name.split(".")) for name in told)
+        elif isinstance(node, ast.Attribute):
+            bad = node.attr in PICKLES or node.attr == "read_pickle"
         elif isinstance(node, ast.Call):
-            name = ast.unparse(node.func)
-            bad = package and name in ("eval", "exec", "compile", "torch.load", "torch.save")
-            bad |= name == "torch.load" and option(node, "weights_only") is not True
-            bad |= package and name in ("np.load", "numpy.load") and option(node, "allow_pickle") is not False
-            bad |= bool(option(node, "allow_pickle"))
+            first, dot, rest = ast.unparse(node.func).partition(".")
+            name = names.get(first, first) + dot + rest
+            bad = package and name.removeprefix("builtins.") in EXECUTED | PICKLED
+            bad |= name in PICKLED and name.endswith("load") and option(node, "weights_only") is not True
+            bad |= package and name == "numpy.load" and option(node, "allow_pickle") is not False
+            bad |= any(k.arg == "allow_pickle" for k in node.keywords) and option(node, "allow_pickle") is not False
+            bad |= "import" in name and any(isinstance(to, ast.Constant) and to.value in PICKLES for to in node.args)
         else:
             continue
         if bad:
             yield ast.unparse(node)
 
 
-@pytest.mark.parametrize(
-    "line",
-    ["import pickle", "from pickle import loads", "torch.load(f)", "np.load(f)", "np.save(f, x, allow_pickle=True)", "eval(x)"],
+UNSAFE = (
+    *(f"import {name}" for name in ("pickle", "dill", "joblib", "shelve", "marshal", "cloudpickle.fast")),
+    "from pickle import loads",
+    "from torch.utils.data import pickle",
+    "torch.load(f)",
+    "torch.load(f, weights_only=False)",
+    "torch.load(f, weights_only=safe)",
+    "torch.save(x, f)",
+    "np.load(f)",
+    "numpy.load(f, allow_pickle=yes)",
+    "np.save(f, x, allow_pickle=True)",
+    "eval(x)",
+    "importlib.import_module('pickle')",
+    "__import__('os')",
+    "torch.serialization.pickle",
+    "pd.read_pickle",
 )
-def test_what_the_scan_of_sources_finds(line):
-    assert list(unsafe(line)) == [line]
+ALIASES = (
+    "from torch import load\nload(f)",
+    "from torch import load as read\nread(f)",
+    "from torch import save\nsave(x, f)",
+    "import torch as t\nt.load(f)",
+    "import torch as t\nt.serialization.load(f)",
+    "from torch import serialization as s\ns.load(f)",
+    "import numpy as xyz\nxyz.load(f)",
+    "from numpy import load as read\nread(f)",
+    "import builtins as b\nb.eval(x)",
+)
+
+
+@pytest.mark.parametrize("text", [*UNSAFE, *ALIASES])
+def test_what_the_scan_of_sources_finds(text):
+    assert list(unsafe(("" if text in ALIASES else "import numpy as np\n") + text)) == text.splitlines()[-1:]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import torch",
+        "import numpy as np\nnp.load(f, allow_pickle=False)",
+        "from zarr import load\nload(f)",
+        "re.compile(x)",
+        "model.eval()",
+    ],
+)
+def test_what_is_harmless_is_let_pass(text):
+    assert list(unsafe(text)) == []
+
+
+@pytest.mark.parametrize("text", ["torch.save(x, f)", "torch.load(f, weights_only=True)"])
+def test_a_users_loop_may_keep_checkpoints(text):
+    assert list(unsafe(text, package=False)) == []
+    assert list(unsafe(text)) == [text]
 
 
 def test_no_source_reads_or_writes_pickles():
@@ -93,14 +164,26 @@ def check_holds_no_pickle(folder):
     return kinds
 
 
-@pytest.mark.parametrize("options", [{}, {"codec": "standard"}, {"thin": 3}], ids=["full", "standard", "thin"])
-def test_a_run_and_what_is_left_of_a_kill_hold_no_pickle(options, tmp_path, monkeypatch):
+KINDS = {
+    "full": ("adamw", {}),
+    "standard": ("adamw", {"codec": "standard"}),
+    "thin": ("adamw", {"thin": 3}),
+    "gradients": ("adamw", {"gradients": "store"}),
+    "filtered": ("adamw", {"gradient_filter": explaind.GrokfastEMA(0.9, 2.0)}),
+    "scalar": ("nadam for-loop", {}),
+}
+OWN = {"gradients": "gradient", "filtered": "filtered", "scalar": "scalar", "thin": "state"}
+"""Arrays that no other run has."""
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@every_kind
+def test_a_run_and_what_is_left_of_a_kill_hold_no_pickle(kind, tmp_path, monkeypatch):
     save_at_every_segment(monkeypatch)
-    run = cases.recorded(
-        tmp_path / "run", cases.problem_named("frozen parameter"), cases.optimizer_named("adamw"), data=cases.DATA, **options
-    )
+    name, options = KINDS[kind]
+    case = cases.optimizer_named(name)
+    run = cases.recorded(tmp_path / "run", cases.problem_named("frozen parameter"), case, data=cases.DATA, **options)
     model = cases.PLAIN.model()
-    case = cases.optimizer_named("adamw")
     optimizer = case.make(cases.trainable(model))
     recorder = explaind.record(optimizer, model, tmp_path / "killed", data=cases.DATA, **options)
     cases.train(cases.PLAIN, model, optimizer, case, recorder)
@@ -108,8 +191,31 @@ def test_a_run_and_what_is_left_of_a_kill_hold_no_pickle(options, tmp_path, monk
     shutil.copytree(tmp_path / "killed", tmp_path / "left")
     recorder.close()
     assert check_holds_no_pickle(run.path) == {".json", "chunk"}
+    assert (run.path / OWN.get(kind, "theta")).is_dir()
     assert "log" in check_holds_no_pickle(tmp_path / "left")
     assert records(tmp_path / "left")
+
+
+@every_kind
+def test_a_run_in_one_file_holds_no_pickle(kind, tmp_path):
+    h5py = pytest.importorskip("h5py", reason="HDF5 needs h5py")
+    name, options = KINDS[kind]
+    run = cases.recorded(tmp_path / "run", cases.PLAIN, cases.optimizer_named(name), data=cases.DATA, **options)
+    for file in ("run.zip", "run.h5"):
+        export_run(run.path, tmp_path / file)
+    with zipfile.ZipFile(tmp_path / "run.zip") as archive:
+        archive.extractall(tmp_path / "unpacked")
+    assert check_holds_no_pickle(tmp_path / "unpacked") == {".json", "chunk"}
+
+    def check(name, item):
+        links = {"DIMENSION_LIST", "REFERENCE_LIST"}  # which are HDF5's own references
+        kinds = [item.attrs.get_id(key).dtype for key in item.attrs.keys() - links]
+        for dtype in (*kinds, *([item.dtype] if isinstance(item, h5py.Dataset) else [])):
+            assert dtype.kind in "fiubcS" or h5py.check_string_dtype(dtype), (name, dtype)
+
+    with h5py.File(tmp_path / "run.h5") as archive:
+        archive.visititems(check)
+        assert OWN.get(kind, "theta") in archive
 
 
 def test_a_ledger_and_one_on_its_way_hold_no_pickle(tmp_path, monkeypatch):

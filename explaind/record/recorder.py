@@ -5,6 +5,7 @@ import platform
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -31,7 +32,7 @@ from explaind.rules.gradient_filter import GradientFilter
 from explaind.store import schema
 from explaind.store import spool as spools
 from explaind.store.checksums import theta_checksum
-from explaind.store.location import Location, Where, location_of, remove_tree
+from explaind.store.location import Location, Where, is_free, location_of, remove_tree
 from explaind.store.manifest import Manifest
 from explaind.store.row import StepRow
 from explaind.store.thin import writer_of
@@ -426,7 +427,11 @@ def _skips(optimizer: torch.optim.Optimizer) -> bool:
 
 def _make_way(folder: Location) -> None:
     """Remove a run, once nothing is left that may be refused."""
-    if folder.exists():
+    if isinstance(folder, Path) and is_free(folder, but=spools.UNBEGUN):
+        spools.check_idle(folder)
+        for name in spools.UNBEGUN:
+            (folder / name).unlink(missing_ok=True)
+    elif folder.exists():
         attributes = schema.open_group(folder, "run").attrs  # only ever remove what is a run,
         spools.check_idle(folder)  # and is not being written
         spools.forget(folder, attributes)

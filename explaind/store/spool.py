@@ -24,6 +24,8 @@ from explaind.store.remote import Remote
 from explaind.store.tail import NAMES, Record, Tail
 
 NAME = "recording"
+UNBEGUN = (NAMES[0], f"{described.FILE}.partial")
+"""Files of a folder in which a recording was killed before it said what it is."""
 
 
 def begin(place: Location, attributes: Mapping[str, Any]) -> tuple[str, Tail]:
