@@ -340,15 +340,16 @@ def test_what_cannot_be_read_at_present_is_no_damage(url, options, tmp_path, mon
     assert run.steps == after.steps
 
 
-def test_a_row_of_endless_chunks_is_refused(tmp_path):
+@pytest.mark.parametrize(("name", "axis"), [("random", 1), ("fingerprint", 0)])
+def test_endless_chunks_are_refused(name, axis, tmp_path):
     path = cases.recorded(tmp_path / "run", data=cases.DATA).path
 
     def narrow(told):
-        told["shape"][1], told["chunk_grid"]["configuration"]["chunk_shape"][1] = 1 << 20, 1
+        told["shape"][axis], told["chunk_grid"]["configuration"]["chunk_shape"][axis] = 1 << 20, 1
 
-    edit(path / "random" / "zarr.json", narrow)
-    with pytest.raises(StoreError, match=r"an array has too many chunks.*at most 65536 in a row"):
-        explaind.open(path)
+    edit(path / name / "zarr.json", narrow)
+    with pytest.raises(StoreError, match=r"an array has too many chunks.*at most 65536 at once"):
+        explaind.open(path).damage()
 
 
 def test_a_machine_without_memory_is_told_in_one_line(tmp_path, monkeypatch, capsys):

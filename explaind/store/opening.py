@@ -100,10 +100,8 @@ def opened(group: zarr.Group, name: str, manifest: Manifest, where: Location) ->
         got = f"{array.dtype} {list(array.shape)} in chunks of {list(array.chunks)}"
         if prod(array.chunks) * itemsize > LARGEST or (column is None and array.nbytes > LARGEST):
             raise StoreError("an array is too large", where=where, expected=f"chunks of at most {LARGEST} bytes", got=got, do=COPY)
-        if prod(-(-n // wide) for n, wide in zip(array.shape[1:], array.chunks[1:], strict=True)) > CHUNKS:
-            raise StoreError("an array has too many chunks", where=where, expected=f"at most {CHUNKS} in a row", got=got, do=COPY)
         if column is None:
-            return array
+            return _of_few_chunks(array, array.nchunks, got, where)
         kind, rest = str(array.dtype), array.shape[1:]
         names = getattr(array.metadata, "dimension_names", None)
         fill = np.array_equal(np.asarray(array.fill_value), np.asarray(column.fill, array.dtype), equal_nan=array.dtype.kind == "f")
@@ -115,4 +113,11 @@ def opened(group: zarr.Group, name: str, manifest: Manifest, where: Location) ->
             expected = f"{column.dtype} [{', '.join(map(str, ('…', *(column.shape if column.chunk is None else ('…',)))))}]"
             expected, got = f"{expected} filled with {column.fill}", f"{got} filled with {array.fill_value}"
             raise StoreError("an array is not what the manifest says", where=where, expected=expected, got=got, do=COPY)
-        return array
+        return _of_few_chunks(array, prod(-(-n // wide) for n, wide in zip(rest, array.chunks[1:], strict=True)), got, where)
+
+
+def _of_few_chunks(array: zarr.Array, count: int, got: str, where: Location) -> zarr.Array:
+    """count: of those that are read at once."""
+    if count > CHUNKS:
+        raise StoreError("an array has too many chunks", where=where, expected=f"at most {CHUNKS} at once", got=got, do=COPY)
+    return array
