@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import explaind
 from explaind.cli import main
 from explaind.errors import ExplaindError
 from explaind.store.checksums import text_checksum
+from explaind.store.opening import reading
 from explaind.store.repair import Repair, repair
 from tests import cases
 from tests.closeness import same
@@ -35,6 +37,57 @@ def test_no_damage_gives_a_wrong_number_without_a_word(tmp_path, monkeypatch):
     assert told == []
     assert {end for _, end in found} == {"detected", "harmless"}
     assert sum(count for (_, end), count in found.items() if end == "detected") > 60
+
+
+def out_of_memory():
+    try:
+        raise MemoryError
+    except MemoryError:
+        raise ValueError from None
+
+
+@pytest.mark.parametrize(
+    ("fault", "want"),
+    [
+        (lambda module: time.sleep(60), "HANG"),
+        (lambda module: bytearray(2 * module.MEMORY), "MEMORY"),
+        (lambda module: out_of_memory(), "MEMORY"),
+        (lambda module: json.loads("{"), "detected"),
+    ],
+)
+def test_the_study_takes_neither_a_hang_nor_too_much_memory_for_damage_that_was_detected(fault, want, tmp_path, monkeypatch):
+    module = study()
+
+    def everything(path):
+        with reading("it cannot be read", path):
+            fault(module)
+
+    monkeypatch.setattr(module, "everything", everything)
+    monkeypatch.setattr(module, "SECONDS", 1)
+    assert module.outcome(tmp_path, {})[0] == want
+
+
+def test_the_study_reads_the_steps_of_a_thin_run(tmp_path):
+    module = study()
+    module.record(tmp_path / "run", thin=4)
+    assert len(module.everything(tmp_path / "run")[1]["rows"]) == module.STEPS
+
+
+def test_a_machine_that_is_out_of_memory_makes_no_run_a_damaged_one(tmp_path, monkeypatch):
+    """Steps that could not be read would be cut off."""
+    cases.shorten_blocks(monkeypatch)
+    path, read = cases.recorded(tmp_path / "run").path, zarr.Array.__getitem__
+
+    def short(array, rows):
+        if array.basename == "theta" and isinstance(rows, slice) and rows.start:
+            raise MemoryError
+        return read(array, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(zarr.Array, "__getitem__", short)
+        with pytest.raises(MemoryError):
+            repair(path)
+    assert explaind.open(path).steps == len(cases.STEPS)
 
 
 @pytest.fixture(scope="module")

@@ -19,10 +19,10 @@ COPY = "restore the run from a copy"
 
 @contextmanager
 def reading(what: str, where: Location, do: str = COPY) -> Iterator[None]:
-    """Whatever a library raises over odd bytes, of any class, in one line."""
+    """Whatever a library raises over odd bytes, of any class, in one line; a machine that is out of memory says nothing about the run."""
     try:
         yield
-    except ExplaindError:
+    except (ExplaindError, MemoryError):
         raise
     except Exception as error:
         raise StoreError(what, where=where, got=f"{type(error).__name__}: {error}"[:200], do=do) from error

@@ -200,7 +200,7 @@ def open_group(path: Location, kind: str) -> zarr.Group:
         store = ZipStore(str(path), mode="r") if zipped else store_of(path, read_only=True)
         group = zarr.open_group(store, mode="r", zarr_format=3)
         mark = dict(group.attrs).get("explaind")
-    except ExplaindError:
+    except (ExplaindError, MemoryError):
         raise
     except Exception as error:  # whatever zarr raises over metadata that may say anything
         raise StoreError(f"this is not a {kind}", where=path, got=type(error).__name__, do="check the path") from error
