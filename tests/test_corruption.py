@@ -4,6 +4,8 @@ import importlib.util
 import json
 import shutil
 import time
+from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +156,57 @@ def test_any_marker_is_read_or_refused_in_one_line(field, value, run):
     check_told(copy)
 
 
+@pytest.fixture(scope="module")
+def metadata(tmp_path_factory):
+    """The study and its runs: their folder, what is read of each, and the values of every name in the metadata of any."""
+    module, folder = study(), tmp_path_factory.mktemp("metadata")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.recording, "TOGETHER", module.recording.TOGETHER)  # put back afterwards
+        want, known = module.sound(folder), dict[str, list]()
+    for file in sorted(folder.rglob("*.json")):
+        value = json.loads(file.read_text())
+        for *inner, name in filter(None, module.places(value)):
+            known.setdefault(name, []).append(module.inside(value, (*inner, name)))
+    return module, folder, want, known
+
+
+SAID = {"zarr.json": {"manifest", "identity"}, "commit.json": {"modes", "complete"}}
+"""What follows from the attributes and the marker of a run themselves, and from nothing that they could be held against."""
+
+
+@pytest.mark.filterwarnings("ignore:Object at:zarr.errors.ZarrUserWarning")
+@settings(max_examples=80, deadline=timedelta(seconds=30), derandomize=True, database=None)
+@given(data=some.data())
+def test_metadata_with_the_right_checksums_are_refused_or_change_no_number(data, metadata):
+    """Any place in any of a run's JSON is left out, or holds anything, what it holds elsewhere, or almost what it held."""
+    module, folder, want, known = metadata
+    path = folder / data.draw(some.sampled_from(sorted(want)))
+    file = data.draw(some.sampled_from(sorted(path.rglob("*.json"))))
+    before = {each: each.read_text() for each in (file, path / "commit.json")}
+    value = json.loads(before[file])
+    *inner, name = data.draw(some.sampled_from([place for place in module.places(value) if place]))
+    parent = module.inside(value, inner)
+    new = odd | some.sampled_from(module.LEAVES) | some.sampled_from(known[name]) | some.just(KeyError)
+    if isinstance(parent[name], int):
+        new |= some.integers(parent[name] - 2, parent[name] + 2) | some.integers(0, 40).map(lambda power: 1 << power)
+    if isinstance(parent[name], list):
+        new |= some.permutations(parent[name])
+    parent[name] = data.draw(new)
+    if parent[name] is KeyError:
+        parent.pop(name)
+    try:
+        file.write_text(json.dumps(value))
+        if file.parent == path:
+            with suppress(KeyError, TypeError, AttributeError):  # no checksum can be right
+                cases.resealed(path)
+        said = SAID[file.name] if file.parent == path else set()
+        came, words = module.outcome(path, {key: value for key, value in want[path.name].items() if key not in said})
+    finally:
+        for each, text in before.items():
+            each.write_text(text)
+    assert came in module.GOOD, words
+
+
 def check_told(path):
     try:
         found = explaind.open(path)
@@ -227,6 +280,25 @@ def test_a_frozen_parameter_that_changed_on_disk_is_told(tmp_path, capsys):
     edit(run.path / "zarr.json", lambda group: group["attributes"]["manifest"].__setitem__("reduction", "sum"))
     with pytest.raises(ExplaindError, match="the run's attributes are not what was recorded"):
         explaind.open(run.path)
+
+
+@pytest.mark.parametrize(
+    ("modes", "match"),
+    [
+        ([[True]], "the commit marker is not this run's.*expected modes of 4 modules; got of 1"),
+        ([[1, 1, 1, 1]], "the commit marker is missing or damaged"),
+        ([], None),
+    ],
+)
+def test_modes_that_are_those_of_no_step_are_told(modes, match, run, tmp_path):
+    """A row has the number of its mode alone, and so has its checksum."""
+    shutil.copytree(run, tmp_path / "run")
+    edit(tmp_path / "run" / "commit.json", lambda commit: (commit.update(modes=modes), sealed(commit)))
+    if match is None:
+        assert "the record of step 0 is not what was recorded" in explaind.open(tmp_path / "run").damage()[0]
+    else:
+        with pytest.raises(ExplaindError, match=match):
+            explaind.open(tmp_path / "run")
 
 
 @pytest.mark.parametrize("number", [-1, -(1 << 31), 1 << 30])

@@ -66,11 +66,13 @@ def everything(path: Path) -> tuple[list[str], dict[str, Any]]:
     words = run.damage()
     blocks = [run.block(start, min(start + 16, run.steps)) for start in range(0, run.steps, 16)]
     found: dict[str, Any] = {
-        "steps": (run.steps, run.complete),
+        "steps": run.steps,
+        "complete": run.complete,
         "logged": [{**record._asdict(), "row": asdict(record.row)} for record in run.logged_behind(run.steps).steps],
         "manifest": json.dumps(run.manifest.to_json(), sort_keys=True),
         "theta": run.stored_states(0, run.steps + 1),
-        "rows": [asdict(row) for block in blocks for row in block.rows],
+        "rows": [{**asdict(row), "mode": None} for block in blocks for row in block.rows],
+        "modes": [row.mode for block in blocks for row in block.rows],
         "constants": dict(run.constants),
         "fingerprint": run.fingerprint,
         "examples": run.examples,
@@ -163,13 +165,18 @@ def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [at, *(place for key, child in inner for place in places(child, (*at, key)))]
 
 
+def inside(value: Any, at: tuple[Any, ...]) -> Any:
+    """What stands at a place."""
+    for key in at:
+        value = value[key]
+    return value
+
+
 def edited(run: Path, rng: random.Random) -> None:
     path = rng.choice(files(run, rng, ".json"))
     value = json.loads(path.read_text())
     at = rng.choice([place for place in places(value) if place])
-    parent = value
-    for key in at[:-1]:
-        parent = parent[key]
+    parent = inside(value, at[:-1])
     old = parent[at[-1]]
     if rng.random() < 0.2:
         parent.pop(at[-1])
@@ -237,22 +244,26 @@ def outcome(run: Path, want: dict[str, Any]) -> tuple[str, str]:
     return ("WRONG", ", ".join(wrong)) if wrong else ("harmless", "")
 
 
+def sound(folder: Path) -> dict[str, dict[str, Any]]:
+    """Records the runs, each in a folder of its name; what can be read of each."""
+    recording.TOGETHER = 1
+    for name, options in {"whole": {}, "thin": {"thin": 4}, "standard": {"codec": "standard"}, "stored": {"gradients": "store"}}.items():
+        record(folder / name, **options)
+    # The training has ended, so its last copy is the one of interest; a thin run's copy would be no other kind.
+    shutil.rmtree(folder / "standard.killed")
+    return {path.name: everything(path)[1] for path in sorted(folder.iterdir())}
+
+
 def study(out: Path, count: int, seed: int, tell: Callable[[str], None] = print) -> Counter[tuple[str, str]]:
     """How often each kind of damage came to what."""
-    recording.TOGETHER = 1
-    sound = out / "sound"
-    for name, options in {"whole": {}, "thin": {"thin": 4}, "standard": {"codec": "standard"}, "stored": {"gradients": "store"}}.items():
-        record(sound / name, **options)
-    # The training has ended, so its last copy is the one of interest; a thin run's copy would be no other kind.
-    shutil.rmtree(sound / "standard.killed")
-    want = {path.name: everything(path)[1] for path in sorted(sound.iterdir())}
+    want = sound(out / "sound")
     found = Counter[tuple[str, str]]()
     for k in range(count):
         rng = random.Random(f"{seed} {k}")
         name, kind = rng.choice(sorted(want)), rng.choice(KINDS)
         shutil.rmtree(out / "damaged", ignore_errors=True)
         run = out / "damaged" / name
-        shutil.copytree(sound / name, run)
+        shutil.copytree(out / "sound" / name, run)
         kind(run, rng)
         came, words = outcome(run, want[name])
         found[kind.__name__, came] += 1

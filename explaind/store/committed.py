@@ -39,6 +39,10 @@ class Committed:
         self.complete: bool = commit["complete"]
         self._end = self.steps
         self.modes: tuple[tuple[bool, ...], ...] = tuple(commit["modes"])
+        if any(len(mode) != len(self.manifest.modules) for mode in self.modes):
+            expected, got = f"modes of {len(self.manifest.modules)} modules", f"of {', '.join(str(len(mode)) for mode in self.modes)}"[:200]
+            where = self.path / "commit.json"
+            raise StoreError("the commit marker is not this run's", where=where, expected=expected, got=got, do="restore it from a copy")
         self._arrays: dict[str, zarr.Array] = {}
         self._known: dict[str, bool] = {}
         self._kept: dict[str, dict[int, np.ndarray]] = {}
@@ -54,8 +58,10 @@ class Committed:
                 raise ValueError("no checksums")
             if type(commit["steps"]) is not int or commit["steps"] < 0:
                 raise ValueError("no number of steps")
-            modes = [tuple(bool(on) for on in mode) for mode in commit["modes"]]
-            return {"steps": commit["steps"], "complete": bool(commit["complete"]), "modes": modes, "sums": sums}
+            modes = [tuple(mode) for mode in commit["modes"]]
+            if any(type(on) is not bool for mode in modes for on in mode) or type(commit["complete"]) is not bool:
+                raise ValueError("no yes or no")
+            return {"steps": commit["steps"], "complete": commit["complete"], "modes": modes, "sums": sums}
         except ExplaindError:
             raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
