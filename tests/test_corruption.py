@@ -18,6 +18,7 @@ import explaind
 from explaind.cli import main
 from explaind.errors import ExplaindError
 from explaind.store.checksums import text_checksum
+from explaind.store.location import MIRROR
 from explaind.store.opening import reading
 from explaind.store.repair import Repair, repair
 from tests import cases
@@ -249,6 +250,7 @@ def test_sizes_are_bounded_before_memory_is_made(array, shape, run, tmp_path):
 
 def test_a_marker_of_an_earlier_moment_is_told(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / MIRROR).unlink()  # else the marker is put back
     edit(tmp_path / "run" / "commit.json", lambda commit: (commit.update(steps=4, complete=False), sealed(commit)))
     [told] = explaind.open(tmp_path / "run").damage()
     assert told.startswith("3 steps stand behind those that the commit marker tells of")
@@ -258,6 +260,7 @@ def test_a_marker_of_an_earlier_moment_is_told(run, tmp_path):
 
 def test_a_marker_of_the_very_beginning_leaves_the_first_state(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / MIRROR).unlink()  # else the marker is put back
     edit(tmp_path / "run" / "commit.json", lambda commit: (commit.update(steps=0, complete=False), sealed(commit)))
     assert repair(tmp_path / "run") == Repair(before=0, after=0, regained=0, lost=7)
     assert explaind.open(tmp_path / "run").damage() == []
