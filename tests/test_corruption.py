@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as some
 
 import explaind
 from explaind.cli import main
 from explaind.errors import ExplaindError, StoreError
 from explaind.store.checksums import text_checksum
+from explaind.store.location import MIRROR
 from explaind.store.opening import reading
 from explaind.store.remote import Objects, RemoteError
 from explaind.store.repair import Repair, repair
@@ -77,6 +78,18 @@ def test_the_study_reads_the_steps_of_a_thin_run(tmp_path):
     module = study()
     module.record(tmp_path / "run", thin=4)
     assert len(module.everything(tmp_path / "run")[1]["rows"]) == module.STEPS
+
+
+@pytest.mark.parametrize(("record", "want"), [(-3, "LOST"), (-1, "harmless")])
+def test_the_study_misses_the_steps_behind_a_damaged_one_in_the_log(record, want, metadata, tmp_path, monkeypatch):
+    """Nobody can know of the last one."""
+    run = shutil.copytree(metadata.folder / "whole.killed", tmp_path / "run")
+    log = next(log for log in run.glob("*.log") if b'"step": 39,' in log.read_bytes())
+    text = bytearray(log.read_bytes())
+    text[text.index(b'{"step": %d,' % (metadata.STEPS + record)) + 3] ^= 1
+    log.write_bytes(text)
+    monkeypatch.setattr(explaind.Run, "damage", lambda run: [])
+    assert metadata.outcome(run, metadata.want["whole.killed"])[0] == want
 
 
 def test_a_machine_that_is_out_of_memory_makes_no_run_a_damaged_one(tmp_path, monkeypatch):
@@ -162,16 +175,17 @@ def test_any_marker_is_read_or_refused_in_one_line(field, value, run):
 
 @pytest.fixture(scope="module")
 def metadata(tmp_path_factory):
-    """The study and its runs: their folder, what is read of each, and the values of every name in the metadata of any."""
+    """The study, with the folder of its runs, what is read of each, and the values of every name in the metadata of any."""
     module, folder = study(), tmp_path_factory.mktemp("metadata")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module.recording, "TOGETHER", module.recording.TOGETHER)  # put back afterwards
         want, known = module.sound(folder), dict[str, list]()
-    for file in sorted(folder.rglob("*.json")):
+    for file in sorted([*folder.rglob("zarr.json"), *folder.rglob("commit.json")]):
         value = json.loads(file.read_text())
         for *inner, name in filter(None, module.places(value)):
             known.setdefault(name, []).append(module.inside(value, (*inner, name)))
-    return module, folder, want, known
+    module.folder, module.want, module.known = folder, want, known  # a module is what hypothesis tells of in one line
+    return module
 
 
 SAID = {"zarr.json": {"manifest", "identity"}, "commit.json": {"modes", "complete"}}
@@ -179,36 +193,43 @@ SAID = {"zarr.json": {"manifest", "identity"}, "commit.json": {"modes", "complet
 
 
 @pytest.mark.filterwarnings("ignore:Object at:zarr.errors.ZarrUserWarning")
-@settings(max_examples=80, deadline=timedelta(seconds=30), derandomize=True, database=None)
-@given(data=some.data())
-def test_metadata_with_the_right_checksums_are_refused_or_change_no_number(data, metadata):
+@settings(max_examples=120, deadline=timedelta(seconds=30), derandomize=True, database=None, phases=[Phase.generate])
+@given(
+    numbers=some.tuples(*[some.integers(0, 1 << 16)] * 4),
+    top=some.booleans(),
+    new=some.sampled_from(["gone", "leaf", "known", "near", "power", "reversed"]) | some.tuples(odd),
+)
+def test_metadata_with_the_right_checksums_are_refused_or_change_no_number(numbers, top, new, metadata):
     """Any place in any of a run's JSON is left out, or holds anything, what it holds elsewhere, or almost what it held."""
-    module, folder, want, known = metadata
-    path = folder / data.draw(some.sampled_from(sorted(want)))
-    file = data.draw(some.sampled_from(sorted(path.rglob("*.json"))))
+    folder, want, known = metadata.folder, metadata.want, metadata.known
+
+    def nth(i, values):
+        return values[numbers[i] % len(values)]
+
+    path = folder / nth(0, sorted(want))
+    file = nth(1, [path / "zarr.json", path / "commit.json"] if top else sorted(path.glob("*/**/zarr.json")))
     before = {each: each.read_text() for each in (file, path / "commit.json")}
     value = json.loads(before[file])
-    *inner, name = data.draw(some.sampled_from([place for place in module.places(value) if place]))
-    parent = module.inside(value, inner)
-    new = odd | some.sampled_from(module.LEAVES) | some.sampled_from(known[name]) | some.just(KeyError)
-    if isinstance(parent[name], int):
-        new |= some.integers(parent[name] - 2, parent[name] + 2) | some.integers(0, 40).map(lambda power: 1 << power)
-    if isinstance(parent[name], list):
-        new |= some.permutations(parent[name])
-    parent[name] = data.draw(new)
-    if parent[name] is KeyError:
-        parent.pop(name)
+    *inner, name = nth(2, [place for place in metadata.places(value) if place])
+    parent = metadata.inside(value, inner)
+    old = parent.pop(name)
+    if new != "gone":
+        near = [old + 1, old - 1] if isinstance(old, int) else [[old]]
+        made = {"leaf": metadata.LEAVES, "known": known[name], "near": near, "power": [1 << k for k in range(41)]}
+        made["reversed"] = [old[::-1]] if isinstance(old, list | str) else [str(old)]
+        found = new[0] if isinstance(new, tuple) else nth(3, made[new])
+        parent.insert(name, found) if isinstance(parent, list) else parent.update({name: found})
     try:
         file.write_text(json.dumps(value))
         if file.parent == path:
             with suppress(KeyError, TypeError, AttributeError):  # no checksum can be right
                 cases.resealed(path)
         said = SAID[file.name] if file.parent == path else set()
-        came, words = module.outcome(path, {key: value for key, value in want[path.name].items() if key not in said})
+        came, words = metadata.outcome(path, {key: value for key, value in want[path.name].items() if key not in said})
     finally:
         for each, text in before.items():
             each.write_text(text)
-    assert came in module.GOOD, words
+    assert came in metadata.GOOD, words
 
 
 def check_told(path):
@@ -233,6 +254,7 @@ def test_sizes_are_bounded_before_memory_is_made(array, shape, run, tmp_path):
 
 def test_a_marker_of_an_earlier_moment_is_told(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / MIRROR).unlink()  # else the marker is put back
     edit(tmp_path / "run" / "commit.json", lambda commit: (commit.update(steps=4, complete=False), sealed(commit)))
     [told] = explaind.open(tmp_path / "run").damage()
     assert told.startswith("3 steps stand behind those that the commit marker tells of")
@@ -242,6 +264,7 @@ def test_a_marker_of_an_earlier_moment_is_told(run, tmp_path):
 
 def test_a_marker_of_the_very_beginning_leaves_the_first_state(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / MIRROR).unlink()  # else the marker is put back
     edit(tmp_path / "run" / "commit.json", lambda commit: (commit.update(steps=0, complete=False), sealed(commit)))
     assert repair(tmp_path / "run") == Repair(before=0, after=0, regained=0, lost=7)
     assert explaind.open(tmp_path / "run").damage() == []

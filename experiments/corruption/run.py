@@ -4,15 +4,18 @@ python experiments/corruption/run.py [--count 2000] [--seed 0] [--out runs/corru
 
 Six small runs (whole, of the standard codec, with stored gradients, thin, and the first and third of these as a kill leaves them) are
 damaged at random, in one way each time, opened, checked and read to the last number. An outcome is "detected" (one line of an error, or
-words of the check), "harmless" (all numbers are what was recorded), or bad: a crash, a hang, too much memory, a wrong number.
+words of the check), "harmless" (all numbers are what was recorded), or bad: a crash, a hang, too much memory, a wrong number, or a step
+that is still in the log and is not shown.
 """
 
 import argparse
 import json
 import random
+import re
 import resource
 import shutil
 import signal
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +32,7 @@ from torch.utils.data import TensorDataset
 import explaind
 from explaind.errors import ExplaindError
 from explaind.record import recorder as recording
+from explaind.store.tail import HEAD
 
 STEPS, SECONDS, MEMORY = 40, 30, 128 << 20
 GOOD = ("detected", "harmless")
@@ -73,6 +77,7 @@ def everything(path: Path) -> tuple[list[str], dict[str, Any]]:
         "theta": run.stored_states(0, run.steps + 1),
         "rows": [{**asdict(row), "mode": None} for block in blocks for row in block.rows],
         "modes": [row.mode for block in blocks for row in block.rows],
+        "modules": {len(row.mode) for block in blocks for row in block.rows} <= {len(run.manifest.modules)},
         "constants": dict(run.constants),
         "fingerprint": run.fingerprint,
         "examples": run.examples,
@@ -220,6 +225,16 @@ def causes(error: BaseException) -> list[BaseException]:
     return found
 
 
+def sound_records(run: Path) -> Iterator[int]:
+    """Of the logs: the step of each, whatever stands before it."""
+    for log in run.glob("*.log"):
+        text = log.read_bytes()
+        for begun in re.finditer(rb'(?s)(.{%d})\{"step": (\d+)' % HEAD.size, text):
+            length, crc = HEAD.unpack(begun[1])
+            if zlib.crc32(text[begun.end(1) : begun.end(1) + length]) == crc:
+                yield int(begun[2])
+
+
 def outcome(run: Path, want: dict[str, Any]) -> tuple[str, str]:
     """What comes of reading a damaged run, and what was said; want: what of it is to be as it was."""
     try:
@@ -238,7 +253,10 @@ def outcome(run: Path, want: dict[str, Any]) -> tuple[str, str]:
         )
     if words:
         return "detected", words[0]
-    # A log may end anywhere, as after a kill: its steps are fewer then, and the ones that they were.
+    # A log may end anywhere, as after a kill: its steps are fewer then, and the ones that they were. But nothing sound may be behind them.
+    shown = found["steps"] + len(found["logged"])
+    if behind := [step for step in sound_records(run) if step >= shown]:
+        return "LOST", f"{shown} steps are shown, and step {min(behind)} is still in the log"
     found["logged"] = found["logged"] + want["logged"][len(found["logged"]) :]
     wrong = [name for name in want if not alike(found.get(name), want[name])]
     return ("WRONG", ", ".join(wrong)) if wrong else ("harmless", "")
