@@ -367,7 +367,7 @@ def test_parameters_that_nothing_is_stored_of_are_refused_before_memory_is_made(
         last.update(shape=[last["size"] + more], size=last["size"] + more)
 
     def wide(chunk):
-        chunk[1:] = [n + (more >> 11) * (n == params) for n in chunk[1:]]
+        chunk[1:] = [n + (more >> 16) * (n == params) for n in chunk[1:]]
 
     edit(run.path / "zarr.json", grow)
     for file in run.path.glob("*/zarr.json"):
@@ -379,10 +379,10 @@ def test_parameters_that_nothing_is_stored_of_are_refused_before_memory_is_made(
 
 def test_constants_that_nothing_is_stored_of_are_refused_before_memory_is_made(tmp_path):
     run = cases.recorded(tmp_path / "run", cases.problem_named("frozen parameter"))
-    one = run.path / "constant" / "0.bias"
+    one, chunks = run.path / "constant" / "0.bias", {"name": "regular", "configuration": {"chunk_shape": [2**27]}}
     for i in range(3):
         shutil.copytree(one, one.with_name(f"more{i}"), ignore=shutil.ignore_patterns("c"))
-        edit(one.with_name(f"more{i}") / "zarr.json", lambda told: told.update(shape=[2**27]))
+        edit(one.with_name(f"more{i}") / "zarr.json", lambda told: told.update(shape=[2**27], chunk_grid=chunks))
     check_small(run.path, "less is stored than the metadata say.*constant")
 
 
