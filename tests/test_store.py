@@ -197,7 +197,7 @@ def test_a_folder_holds_zarr_chunks_and_json_and_no_codec_that_runs_code(kind, t
     cases.decomposed(cases.recorded(tmp_path / "run", problem, data=cases.DATA), problem, save=tmp_path / "ledger")
     files = [path.relative_to(tmp_path / kind) for path in (tmp_path / kind).rglob("*") if path.is_file()]
     chunks = [path for path in files if "c" in path.parts]
-    assert {path.name for path in files if path not in chunks} == {"zarr.json", "commit.json"}
+    assert {path.name for path in files if path not in chunks} == {"zarr.json", "commit.json"} | ({"metadata.json"} if kind == "run" else set())
     codecs = set()
     for path in files:
         if path.name == "zarr.json":
@@ -207,7 +207,7 @@ def test_a_folder_holds_zarr_chunks_and_json_and_no_codec_that_runs_code(kind, t
 
 def test_xarray_and_plain_zarr_open_a_run_with_named_dims(tmp_path):
     run = cases.recorded(tmp_path / "run", case=cases.optimizer_named("adamw"), data=cases.DATA)
-    with pytest.warns(UserWarning, match=r"commit.json is not recognized"):  # zarr remarks on any file that is not its own
+    with pytest.warns(UserWarning, match=r"(commit|metadata).json is not recognized"):  # zarr remarks on any file that is not its own
         dataset = xarray.open_zarr(run.path, consolidated=False)
     assert dict(dataset.sizes) == {
         "state": 8, "param": 26, "step": 7, "slot": 5, "option": 8, "layer": 4, "anchor": 1, "example": 8, "byte": 1, "size": 2,
