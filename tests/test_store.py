@@ -197,7 +197,8 @@ def test_a_folder_holds_zarr_chunks_and_json_and_no_codec_that_runs_code(kind, t
     cases.decomposed(cases.recorded(tmp_path / "run", problem, data=cases.DATA), problem, save=tmp_path / "ledger")
     files = [path.relative_to(tmp_path / kind) for path in (tmp_path / kind).rglob("*") if path.is_file()]
     chunks = [path for path in files if "c" in path.parts]
-    assert {path.name for path in files if path not in chunks} == {"zarr.json", "commit.json"} | ({"metadata.json"} if kind == "run" else set())
+    copy = {"metadata.json"} if kind == "run" else set()
+    assert {path.name for path in files if path not in chunks} == {"zarr.json", "commit.json"} | copy
     codecs = set()
     for path in files:
         if path.name == "zarr.json":
