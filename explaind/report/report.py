@@ -21,6 +21,7 @@ from explaind.report import figures, tables
 from explaind.report.figures import UNIT
 from explaind.report.summary import Labels, by_axes, ledger_facts, predictions, strongest
 from explaind.store import mirror, schema
+from explaind.store.damage import of_constants
 from explaind.store.location import Location, Where, location_of
 from explaind.store.reader import Run
 from explaind.tasks import Task
@@ -94,7 +95,7 @@ def run_facts(run: Run) -> dict[str, Any]:
         "complete": run.complete,
         "logged": logged,
         "log_damage": log_damage,
-        "constants_damage": run.constants_damage(),
+        "constants_damage": of_constants(run),
         "changed": sorted(mirror.changed(run.path)),
         "model": m.model,
         "optimizer": m.optimizer,

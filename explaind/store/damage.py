@@ -5,8 +5,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from explaind.errors import StoreError
 from explaind.store.checksums import constants_checksum, step_checksum, theta_checksum
 from explaind.store.gradients import first_damaged
+from explaind.store.opening import passing
 
 if TYPE_CHECKING:
     from explaind.store.reader import Run
@@ -14,7 +16,46 @@ if TYPE_CHECKING:
 
 def damage(run: "Run") -> list[str]:
     """In words; empty when every checksum holds. Of a thin run the parameters that are stored."""
-    return [*of_constants(run), *of_steps(run, 0), *_of_gradients(run)]
+    return [*_of_constants(run), *of_steps(run, 0), *_of_gradients(run)]
+
+
+def sound_steps(run: "Run") -> int:
+    """Steps up to the first fault."""
+    found, block = 0, run.manifest.block
+    wrong = first_damaged(run)
+    if wrong is not None:
+        return sound_steps(run.first(wrong))
+    while found < run.steps and _holds(run, found, end := min(found + block - found % block, run.steps)):
+        found = end
+    while run.manifest.thin is None and found < run.steps and _holds(run, found, found + 1):
+        found += 1
+    return found
+
+
+def ends_sound(run: "Run", steps: int) -> bool:
+    """Whether the last of so many steps is what was recorded, and the parameters behind it."""
+    last = max(0, steps - 1)
+    return _holds(run, last if run.manifest.thin is None else last - last % run.manifest.block, steps)
+
+
+def _holds(run: "Run", start: int, stop: int) -> bool:
+    """Whether steps [start, stop), with the states before and after each, are sound."""
+    try:
+        return not any(of_steps(run.first(stop), start))
+    except StoreError as error:
+        if passing(error):
+            raise
+        return False
+
+
+def of_constants(run: "Run") -> str | None:
+    """What is wrong with frozen parameters, buffers and fingerprints, which are in no step; None where they are sound."""
+    try:
+        return next(_of_constants(run), None)
+    except StoreError as error:
+        if passing(error):
+            raise
+        return str(error)
 
 
 def of_steps(run: "Run", start: int) -> Iterator[str]:
@@ -32,8 +73,7 @@ def _of_gradients(run: "Run") -> Iterator[str]:
         yield f"the gradients of the examples of step {step} are not what was recorded"
 
 
-def of_constants(run: "Run") -> Iterator[str]:
-    """Of what belongs to all steps, and to none; StoreError where it cannot be read."""
+def _of_constants(run: "Run") -> Iterator[str]:
     if run.sums["constants"] != constants_checksum(run.constants, run.fingerprint):
         yield "frozen parameters, buffers or fingerprints are not what was recorded"
 

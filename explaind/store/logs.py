@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from explaind.errors import StoreError
 from explaind.store.checksums import text_checksum
+from explaind.store.damage import ends_sound
 from explaind.store.gradients import having_gradients
 from explaind.store.spool import check_idle, log_of, logged, named
 from explaind.store.tail import NAMES, Record
@@ -29,7 +30,7 @@ def behind(run: "Run", steps: int) -> Logged:
     log = logged(run.path, run.attributes)
     if not log:
         return Logged([])
-    if not run.ends_sound(steps):  # what goes on from there cannot be told: it is up to whoever looks at what is sound
+    if not ends_sound(run, steps):  # what goes on from there cannot be told: it is up to whoever looks at what is sound
         found = following(log, steps)._replace(others=False)
     else:
         found = following(log, steps, run.chain(steps).link, text_checksum(named(run.attributes)))

@@ -58,9 +58,9 @@ def drop(path: Location) -> None:
         sync([path])
 
 
-def put_back(path: Location) -> tuple[str, ...]:
-    """Make those files again what they were; their names. OSError."""
-    texts = changed(path)
+def put_back(path: Location, texts: Mapping[str, str]) -> tuple[str, ...]:
+    """Write those files again, as ``changed`` gave them; their names. OSError."""
+    inside(path, but=["ledgers"])
     for name, text in texts.items():
-        replace_file(inside(path, but=["ledgers"]) / name, text)
+        replace_file(path / name, text)
     return tuple(sorted(texts))

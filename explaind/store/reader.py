@@ -16,12 +16,12 @@ from explaind.errors import RequestError, StoreError
 from explaind.store import logs, mirror
 from explaind.store.checksums import Chain
 from explaind.store.committed import Committed
-from explaind.store.damage import damage, of_constants, of_steps
-from explaind.store.gradients import first_damaged, rows_of
+from explaind.store.damage import damage, sound_steps
+from explaind.store.gradients import rows_of
 from explaind.store.layout import starts
 from explaind.store.location import Where, location_of
 from explaind.store.manifest import ROUNDINGS
-from explaind.store.opening import COPY, check_claim, opened, passing, reading
+from explaind.store.opening import COPY, check_claim, opened, reading
 from explaind.store.row import StepRow
 from explaind.store.schema import unescaped
 from explaind.store.spool import log_of
@@ -265,40 +265,9 @@ class Run(Committed):
         """Whether the commit marker still tells of as many steps."""
         return bool(self._read_commit()["steps"] == self.steps)
 
-    def ends_sound(self, steps: int) -> bool:
-        """Whether the last of so many steps is what was recorded, and the parameters behind it."""
-        last = max(0, steps - 1)
-        return self._holds(last if self.manifest.thin is None else last - last % self.manifest.block, steps)
-
-    def constants_damage(self) -> str | None:
-        """What is wrong with frozen parameters, buffers and fingerprints, which are in no step; None where they are sound."""
-        try:
-            return next(of_constants(self), None)
-        except StoreError as error:
-            if passing(error):
-                raise
-            return str(error)
-
     def sound(self) -> int:
-        """Steps up to the first fault of what is stored: all of them where ``damage`` finds none."""
-        found, block = 0, self.manifest.block
-        wrong = first_damaged(self)
-        if wrong is not None:
-            return self.first(wrong).sound()
-        while found < self.steps and self._holds(found, end := min(found + block - found % block, self.steps)):
-            found = end
-        while self.manifest.thin is None and found < self.steps and self._holds(found, found + 1):
-            found += 1
-        return found
-
-    def _holds(self, start: int, stop: int) -> bool:
-        """Whether steps [start, stop), with the states before and after each, are sound."""
-        try:
-            return not any(of_steps(self.first(stop), start))
-        except StoreError as error:
-            if passing(error):
-                raise
-            return False
+        """Steps up to the first fault of what is stored: all of them where ``damage`` finds none but in frozen parameters or buffers."""
+        return sound_steps(self)
 
     def damage(self) -> list[str]:
         """Where stored bytes are not what was recorded, in words; empty when every checksum holds."""

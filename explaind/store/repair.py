@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from explaind.errors import StoreError
 from explaind.store import logs, mirror
-from explaind.store.damage import of_steps
+from explaind.store.damage import of_constants, of_steps
 from explaind.store.location import Location, Where, location_of
 from explaind.store.opening import passing
 from explaind.store.reader import Run, open_run
@@ -42,7 +42,7 @@ def repair(where: Where, spool: str | os.PathLike[str] | None = None) -> Repair:
     restored = _put_back(path)
     run = open_run(path)
     before, sound = run.steps, run.sound()
-    behind, left = run.forgotten(), run.constants_damage()
+    behind, left = run.forgotten(), of_constants(run)
     if sound == 0 and any(of_steps(run.first(0), 0)):
         raise StoreError("not even the first state of the run is sound", where=path, do="restore the run from a copy")
     logged, _, lost = run.logged_behind(sound)
@@ -56,16 +56,22 @@ def repair(where: Where, spool: str | os.PathLike[str] | None = None) -> Repair:
 
 def _put_back(path: Location) -> tuple[str, ...]:
     """Only of a run that is damaged: whoever added words of his own to the metadata of a sound one keeps them."""
+    changed = mirror.changed(path)
+    if not changed or _is_sound(path):
+        return ()
     try:
-        if not open_run(path).damage():
-            return ()
+        return mirror.put_back(path, changed)
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def _is_sound(path: Location) -> bool:
+    try:
+        return not open_run(path).damage()
     except StoreError as error:
         if passing(error):
             raise
-    try:
-        return mirror.put_back(path)
-    except OSError as error:
-        raise unwritable(path, error) from error
+        return False
 
 
 def recovered(path: Location) -> Run:
